@@ -1,0 +1,6690 @@
+#!/usr/bin/env python3
+"""pigateway: every model you already have access to, through the APIs your tools already speak.
+
+One file, standard library only, Python 3.9 or newer. Run it:
+
+    python3 pigateway.py --port 4000
+
+and point an OpenAI client at http://127.0.0.1:4000/v1 or an Anthropic client at http://127.0.0.1:4000.
+
+Contents (`grep -n '^# §' pigateway.py`):
+
+    §1 Constants            §6 Normalisation          §11 HTTP client
+    §2 Errors               §7 Client protocols       §12 Gateway
+    §3 Logging, redaction   §8 Upstream protocols     §13 HTTP server
+    §4 Representation       §9 Catalogue              §14 Configuration and CLI
+    §5 Framing              §10 Credentials           §15 Catalogue data
+
+§1 to §9 open nothing and read no clock, environment or random number: bytes and dicts in, dicts and events out.
+
+One request in twelve steps:
+
+     1. `Server` accepts; one thread owns the connection. `Handler` reads the head and gives the request an id.
+     2. Method and path pick a `ClientProtocol` from `ROUTES`; the client's key is checked; the body is read, bounded.
+     3. `client.parse(data)` makes a `Request`; a bad shape is a `BadRequest` that names the field.
+     4. `catalogue.resolve(name)` finds the `Model`: provider, protocol, limits, compat flags.
+     5. `credentials.get(provider)` finds the `Credential`.
+     6. The pair of protocols decides the lane: native (the body as it came) or translated.
+     7. Translated: `normalise(request, model)` makes a request that this model can take and names what it cannot.
+     8. `upstream.build(...)` makes a `Call`: a value, nothing is sent.
+     9. `transport.open(call, scope)` sends it. Status 400 or above: `upstream.parse_error` makes a `GatewayError`.
+    10. `lane.feed(data)` turns received bytes into bytes for the client: reader, settle, writer.
+    11. The status line goes out with the first event, so that an early failure still is an HTTP error.
+    12. The response goes back to the pool or is closed; one access line is logged.
+
+To add a provider that speaks a known protocol: one row in `PROVIDERS` (§9) and its lines in `MODELS` (§15).
+To add a wire format: one class in §7 or §8, one entry in its registry, one transcript in the tests.
+"""
+from __future__ import annotations
+
+import argparse
+import base64
+import binascii
+import dataclasses
+import difflib
+import email.utils
+import functools
+import hashlib
+import hmac
+import http
+import http.client
+import http.server
+import json
+import logging
+import math
+import os
+import re
+import secrets
+import select
+import signal
+import socket
+import socketserver
+import subprocess
+import sys
+import threading
+import time
+import urllib.parse
+import urllib.request
+import zlib
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import (Any, Callable, Dict, FrozenSet, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence,
+                    Tuple, Type, Union)
+
+__all__ = [
+    "main", "start_server", "stop_server", "Config", "Gateway", "Server", "ClientProtocol", "UpstreamProtocol",
+    "Request", "Message", "Text", "Thinking", "Image", "Document", "ToolCall", "ToolResult", "Tool", "ToolChoice",
+    "Start", "PartStart", "PartDelta", "PartEnd", "Done", "Failed", "Reply", "Usage", "Model", "Provider", "Credential",
+    "collect", "GatewayError",
+]
+
+# ======================================================================================================================
+# §1 Constants
+# ======================================================================================================================
+
+VERSION = "0.1.0"
+NAME = "pigateway"
+USER_AGENT = f"{NAME}/{VERSION}"
+
+KIB, MIB = 1024, 1024 * 1024
+RECEIVE_BYTES = 64 * KIB          # one receive; large enough that a busy stream needs few system calls
+MAX_HEAD_BYTES = 64 * KIB         # request line and headers, from either side
+MAX_HEADERS = 200
+MAX_EVENT_BYTES = 32 * MIB        # one server-sent event, or one whole provider answer
+MAX_ERROR_BYTES = 64 * KIB        # a provider's error body; more is cut
+MAX_MESSAGE_CHARS = 4000          # a provider's error text as shown to a client
+BACKLOG = 1024                    # the default of 5 drops connections when a few hundred clients start at once
+
+KEEP_ALIVE_S = 75.0               # an idle client connection is closed after this
+HEAD_TIMEOUT_S = 30.0             # from the first byte of a request to the end of its head
+POOL_IDLE_S = 55.0                # below the 60 s after which common servers close an idle connection
+POOL_PER_HOST = 64
+DRAIN_S = 0.05                    # wait for the end of a provider's answer whose last event has been seen
+COMMAND_TIMEOUT_S = 10.0          # a "!command" that prints a key
+COMMAND_CACHE_S = 300.0
+DISCOVERY_S = 300.0               # refresh of a server's own model list
+DISCOVERY_RETRY_S = 15.0
+DISCOVERY_TIMEOUT_S = 5.0
+
+EXIT_OK, EXIT_FAILURE, EXIT_CONFIG, EXIT_RUNNING = 0, 1, 2, 3
+
+LEVELS = ("off", "minimal", "low", "medium", "high", "xhigh", "max")
+LEVEL_ALIASES = {"none": "off", "disabled": "off", **{level: level for level in LEVELS}}
+# Thinking budgets in tokens, both directions: what a level asks for, and the level that a budget amounts to.
+LEVEL_BUDGETS = {"minimal": 1024, "low": 2048, "medium": 8192, "high": 16384, "xhigh": 16384, "max": 16384}
+BUDGET_LEVELS = ((0, "off"), (2048, "low"), (8192, "medium"), (24576, "high"))
+MIN_BUDGET = 1024                 # Anthropic: thinking.budget_tokens is at least 1024 and below max_tokens
+DEFAULT_MAX_TOKENS = 16384        # Anthropic requires max_tokens; used when neither client nor catalogue names one
+
+LOOPBACK_HOSTS = frozenset({"127.0.0.1", "::1", "localhost", "::ffff:127.0.0.1"})
+LOGGED_HEADERS = ("content-type", "content-length", "user-agent", "accept", "accept-encoding", "host")
+
+log = logging.getLogger(NAME)
+log.addHandler(logging.NullHandler())
+
+
+# ======================================================================================================================
+# §2 Errors
+# ======================================================================================================================
+#
+#   GatewayError            500   message, code, param, retry_after (seconds)
+#   ├─ BadRequest           400   ← ContextOverflow 400, ModelNotFound 404, RouteNotFound 404, MethodNotAllowed 405,
+#   │                               Conflict 409, BodyTooLarge 413
+#   ├─ Unauthorized         401   the client's key for us, or no key of ours for the provider
+#   ├─ Forbidden            403   a host, an origin or a subscription that may not be used; a provider's own 403
+#   ├─ ShuttingDown         503   this process is stopping
+#   └─ UpstreamError        502   ← CredentialRefused 502, RateLimited 429 ← QuotaExceeded, Overloaded 503,
+#                                   UpstreamTimeout 504, UpstreamProtocolError 502
+#   ClientGone (apart)            nobody is left to tell; logged, never rendered
+#   ConfigError (apart)           a file, variable or flag that cannot be used: exit status 2
+
+
+class GatewayError(Exception):
+    """A failure with an HTTP status. `code` is the machine-readable word, `param` the path of the field at fault."""
+
+    status = 500
+    code = "internal_error"
+    retryable: Optional[bool] = None    # None: let the client's SDK decide by status
+
+    def __init__(self, message: str, *, code: Optional[str] = None, param: Optional[str] = None,
+                 retry_after: Optional[float] = None, provider_reply: Optional[ProviderReply] = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.named_code = code
+        self.code = code or type(self).code
+        self.param = param
+        self.retry_after = retry_after
+        self.provider_reply = provider_reply
+
+
+class ProviderReply(NamedTuple):
+    """A provider's error answer as it came, for a client of the same protocol."""
+
+    status: int
+    content_type: str
+    body: bytes
+
+
+class BadRequest(GatewayError):
+    """The request cannot be served as it is; sending it again will not help."""
+
+    status, code = 400, "invalid_value"
+
+
+class ContextOverflow(BadRequest):
+    """The prompt is longer than the model's context window."""
+
+    code = "context_length_exceeded"
+
+
+class ModelNotFound(BadRequest):
+    """No usable provider has this model."""
+
+    status, code = 404, "model_not_found"
+
+
+class RouteNotFound(BadRequest):
+    """No such path."""
+
+    status, code = 404, "endpoint_not_found"
+
+
+class MethodNotAllowed(BadRequest):
+    """The path exists, the method does not."""
+
+    status, code = 405, "method_not_allowed"
+
+
+class Conflict(BadRequest):
+    """A provider's 409."""
+
+    status, code = 409, "conflict"
+
+
+class BodyTooLarge(BadRequest):
+    """The body is over our limit, or over the provider's."""
+
+    status, code = 413, "request_body_too_large"
+
+
+class Unauthorized(GatewayError):
+    """The client's key for this gateway is missing or wrong, or there is no key for the provider."""
+
+    status, code = 401, "invalid_api_key"
+
+
+class Forbidden(GatewayError):
+    """Understood and refused."""
+
+    status, code = 403, "forbidden"
+
+
+class ShuttingDown(GatewayError):
+    """This process is stopping and ends what is still open."""
+
+    status, code = 503, "shutting_down"
+
+
+class UpstreamError(GatewayError):
+    """The provider failed."""
+
+    status, code = 502, "provider_error"
+
+
+class CredentialRefused(UpstreamError):
+    """The provider refused our key. Not a 401: the client's own key is fine and must not be thrown away."""
+
+    code = "upstream_auth_failed"
+    retryable = False
+
+
+class RateLimited(UpstreamError):
+    """The provider asks for a pause."""
+
+    status, code = 429, "rate_limit_exceeded"
+
+
+class QuotaExceeded(RateLimited):
+    """The account behind our key has nothing left; waiting seconds does not help."""
+
+    code = "insufficient_quota"
+    retryable = False
+
+
+class Overloaded(UpstreamError):
+    """The provider has no capacity now."""
+
+    status, code = 503, "server_is_overloaded"
+
+
+class UpstreamTimeout(UpstreamError):
+    """The provider did not answer in time, or fell silent."""
+
+    status, code = 504, "upstream_timeout"
+
+
+class UpstreamProtocolError(UpstreamError):
+    """The provider's answer is cut or malformed."""
+
+    code = "stream_incomplete"
+
+
+class ClientGone(Exception):
+    """The client closed its connection."""
+
+
+class ConfigError(Exception):
+    """A configuration that cannot be used; the message names the file, variable or flag."""
+
+
+# ======================================================================================================================
+# §3 Logging and redaction
+# ======================================================================================================================
+
+_SECRET_PATTERNS = tuple(re.compile(pattern) for pattern in (
+    r"(?i)(?<=bearer )\s*[A-Za-z0-9._~+/=-]{6,}",
+    r"\b(?:sk|pk|rk|gsk|xai|hf|ghp|gho|ghu|ghs|r8|nvapi|fw|csk|tgp)[-_][A-Za-z0-9_-]{12,}",
+    r"\bAIza[A-Za-z0-9_-]{20,}",
+    r"\bya29\.[A-Za-z0-9._-]{10,}",
+    r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b",
+    r"\beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}(?:\.[A-Za-z0-9_-]*)?",
+    r"(?i)(?<=[?&]key=)[^&\s\"']+",
+    r"(?i)(?<=[?&]api_key=)[^&\s\"']+",
+))
+REDACTED = "[redacted]"
+
+
+def redact(text: str, secret_values: Iterable[str] = ()) -> str:
+    """`text` without the given values and without anything of the shape of a key or token."""
+    for value in secret_values:
+        if len(value) >= 4:
+            text = text.replace(value, REDACTED)
+    for pattern in _SECRET_PATTERNS:
+        text = pattern.sub(REDACTED, text)
+    return text
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line: level, ts (ISO 8601, UTC), msg, then the record's own `fields`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        line: Dict[str, Any] = {"level": record.levelname.lower().replace("warning", "warn"),
+                                "ts": f"{stamp}.{int(record.msecs):03d}Z", "msg": record.getMessage()}
+        line.update(getattr(record, "fields", {}))
+        if record.exc_info:
+            line["trace"] = self.formatException(record.exc_info)
+        return redact(json.dumps(line, default=str))
+
+
+# ======================================================================================================================
+# §4 Representation
+# ======================================================================================================================
+#
+# What a conversation is, whoever speaks: client protocols parse into it and render from it, upstream protocols build
+# from it and read into it. `None` means "the client did not say", and then nothing is sent.
+
+
+@dataclass(frozen=True)
+class Text:
+    """Visible text."""
+
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Thinking:
+    """A model's reasoning. `signature` is its maker's opaque seal (or the whole content, when `redacted`), to be given
+    back byte for byte to that maker and nobody else; `maker` is the wire protocol that issued it."""
+
+    text: str = ""
+    signature: Optional[str] = None
+    redacted: bool = False
+    maker: str = ""
+
+
+@dataclass(frozen=True)
+class Image:
+    """A picture: base64 `data` with its media type, or an http(s) `url`."""
+
+    media_type: str = ""
+    data: Optional[str] = None
+    url: Optional[str] = None
+    detail: Optional[str] = None
+
+
+@dataclass(frozen=True)
+class Document:
+    """A file, PDF as a rule: base64 `data` with its media type, or an http(s) `url`."""
+
+    media_type: str = "application/pdf"
+    data: Optional[str] = None
+    url: Optional[str] = None
+    name: Optional[str] = None
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A call that the model asks for. `arguments` is JSON text exactly as the model wrote it, valid or not."""
+
+    id: str
+    name: str
+    arguments: str = ""
+
+
+@dataclass(frozen=True)
+class ToolResult:
+    """What the client's tool gave back."""
+
+    call_id: str
+    parts: Tuple[Part, ...] = ()
+    is_error: bool = False
+
+
+Part = Union[Text, Thinking, Image, Document, ToolCall, ToolResult]
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn; role is user, assistant, tool (only `ToolResult` parts) or system (later in a conversation)."""
+
+    role: str
+    parts: Tuple[Part, ...]
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A function that the model may call; `schema` is the JSON Schema of its arguments. A `custom` tool takes free text
+    and travels as a function with the single string property `input`."""
+
+    name: str
+    description: Optional[str] = None
+    schema: Mapping[str, Any] = field(default_factory=lambda: {"type": "object", "properties": {}})
+    strict: Optional[bool] = None
+    custom: bool = False
+
+
+class ToolChoice(NamedTuple):
+    """kind is auto, none, required or tool (then `name`)."""
+
+    kind: str
+    name: Optional[str] = None
+
+
+class Reasoning(NamedTuple):
+    """How hard to think: a level of `LEVELS`, and the budget in tokens when the client named one."""
+
+    level: str
+    budget: Optional[int] = None
+
+
+class OutputFormat(NamedTuple):
+    """Structured output: any JSON object (`schema` None) or one that fits a JSON Schema."""
+
+    schema: Optional[Mapping[str, Any]] = None
+    name: str = "output"
+    strict: Optional[bool] = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the client asked for. `extra` holds fields that only its own protocol knows, `lost` the paths of what the
+    representation cannot hold, `refused` those (path, reason) whose loss would change the answer: all three matter only
+    when the request is translated. `images` are the paths of its images. `data`, `body` and `headers` are the request
+    as it came, for the native lane."""
+
+    model: str
+    messages: Tuple[Message, ...]
+    system: Tuple[Text, ...] = ()
+    tools: Tuple[Tool, ...] = ()
+    tool_choice: Optional[ToolChoice] = None
+    parallel_tools: Optional[bool] = None
+    max_tokens: Optional[int] = None
+    temperature: Optional[float] = None
+    top_p: Optional[float] = None
+    top_k: Optional[int] = None
+    stop: Tuple[str, ...] = ()
+    seed: Optional[int] = None
+    frequency_penalty: Optional[float] = None
+    presence_penalty: Optional[float] = None
+    logit_bias: Optional[Mapping[str, Any]] = None
+    reasoning: Optional[Reasoning] = None
+    output: Optional[OutputFormat] = None
+    user: Optional[str] = None
+    verbosity: Optional[str] = None
+    stream: bool = False
+    include_usage: bool = False
+    protocol: str = ""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    lost: Tuple[str, ...] = ()
+    refused: Tuple[Tuple[str, str], ...] = ()
+    images: Tuple[str, ...] = ()
+    data: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    body: bytes = field(default=b"", repr=False, compare=False)
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+
+
+class Usage(NamedTuple):
+    """Tokens. `input` leaves out both cache counts; `output` includes `reasoning`; `cache_write_1h` is part of
+    `cache_write`."""
+
+    input: int = 0
+    output: int = 0
+    cache_read: int = 0
+    cache_write: int = 0
+    reasoning: int = 0
+    cache_write_1h: int = 0
+
+    @property
+    def prompt(self) -> int:
+        """All input tokens, cached or not."""
+        return self.input + self.cache_read + self.cache_write
+
+
+# Events are named tuples rather than dataclasses: a stream makes one for every few bytes of text, and these cost a third.
+
+
+class Start(NamedTuple):
+    """The answer begins; first event. `usage` is what the provider knows of the prompt by then."""
+
+    id: str = ""
+    model: str = ""
+    usage: Optional[Usage] = None
+
+
+class PartStart(NamedTuple):
+    """Part `index` (0, 1, 2 … without gaps) begins; `part` has its type, and for a tool call its id and name."""
+
+    index: int
+    part: Part
+
+
+class PartDelta(NamedTuple):
+    """More text, thinking or arguments of part `index`. Parts may take turns."""
+
+    index: int
+    text: str
+
+
+class PartEnd(NamedTuple):
+    """Part `index` is complete; `part` is the whole of it, so that a writer need not keep text."""
+
+    index: int
+    part: Part
+
+
+class Done(NamedTuple):
+    """The answer is complete. stop_reason: stop, length, tool_use, stop_sequence, refusal, pause or overflow; `detail`
+    is the stop sequence that matched, or a refusal's explanation."""
+
+    stop_reason: str
+    usage: Usage = Usage()
+    detail: Optional[str] = None
+
+
+class Failed(NamedTuple):
+    """The answer broke; last event instead of `Done`."""
+
+    error: GatewayError
+
+
+Event = Union[Start, PartStart, PartDelta, PartEnd, Done, Failed]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A whole answer: what `collect` makes of its events."""
+
+    id: str
+    parts: Tuple[Part, ...]
+    stop_reason: str
+    usage: Usage
+    detail: Optional[str] = None
+
+
+def collect(events: Iterable[Event]) -> Reply:
+    """The reply that a finished run of events amounts to; raises the error of a failed one."""
+    parts: Dict[int, Part] = {}
+    reply_id = ""
+    for event in events:
+        if isinstance(event, PartEnd):
+            parts[event.index] = event.part
+        elif isinstance(event, Start):
+            reply_id = event.id
+        elif isinstance(event, Done):
+            ordered = tuple(parts[index] for index in sorted(parts))
+            return Reply(reply_id, ordered, event.stop_reason, event.usage, event.detail)
+        elif isinstance(event, Failed):
+            raise event.error
+    raise UpstreamProtocolError("the provider's answer ended early")
+
+
+@dataclass(frozen=True)
+class Provider:
+    """A row of the provider table. `endpoints`: protocol name → base URL, the first is the default of its models.
+    `env`: names of variables that may hold its key. `models`: the provider whose catalogue lines it shares."""
+
+    name: str
+    endpoints: Mapping[str, str]
+    env: Tuple[str, ...] = ()
+    headers: Mapping[str, str] = field(default_factory=dict)
+    compat: Mapping[str, Any] = field(default_factory=dict)
+    discover: bool = False
+    models: str = ""
+    auth: str = ""
+    keyless: bool = False
+    auth_header: bool = False
+    api_key: Optional[str] = field(default=None, repr=False)
+
+    @property
+    def protocol(self) -> str:
+        """The default protocol of its models."""
+        return next(iter(self.endpoints))
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of a provider. `context_window` and `max_tokens` in tokens, 0 when unknown; `input` is None when it is
+    unknown whether it takes images; `cost` in USD per million tokens: input, output, cache read, cache write."""
+
+    id: str
+    provider: str
+    protocol: str
+    base_url: str
+    name: str = ""
+    context_window: int = 0
+    max_tokens: int = 0
+    input: Optional[Tuple[str, ...]] = None
+    reasoning: Optional[bool] = None
+    cost: Tuple[float, ...] = ()
+    thinking_levels: Mapping[str, Optional[str]] = field(default_factory=dict)
+    compat: Mapping[str, Any] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict)
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    level: Optional[str] = None
+
+    @property
+    def full_id(self) -> str:
+        """The id that the gateway lists: provider/id."""
+        return f"{self.provider}/{self.id}"
+
+    def flag(self, name: str, default: Any = None) -> Any:
+        """The compat flag, or its default."""
+        return self.compat.get(name, default)
+
+
+@dataclass(frozen=True)
+class Credential:
+    """What authorises a call: kind is api_key, oauth or none."""
+
+    kind: str = "none"
+    token: str = field(default="", repr=False)
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    account: str = field(default="", repr=False)
+
+    @property
+    def secrets(self) -> List[str]:
+        """Every value that must not show up in a log or an error."""
+        return [value for value in (self.token, *self.headers.values()) if value]
+
+
+class Call(NamedTuple):
+    """An HTTP request to a provider: a value, nothing is sent."""
+
+    method: str
+    url: str
+    headers: Mapping[str, str]
+    body: bytes = b""
+
+
+def present(**fields: Any) -> Dict[str, Any]:
+    """The fields that are not None."""
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+# ======================================================================================================================
+# §5 Framing
+# ======================================================================================================================
+#
+# Bytes ↔ messages. Boundaries between reads mean nothing here: every decoder keeps its tail.
+
+# ASCII output on purpose: it needs no thought about lone surrogates, and U+2028, U+2029 and U+0085, at which some
+# clients split lines inside an event, travel escaped. One kept encoder: json.dumps with options builds one per call.
+dumps: Callable[[Any], str] = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"number out of range: {text[:20]}")
+    return value
+
+
+def _reject_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+# json accepts NaN, Infinity and 1e999, which no JSON writer may write again.
+loads: Callable[[str], Any] = json.JSONDecoder(parse_float=_finite, parse_constant=_reject_constant).decode
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+def clean_text(text: str) -> str:
+    """`text` with surrogate pairs joined and lone surrogates, which have no UTF-8, left out."""
+    if not _SURROGATE.search(text):
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "ignore")
+
+
+def clean_strings(value: Any) -> Any:
+    """`clean_text` for every string inside a JSON value."""
+    if isinstance(value, str):
+        return clean_text(value)
+    if isinstance(value, list):
+        return [clean_strings(item) for item in value]
+    if isinstance(value, dict):
+        return {clean_text(key): clean_strings(item) for key, item in value.items()}
+    return value
+
+
+def parse_json_object(body: bytes) -> Dict[str, Any]:
+    """A request body as a dict. Raises `BadRequest`, code invalid_json, that says where it stops being JSON."""
+    if body.startswith(b"\xef\xbb\xbf"):
+        body = body[3:]
+    try:
+        value = loads(body.decode("utf-8"))
+        if _ESCAPED_SURROGATE.search(body):
+            value = clean_strings(value)
+    except UnicodeDecodeError as error:
+        raise BadRequest(f"the body is not UTF-8: byte {error.start} is invalid", code="invalid_json") from None
+    except json.JSONDecodeError as error:
+        raise BadRequest(f"the body is not JSON: {error.msg} at line {error.lineno}, column {error.colno}",
+                         code="invalid_json") from None
+    except RecursionError:
+        raise BadRequest("the body is nested too deeply", code="invalid_json") from None
+    except ValueError as error:
+        raise BadRequest(f"the body is not JSON: {error}", code="invalid_json") from None
+    if not isinstance(value, dict):
+        raise BadRequest("the body must be a JSON object", code="invalid_json")
+    return value
+
+
+_FENCE = re.compile(r"\A\s*```[a-zA-Z]*\s*\n(.*?)\n?\s*```\s*\Z", re.DOTALL)
+_BAD_ESCAPE = re.compile(r'\\(?!["\\/bfnrtu])')
+_lenient_decoder = json.JSONDecoder(strict=False)
+
+
+def repair_json_object(text: str) -> Optional[Dict[str, Any]]:
+    """The object that a model's tool arguments amount to, None when that is not clear.
+
+    Blank text is {}. Mended: raw control characters in strings, invalid escapes, a code fence around it all. Cut or
+    otherwise broken text is not completed by guessing."""
+    if not text.strip():
+        return {}
+    fenced = _FENCE.match(text)
+    candidate = fenced.group(1) if fenced else text
+    for attempt in (candidate, _BAD_ESCAPE.sub(r"\\\\", candidate)):
+        try:
+            value = _lenient_decoder.decode(attempt)
+        except (ValueError, RecursionError):
+            continue
+        return value if isinstance(value, dict) else None
+    return None
+
+
+def strip_json_comments(text: str) -> str:
+    """JSON with `//` comments and trailing commas, as pi allows in models.json, made plain JSON of the same length."""
+    def blank(match: re.Match[str]) -> str:
+        return match.group(0) if match.group(0).startswith('"') else " " * len(match.group(0))
+
+    text = re.sub(r'"(?:\\.|[^"\\\n])*"|//[^\n]*', blank, text.lstrip("\ufeff"))
+    return re.sub(r'"(?:\\.|[^"\\\n])*"|,(?=\s*[}\]])', blank, text)
+
+
+_HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\0\r\n]*?)[ \t]*")
+
+
+def parse_head(head: bytes) -> Tuple[str, Dict[str, str]]:
+    """The start line and the headers (names in lower case, repeated ones joined by commas) of an HTTP/1 message head
+    without its blank line. Raises ValueError for what RFC 9112 forbids: folded lines, blanks before the colon, stray
+    CR, LF or NUL, and differing Content-Length values."""
+    lines = head.split(b"\r\n")
+    if len(lines) > MAX_HEADERS + 1:
+        raise ValueError("too many headers")
+    headers: Dict[str, str] = {}
+    for line in lines[1:]:
+        match = _HEADER_LINE.fullmatch(line)
+        if not match:
+            raise ValueError("malformed header line")
+        name, value = match.group(1).decode("ascii").lower(), match.group(2).decode("latin-1")
+        if name not in headers:
+            headers[name] = value
+        elif name in ("content-length", "host", "transfer-encoding"):
+            raise ValueError(f"repeated {name} header")
+        else:
+            headers[name] += ", " + value
+    if b"\r" in lines[0] or b"\n" in lines[0] or b"\0" in lines[0]:
+        raise ValueError("malformed start line")
+    return lines[0].decode("latin-1"), headers
+
+
+def body_length(headers: Mapping[str, str]) -> Optional[int]:
+    """Bytes of the body, None when it is chunked, -1 when no header says. Raises ValueError when it cannot be told."""
+    coding = headers.get("transfer-encoding")
+    length = headers.get("content-length")
+    if coding is not None:
+        if coding.lower() != "chunked" or length is not None:
+            raise ValueError("unclear body length: Transfer-Encoding with Content-Length, or not just chunked")
+        return None
+    if length is None:
+        return -1
+    if not re.fullmatch(r"[0-9]{1,15}", length):
+        raise ValueError("malformed Content-Length")
+    return int(length)
+
+
+class Dechunker:
+    """Decoder of the chunked transfer coding (RFC 9112 §7.1): feed bytes, get the body's bytes; `done` after the last
+    chunk, `rest` then holds what follows it. Raises ValueError when the coding is broken."""
+
+    _SIZE = re.compile(rb"([0-9A-Fa-f]{1,12})[ \t]*(?:;[^\r\n\0]*)?")
+    _LONGEST_LINE = 4096
+
+    def __init__(self) -> None:
+        self.done = False
+        self.rest = b""
+        self._pending = b""
+        self._left = 0
+        self._expect = "size"
+        self._trailers = 0
+
+    def feed(self, data: bytes) -> bytes:
+        """The body bytes that `data` completes."""
+        data, position, out = self._pending + data, 0, []
+        while not self.done:
+            if self._left:
+                piece = data[position:position + self._left]
+                out.append(piece)
+                position += len(piece)
+                self._left -= len(piece)
+                if self._left:
+                    break
+            end = data.find(b"\r\n", position)
+            if end < 0 and len(data) - position <= self._LONGEST_LINE:
+                break
+            if end < 0 or end - position > self._LONGEST_LINE:
+                raise ValueError("chunk line too long")
+            self._line(data[position:end])
+            position = end + 2
+        self._pending = data[position:]
+        if self.done:
+            self.rest = self._pending
+        return out[0] if len(out) == 1 else b"".join(out)
+
+    def _line(self, line: bytes) -> None:
+        if self._expect == "size":
+            match = self._SIZE.fullmatch(line)
+            if not match:
+                raise ValueError("malformed chunk size")
+            self._left = int(match.group(1), 16)
+            self._expect = "end of chunk" if self._left else "trailer"
+        elif self._expect == "end of chunk":
+            if line:
+                raise ValueError("chunk longer than its size")
+            self._expect = "size"
+        elif line:
+            self._trailers += 1
+            if self._trailers > MAX_HEADERS:
+                raise ValueError("too many trailers")
+        else:
+            self.done = True
+
+
+class EventSplitter:
+    """Cuts a stream of server-sent events behind its last complete event: feed bytes, get whole events as bytes.
+
+    Line ends may be LF, CRLF or CR (WHATWG HTML §9.2.6). What is held is kept in pieces, so that one huge event costs
+    time in proportion to its size."""
+
+    _BLANK_LINES = (b"\n\n", b"\n\r\n", b"\r\r")
+
+    def __init__(self) -> None:
+        self._pieces: List[bytes] = []
+        self._held = 0
+        self._edge = b""
+
+    def feed(self, data: bytes) -> bytes:
+        """The events that `data` completes, b"" if none."""
+        window = self._edge + data
+        cut = max(window.rfind(mark) + len(mark) if mark in window else 0 for mark in self._BLANK_LINES)
+        if not cut:
+            self._hold(data, window)
+            return b""
+        cut -= len(self._edge)
+        complete = b"".join((*self._pieces, data[:cut])) if self._pieces else data[:cut]
+        self._pieces, self._held = [], 0
+        self._hold(data[cut:], data[cut:])
+        return complete
+
+    def _hold(self, data: bytes, window: bytes) -> None:
+        self._edge = window[-2:]
+        if data:
+            self._pieces.append(data)
+            self._held += len(data)
+        if self._held > MAX_EVENT_BYTES:
+            raise UpstreamProtocolError(f"the provider sent an event of more than {MAX_EVENT_BYTES} bytes")
+
+    def end(self) -> bytes:
+        """What is left at the end of the stream: an event that lacks its blank line, or part of one."""
+        rest, self._pieces, self._held, self._edge = b"".join(self._pieces), [], 0, b""
+        return rest
+
+
+def parse_events(block: bytes) -> Iterator[Tuple[str, str]]:
+    """Whole server-sent events as (event name, data) pairs; comments and events without data are left out.
+    Raises UnicodeDecodeError, a ValueError, at the first that is not UTF-8."""
+    name, data = "", []
+    if block.startswith(b"\xef\xbb\xbf"):
+        block = block[3:]
+    for line in block.splitlines():
+        if line.startswith(b"data:"):
+            data.append(line[6:] if line[5:6] == b" " else line[5:])
+        elif line.startswith(b"event:"):
+            name = line[6:].strip().decode("utf-8")
+        elif not line:
+            if data:
+                yield name, b"\n".join(data).decode("utf-8")
+            name, data = "", []
+    if data:
+        yield name, b"\n".join(data).decode("utf-8")
+
+
+def sse(data: Mapping[str, Any], name: str = "") -> bytes:
+    """One server-sent event with a JSON payload."""
+    text = f"event: {name}\ndata: {dumps(data)}\n\n" if name else f"data: {dumps(data)}\n\n"
+    return text.encode("ascii")
+
+
+def parse_retry_after(headers: Mapping[str, str], now: float) -> Optional[float]:
+    """Seconds to wait by `retry-after-ms`, or `retry-after` as seconds or HTTP date (RFC 9110 §10.2.3); None when there
+    is none or it is unreadable."""
+    for value, scale in ((headers.get("retry-after-ms"), 0.001), (headers.get("retry-after"), 1.0)):
+        if value and re.fullmatch(r"\s*\d{1,12}(\.\d*)?\s*", value):
+            return float(value) * scale
+    try:
+        date = email.utils.parsedate_to_datetime(headers.get("retry-after", ""))
+        return max(0.0, date.timestamp() - now)
+    except (TypeError, ValueError, IndexError, OverflowError):
+        return None
+
+
+# ======================================================================================================================
+# §6 Normalisation
+# ======================================================================================================================
+#
+# Fits a conversation to a model, for all pairs of protocols alike, and names what does not fit.
+
+NO_RESULT = "No result provided"
+
+# The fields that a provider protocol may lack: `UpstreamProtocol.carries` says which it has.
+OPTIONAL_FIELDS = ("temperature", "top_p", "top_k", "stop", "seed", "frequency_penalty", "presence_penalty",
+                   "logit_bias", "parallel_tools", "reasoning", "output", "user", "verbosity")
+
+
+def normalise(request: Request, model: Model, upstream: UpstreamProtocol, names: Mapping[str, str],
+              ) -> Tuple[Request, List[str]]:
+    """A request that `model` can take, and the client's names of what had to be left out.
+
+    `names` maps our field names to the client's where they differ. Raises `BadRequest`, code unsupported_parameter,
+    for what cannot be left out without changing the answer's shape or meaning."""
+    refused = list(request.refused)
+    carried = upstream.carries(model)
+    missing = [name for name in OPTIONAL_FIELDS if name not in carried and getattr(request, name) not in (None, ())]
+    if "output" in missing:
+        refused.append((names.get("output", "output"), f"{model.full_id} has no structured output"))
+    if request.output and request.output.schema is None and "json_object" not in carried:
+        refused.append((names.get("output", "output"),
+                        f"{model.full_id} has no free-form JSON mode; give a JSON schema instead"))
+    if request.images and model.input is not None and "image" not in model.input:
+        refused.append((request.images[0], f"{model.full_id} does not take images"))
+    for path, reason in refused:
+        raise BadRequest(f"{path}: {reason}", code="unsupported_parameter", param=path)
+    if request.reasoning and request.reasoning.level == "off" and "reasoning" in missing:
+        missing.remove("reasoning")         # a model that cannot think does not think
+        request = replace(request, reasoning=None)
+    dropped = [*request.lost, *request.extra, *(names.get(name, name) for name in missing)]
+    request = replace(request, **{name: () if name == "stop" else None for name in missing})
+    request = fit_history(request, model, upstream)
+    return replace(request, max_tokens=fit_max_tokens(request.max_tokens, model)), dropped
+
+
+def fit_max_tokens(asked: Optional[int], model: Model) -> Optional[int]:
+    """The output limit, not above the model's own: clients that do not know a model ask for 128,000."""
+    return min(asked, model.max_tokens) if asked and model.max_tokens else asked
+
+
+def fit_history(request: Request, model: Model, upstream: UpstreamProtocol) -> Request:
+    """`request` with tool calls and results paired, foreign thinking and empty turns gone, system turns in place only
+    where the model allows them."""
+    messages = pair_tool_calls(request.messages)
+    system = list(request.system)
+    if not model.flag("supportsMidConvoSystemMessages"):
+        for message in messages:
+            if message.role == "system":
+                system.extend(part for part in message.parts if isinstance(part, Text))
+        messages = [message for message in messages if message.role != "system"]
+    fitted = []
+    for message in messages:
+        parts = tuple(part for part in message.parts if _fits(part, model, upstream))
+        if parts:
+            fitted.append(replace(message, parts=parts))
+    return replace(request, system=tuple(text for text in system if text.text), messages=tuple(fitted))
+
+
+def _fits(part: Part, model: Model, upstream: UpstreamProtocol) -> bool:
+    if isinstance(part, Text):
+        return bool(part.text)
+    return upstream.replays(part, model) if isinstance(part, Thinking) else True
+
+
+def pair_tool_calls(messages: Iterable[Message]) -> List[Message]:
+    """Messages in which every tool call has exactly one result, right behind its turn and in the order of the calls.
+
+    A missing result is made up as an error that says so; a repeated one replaces the earlier; one that answers no call
+    becomes user text; what stood between calls and results goes behind them."""
+    paired: List[Message] = []
+    waiting: Dict[str, Optional[ToolResult]] = {}
+    held: List[Message] = []
+
+    def settle() -> None:
+        if waiting:
+            results = (result or ToolResult(call_id, (Text(NO_RESULT),), True) for call_id, result in waiting.items())
+            paired.append(Message("tool", tuple(results)))
+        paired.extend(held)
+        waiting.clear()
+        held.clear()
+
+    for message in messages:
+        if message.role == "tool":
+            orphans = []
+            for result in message.parts:
+                if isinstance(result, ToolResult) and result.call_id in waiting:
+                    waiting[result.call_id] = result
+                else:
+                    orphans.append(result)
+            held.extend(_orphan_text(result) for result in orphans if isinstance(result, ToolResult))
+        elif message.role == "system" and waiting:
+            held.append(message)
+        else:
+            settle()
+            paired.append(message)
+            waiting.update((part.id, None) for part in message.parts if isinstance(part, ToolCall))
+    settle()
+    return paired
+
+
+def _orphan_text(result: ToolResult) -> Message:
+    return Message("user", (Text(f"[Result of a tool call that is not in this conversation, {result.call_id}]"),
+                            *result.parts))
+
+
+def is_paired(messages: Sequence[Message]) -> bool:
+    """Whether `pair_tool_calls` would change nothing, so that the client's own body can go out."""
+    flat = [part for message in messages for part in message.parts if isinstance(part, (ToolCall, ToolResult))]
+    again = [part for message in pair_tool_calls(messages) for part in message.parts
+             if isinstance(part, (ToolCall, ToolResult))]
+    return flat == again
+
+
+def fit_id(tool_call_id: str, limit: int) -> str:
+    """A tool-call id of at most `limit` of the characters that all providers take. Unfit ids get a hash of the original,
+    so that two that only differ in what is removed stay apart; equal ids stay equal, for the call and its result."""
+    if re.fullmatch(r"[A-Za-z0-9_-]+", tool_call_id) and len(tool_call_id) <= limit:
+        return tool_call_id
+    digest = hashlib.sha256(tool_call_id.encode("utf-8", "replace")).hexdigest()[:8]
+    return re.sub(r"[^A-Za-z0-9_-]", "_", tool_call_id)[:limit - 9] + "_" + digest
+
+
+def fit_level(level: str, model: Model) -> Optional[str]:
+    """The nearest level that the model has, searched upward first; None when it has none (or cannot be turned off)."""
+    def has(candidate: str) -> bool:
+        if candidate in model.thinking_levels:
+            return model.thinking_levels[candidate] is not None
+        return candidate not in ("xhigh", "max")        # these two exist only where the catalogue says so
+
+    if level == "off":
+        return "off" if has("off") else None
+    place = LEVELS.index(level)
+    order = LEVELS[place:] + tuple(reversed(LEVELS[1:place]))
+    return next((candidate for candidate in order if has(candidate)), None)
+
+
+def level_of_budget(budget: int) -> str:
+    """The level that a thinking budget in tokens amounts to."""
+    return next((level for limit, level in BUDGET_LEVELS if budget <= limit), "max")
+
+
+def estimate_tokens(request: Request) -> int:
+    """A guess at the prompt's tokens, for a provider that does not count: on the high side, tools and images included.
+
+    Latin text is about 3.5 characters a token; a character beyond it is about one token of its own."""
+    weights = {Image: 1400.0, Document: 3000.0}
+    total = 8.0
+    for tool in request.tools:
+        total += _text_tokens(tool.name + (tool.description or "") + dumps(tool.schema)) + 8
+    for message in (*request.messages, Message("system", request.system)):
+        for part in _flat_parts(message.parts):
+            text = "".join(getattr(part, name, "") or "" for name in ("text", "name", "arguments"))
+            total += weights.get(type(part), 0.0) + _text_tokens(text) + 3
+    return math.ceil(total)
+
+
+def _flat_parts(parts: Iterable[Part]) -> Iterator[Part]:
+    for part in parts:
+        yield from _flat_parts(part.parts) if isinstance(part, ToolResult) else (part,)
+
+
+def _text_tokens(text: str) -> float:
+    wide = 0 if text.isascii() else sum(character > "\u02ff" for character in text)
+    return (len(text) - wide) / 3.5 + wide
+
+
+# ======================================================================================================================
+# §7 Client protocols
+# ======================================================================================================================
+#
+# What our clients speak. A client protocol never learns which provider answers.
+
+
+class Stamp(NamedTuple):
+    """What a new answer is marked with: 24 random letters or digits for its id, and the time in epoch seconds."""
+
+    id: str
+    created: int
+
+    @property
+    def request_id(self) -> str:
+        """The id by which logs and error reports name the request."""
+        return "req_" + self.id
+
+
+class ClientProtocol:
+    """A dialect that clients speak: bodies in, bodies and event streams out."""
+
+    name = ""
+    field_names: Mapping[str, str] = {}     # our field names → the client's, where they differ
+    error_types: Mapping[Type[GatewayError], Tuple[Optional[int], str]] = {}   # class → (status if not its own, type)
+    heartbeat = b": heartbeat\n\n"
+
+    def parse(self, data: Dict[str, Any]) -> Request:
+        """A request body as a `Request`. Raises `BadRequest` naming the field at fault."""
+        raise NotImplementedError
+
+    def render(self, request: Request, reply: Reply, stamp: Stamp) -> Dict[str, Any]:
+        """A whole answer."""
+        raise NotImplementedError
+
+    def writer(self, request: Request, stamp: Stamp) -> Writer:
+        """A fresh `Writer` for one streamed answer."""
+        raise NotImplementedError
+
+    def render_error(self, error: GatewayError, request_id: str) -> Tuple[int, Dict[str, Any]]:
+        """An error as (HTTP status, body) in the client's envelope."""
+        raise NotImplementedError
+
+    def error_event(self, error: GatewayError, request_id: str) -> bytes:
+        """An error as the last event of a stream."""
+        return sse(self.render_error(error, request_id)[1])
+
+    def classify(self, error: GatewayError) -> Tuple[int, str]:
+        """Status and the client's own word for an error, by the nearest class in `error_types`."""
+        for kind in type(error).__mro__:
+            if kind in self.error_types:
+                status, word = self.error_types[kind]
+                return status or error.status, word
+        return error.status, "api_error"
+
+
+class Writer:
+    """Events in, bytes for the client out; one per streamed answer."""
+
+    def write(self, events: Iterable[Event]) -> bytes:
+        """The bytes that these events become, all of them together."""
+        return b"".join([self.handlers[type(event)](self, event) for event in events])
+
+    handlers: Mapping[type, Callable[[Any, Any], bytes]] = {}
+
+
+class Notes:
+    """What a parser finds beside the conversation; see `Request`."""
+
+    def __init__(self) -> None:
+        self.lost: List[str] = []
+        self.refused: List[Tuple[str, str]] = []
+        self.images: List[str] = []
+        self.function_ids: Dict[str, str] = {}
+
+    def lose(self, path: str) -> None:
+        """Names something that a translation leaves out."""
+        if path not in self.lost:
+            self.lost.append(path)
+
+
+_KINDS: Dict[str, Callable[[Any], bool]] = {
+    "a string": lambda value: isinstance(value, str),
+    "an integer": lambda value: isinstance(value, int) and not isinstance(value, bool),
+    "a number": lambda value: isinstance(value, (int, float)) and not isinstance(value, bool),
+    "a boolean": lambda value: isinstance(value, bool),
+    "an array": lambda value: isinstance(value, list),
+    "an object": lambda value: isinstance(value, dict),
+}
+_JSON_TYPES: Dict[type, str] = {str: "string", int: "integer", float: "number", bool: "boolean", list: "array", dict: "object",
+               type(None): "null"}
+
+
+def check(value: Any, kind: str, path: str, low: Optional[float] = None, high: Optional[float] = None) -> Any:
+    """`value` if it is of that kind and in range; else a `BadRequest` that names the path."""
+    if not _KINDS[kind](value):
+        raise BadRequest(f"{path}: must be {kind}, not {_JSON_TYPES.get(type(value), 'unknown')}",
+                         code="invalid_type", param=path)
+    if (low is not None and value < low) or (high is not None and value > high):
+        limits = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
+        raise BadRequest(f"{path}: must be {limits}, not {value}", param=path)
+    return value
+
+
+def optional(data: Mapping[str, Any], name: str, kind: str, path: str = "", low: Optional[float] = None,
+             high: Optional[float] = None) -> Any:
+    """The checked field, None when it is absent or null."""
+    value = data.get(name)
+    return None if value is None else check(value, kind, join_path(path, name), low, high)
+
+
+def required(data: Mapping[str, Any], name: str, kind: str, path: str = "", low: Optional[float] = None) -> Any:
+    """The checked field; a `BadRequest` when it is absent or null."""
+    if data.get(name) is None:
+        where = join_path(path, name)
+        raise BadRequest(f"{where}: Field required", code="missing_required_parameter", param=where)
+    return check(data[name], kind, join_path(path, name), low)
+
+
+def join_path(path: str, name: str) -> str:
+    """`messages[0]` and `role` make `messages[0].role`."""
+    return f"{path}.{name}" if path else name
+
+
+def objects(items: Sequence[Any], path: str) -> Iterator[Tuple[str, Dict[str, Any]]]:
+    """(path, item) for each item of an array of objects."""
+    for index, item in enumerate(items):
+        where = f"{path}[{index}]"
+        yield where, check(item, "an object", where)
+
+
+json_text: Callable[[Any], str] = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+
+
+def parse_data_url(url: str, path: str) -> Tuple[str, str]:
+    """(media type, base64 data) of a data URL, RFC 2397."""
+    header, comma, payload = url[len("data:"):].partition(",")
+    if not comma:
+        raise BadRequest(f"{path}: a data URL needs a comma before its data", param=path)
+    media_type, *params = header.split(";")
+    if "base64" not in params:
+        payload = base64.b64encode(urllib.parse.unquote_to_bytes(payload)).decode("ascii")
+    return media_type or "text/plain", check_base64(payload, path)
+
+
+def check_base64(data: str, path: str) -> str:
+    """`data` without white space, if it is base64 of something."""
+    data = "".join(data.split())
+    try:
+        if base64.b64decode(data, validate=True):
+            return data
+    except (binascii.Error, ValueError):
+        pass
+    raise BadRequest(f"{path}: invalid or empty base64 data", param=path)
+
+
+def check_url(url: str, path: str) -> str:
+    """`url` if it is http or https with a host."""
+    try:
+        split = urllib.parse.urlsplit(url)
+        if split.scheme in ("http", "https") and split.hostname:
+            return url
+    except ValueError:
+        pass
+    raise BadRequest(f"{path}: must be an http, https or data URL", param=path)
+
+
+# A signature goes to the client bare when the client's protocol made it, else inside a seal that names its maker, so
+# that what comes back is given to that maker and to nobody else. Nothing is invented: the seal opens to the same bytes.
+_SEAL = "pigw1."
+
+
+def seal(part: Thinking, protocol: str) -> str:
+    """The signature of `part` as a client of `protocol` is to keep it, "" when there is none."""
+    if not part.signature or part.maker == protocol:
+        return part.signature or ""
+    packed = json_text([part.maker, part.signature]).encode("utf-8")
+    return _SEAL + base64.urlsafe_b64encode(packed).decode("ascii")
+
+
+def unseal(signature: Optional[str], protocol: str) -> Tuple[Optional[str], str]:
+    """(signature, maker) of what a client of `protocol` gave back."""
+    if not signature or not signature.startswith(_SEAL):
+        return signature or None, protocol
+    try:
+        maker, inner = json.loads(base64.urlsafe_b64decode(signature[len(_SEAL):]))
+        return (inner, maker) if isinstance(maker, str) and isinstance(inner, str) else (None, "")
+    except (ValueError, TypeError):
+        return None, ""
+
+
+# --- OpenAI Chat Completions ------------------------------------------------------------------------------------------
+
+CHAT_FINISH = {"stop": "stop", "stop_sequence": "stop", "pause": "stop", "length": "length", "overflow": "length",
+               "tool_use": "tool_calls", "refusal": "content_filter"}
+CHAT_CHOICES = {"auto": "auto", "none": "none", "required": "required"}
+
+# Scalar request fields: (kind, low, high). Ranges by the OpenAI API description, 2.3.0.
+CHAT_FIELDS: Dict[str, Tuple[str, Optional[float], Optional[float]]] = {
+    "temperature": ("a number", 0, 2), "top_p": ("a number", 0, 1), "top_k": ("an integer", None, None),
+    "seed": ("an integer", None, None), "frequency_penalty": ("a number", -2, 2),
+    "presence_penalty": ("a number", -2, 2), "n": ("an integer", 1, 128), "logprobs": ("a boolean", None, None),
+    "top_logprobs": ("an integer", 0, 20), "max_tokens": ("an integer", 1, None),
+    "max_completion_tokens": ("an integer", 1, None), "user": ("a string", None, None),
+    "safety_identifier": ("a string", None, None), "stream": ("a boolean", None, None),
+    "stream_options": ("an object", None, None), "parallel_tool_calls": ("a boolean", None, None),
+    "logit_bias": ("an object", None, None), "metadata": ("an object", None, None), "store": ("a boolean", None, None),
+    "reasoning_effort": ("a string", None, None), "verbosity": ("a string", None, None),
+    "response_format": ("an object", None, None), "modalities": ("an array", None, None),
+    "tools": ("an array", None, None), "functions": ("an array", None, None), "service_tier": ("a string", None, None),
+    "prediction": ("an object", None, None), "prompt_cache_key": ("a string", None, None),
+}
+# Values that ask for nothing, which some clients always send.
+CHAT_DEFAULTS: Dict[str, Any] = {
+    "n": 1, "logprobs": False, "top_logprobs": 0, "modalities": ["text"], "store": False, "service_tier": "auto",
+    "metadata": {}, "logit_bias": {}, "frequency_penalty": 0, "presence_penalty": 0, "top_p": 1, "stop": [],
+}
+CHAT_REFUSALS = {
+    "n": "only one choice can be made on this model", "logprobs": "log probabilities are not available on this model",
+    "top_logprobs": "log probabilities are not available on this model",
+    "audio": "audio answers are not available on this model",
+    "modalities": "only text answers are available on this model",
+}
+# Read into the representation, or without meaning for a provider.
+CHAT_KNOWN = frozenset({
+    "model", "messages", "stream", "stream_options", "max_tokens", "max_completion_tokens", "temperature", "top_p",
+    "top_k", "stop", "seed", "frequency_penalty", "presence_penalty", "logit_bias", "response_format", "tools",
+    "tool_choice", "functions", "function_call", "parallel_tool_calls", "user", "safety_identifier", "verbosity"})
+
+
+class OpenAIChat(ClientProtocol):
+    """OpenAI Chat Completions: POST /v1/chat/completions."""
+
+    name = "openai-chat"
+    field_names = {"parallel_tools": "parallel_tool_calls", "output": "response_format",
+                   "reasoning": "reasoning_effort"}
+    error_types = {
+        GatewayError: (None, "server_error"), BadRequest: (None, "invalid_request_error"),
+        Unauthorized: (None, "authentication_error"), Forbidden: (None, "permission_error"),
+        ShuttingDown: (None, "service_unavailable_error"),
+        UpstreamError: (None, "upstream_error"), CredentialRefused: (None, "authentication_error"),
+        RateLimited: (None, "rate_limit_error"), QuotaExceeded: (None, "insufficient_quota"),
+        Overloaded: (None, "service_unavailable_error"), UpstreamTimeout: (None, "server_error"),
+    }
+
+    def parse(self, data: Dict[str, Any]) -> Request:
+        """See `ClientProtocol.parse`; fields by the OpenAI API description, 2.3.0."""
+        notes = Notes()
+        fields = {name: optional(data, name, kind, "", low, high) for name, (kind, low, high) in CHAT_FIELDS.items()}
+        said = {name: None if value == CHAT_DEFAULTS.get(name, self) else value for name, value in fields.items()}
+        model = required(data, "model", "a string")
+        turns = self._messages(required(data, "messages", "an array"), notes)
+        leading = next((place for place, turn in enumerate(turns) if turn.role != "system"), len(turns))
+        reasoning, reasoning_fields = self._reasoning(data)
+        tools = self._tools(data, notes)
+        tool_choice, tools = self._tool_choice(data, tools)
+        extra = {}
+        for name, value in data.items():
+            if name in CHAT_KNOWN or name in reasoning_fields or value is None or value == CHAT_DEFAULTS.get(name, self):
+                continue
+            if name in CHAT_REFUSALS:
+                notes.refused.append((name, CHAT_REFUSALS[name]))
+            else:
+                extra[name] = value
+        return Request(
+            model=model, messages=tuple(turns[leading:]), tools=tuple(tools), tool_choice=tool_choice,
+            system=tuple(part for turn in turns[:leading] for part in turn.parts if isinstance(part, Text)),
+            max_tokens=said["max_completion_tokens"] or said["max_tokens"], stop=self._stop(data.get("stop")),
+            output=self._output(fields["response_format"]), reasoning=reasoning,
+            user=said["user"] or said["safety_identifier"], parallel_tools=False if fields["parallel_tool_calls"] is False
+            else None, stream=bool(fields["stream"]),
+            include_usage=bool((fields["stream_options"] or {}).get("include_usage")),
+            protocol=self.name, extra=extra, lost=tuple(notes.lost), refused=tuple(notes.refused),
+            images=tuple(notes.images), data=data,
+            **{name: said[name] for name in ("temperature", "top_p", "top_k", "seed", "frequency_penalty",
+                                             "presence_penalty", "logit_bias", "verbosity")})
+
+    def _stop(self, value: Any) -> Tuple[str, ...]:
+        texts = [value] if isinstance(value, str) else check([] if value is None else value, "an array", "stop")
+        return tuple(check(text, "a string", f"stop[{index}]") for index, text in enumerate(texts) if text != "")
+
+    def _output(self, value: Optional[Dict[str, Any]]) -> Optional[OutputFormat]:
+        if value is None or value.get("type") == "text":
+            return None
+        if value.get("type") == "json_object":
+            return OutputFormat()
+        if value.get("type") != "json_schema":
+            raise BadRequest("response_format.type: must be text, json_object or json_schema",
+                             param="response_format.type")
+        inner = required(value, "json_schema", "an object", "response_format")
+        path = "response_format.json_schema"
+        return OutputFormat(optional(inner, "schema", "an object", path) or {"type": "object"},
+                            optional(inner, "name", "a string", path) or "output",
+                            optional(inner, "strict", "a boolean", path))
+
+    def _reasoning(self, data: Dict[str, Any]) -> Tuple[Optional[Reasoning], List[str]]:
+        """How hard to think, in any of the spellings in use, and the names of the fields that said so."""
+        effort = data.get("reasoning_effort")
+        if isinstance(effort, str) and effort.lower() in LEVEL_ALIASES:
+            return Reasoning(LEVEL_ALIASES[effort.lower()]), ["reasoning_effort"]
+        options = data.get("reasoning")                                     # OpenRouter
+        if isinstance(options, dict):
+            level, budget = options.get("effort"), options.get("max_tokens")
+            if isinstance(level, str) and level.lower() in LEVEL_ALIASES:
+                return Reasoning(LEVEL_ALIASES[level.lower()]), ["reasoning"]
+            if isinstance(budget, int) and not isinstance(budget, bool):
+                return Reasoning(level_of_budget(budget), budget if budget > 0 else None), ["reasoning"]
+            if isinstance(options.get("enabled"), bool):
+                return Reasoning("medium" if options["enabled"] else "off"), ["reasoning"]
+        options = data.get("thinking")                                      # DeepSeek, Z.ai; Anthropic's spelling
+        if isinstance(options, dict) and options.get("type") in ("enabled", "disabled", "adaptive"):
+            budget = options.get("budget_tokens")
+            if options["type"] != "disabled" and isinstance(budget, int) and budget > 0:
+                return Reasoning(level_of_budget(budget), budget), ["thinking"]
+            return Reasoning("off" if options["type"] == "disabled" else "medium"), ["thinking"]
+        if isinstance(data.get("enable_thinking"), bool):                   # Qwen
+            return Reasoning("medium" if data["enable_thinking"] else "off"), ["enable_thinking"]
+        return None, []
+
+    def _tools(self, data: Dict[str, Any], notes: Notes) -> List[Tool]:
+        tools = []
+        for path, item in objects(data.get("tools") or [], "tools"):
+            kind = item.get("type", "function")
+            if kind == "function":
+                tools.append(self._function(required(item, "function", "an object", path), f"{path}.function"))
+            elif kind == "custom":
+                tools.append(self._custom_tool(required(item, "custom", "an object", path), f"{path}.custom"))
+            else:
+                notes.lose(path)
+        for path, item in objects(data.get("functions") or [], "functions"):
+            tools.append(self._function(item, path))
+        return tools
+
+    def _function(self, item: Dict[str, Any], path: str) -> Tool:
+        return Tool(required(item, "name", "a string", path), optional(item, "description", "a string", path),
+                    optional(item, "parameters", "an object", path) or {"type": "object", "properties": {}},
+                    optional(item, "strict", "a boolean", path))
+
+    def _custom_tool(self, item: Dict[str, Any], path: str) -> Tool:
+        grammar = (item.get("format") or {}).get("grammar") if isinstance(item.get("format"), dict) else None
+        description = optional(item, "description", "a string", path) or ""
+        if isinstance(grammar, dict):
+            description += f"\n\nThe input must follow this {grammar.get('syntax')} grammar:\n{grammar.get('definition')}"
+        schema = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
+        return Tool(required(item, "name", "a string", path), description or None, schema, custom=True)
+
+    def _tool_choice(self, data: Dict[str, Any], tools: List[Tool]) -> Tuple[Optional[ToolChoice], List[Tool]]:
+        value, path = data.get("tool_choice"), "tool_choice"
+        if value is None and data.get("function_call") is not None:
+            value, path = data["function_call"], "function_call"
+            if isinstance(value, dict):
+                value = {"type": "function", "function": value}
+        if value is None:
+            return None, tools
+        if isinstance(value, str):
+            if value not in CHAT_CHOICES:
+                raise BadRequest(f"{path}: must be none, auto, required or an object", param=path)
+            return ToolChoice(CHAT_CHOICES[value]), tools
+        check(value, "an object", path)
+        kind = value.get("type")
+        if kind in ("function", "custom"):
+            name = required(required(value, kind, "an object", path), "name", "a string", f"{path}.{kind}")
+            if name not in {tool.name for tool in tools}:
+                raise BadRequest(f"{path}.{kind}.name: no tool is called {name!r}", param=f"{path}.{kind}.name")
+            return ToolChoice("tool", name), tools
+        if kind != "allowed_tools":
+            raise BadRequest(f"{path}.type: must be function, custom or allowed_tools", param=f"{path}.type")
+        allowed = required(value, "allowed_tools", "an object", path)
+        names = {(item.get(item.get("type", "")) or item).get("name")
+                 for _, item in objects(allowed.get("tools") or [], f"{path}.allowed_tools.tools")}
+        mode = "required" if allowed.get("mode") == "required" else "auto"
+        return ToolChoice(mode), [tool for tool in tools if tool.name in names]
+
+    def _messages(self, items: Sequence[Any], notes: Notes) -> List[Message]:
+        if not items:
+            raise BadRequest("messages: at least one message is required", param="messages")
+        turns: List[Message] = []
+        for path, item in objects(items, "messages"):
+            role = required(item, "role", "a string", path)
+            if role not in self.roles:
+                raise BadRequest(f"{path}.role: must be one of {', '.join(sorted(self.roles))}, not {role[:40]!r}",
+                                 param=f"{path}.role")
+            if item.get("name") is not None and role != "function":
+                notes.lose(f"{path}.name")
+            turn = self.roles[role](self, item, path, notes)
+            if turn.role == "tool" and turns and turns[-1].role == "tool":
+                turns[-1] = Message("tool", turns[-1].parts + turn.parts)
+            else:
+                turns.append(turn)
+        return turns
+
+    def _system(self, item: Dict[str, Any], path: str, notes: Notes) -> Message:
+        return Message("system", self._content(item, path, notes))
+
+    def _user(self, item: Dict[str, Any], path: str, notes: Notes) -> Message:
+        if item.get("content") is None:
+            raise BadRequest(f"{path}.content: Field required", code="missing_required_parameter",
+                             param=f"{path}.content")
+        return Message("user", self._content(item, path, notes))
+
+    def _assistant(self, item: Dict[str, Any], path: str, notes: Notes) -> Message:
+        parts: List[Part] = self._thinking(item, path)
+        parts.extend(self._content(item, path, notes))
+        if isinstance(item.get("refusal"), str):
+            parts.append(Text(item["refusal"]))
+        if item.get("audio") is not None:
+            notes.lose(f"{path}.audio")
+        for where, call in objects(optional(item, "tool_calls", "an array", path) or [], f"{path}.tool_calls"):
+            parts.append(self._call(call, where))
+        legacy = optional(item, "function_call", "an object", path)
+        if legacy:
+            call_id = f"call_{len(notes.function_ids)}_{path}"
+            parts.append(self._call({"id": call_id, "function": legacy}, path))
+            notes.function_ids[parts[-1].name] = call_id
+        return Message("assistant", tuple(parts))
+
+    def _thinking(self, item: Dict[str, Any], path: str) -> List[Part]:
+        parts: List[Part] = []
+        for where, detail in objects(item.get("reasoning_details") or [], f"{path}.reasoning_details"):
+            sealed = detail.get("data") or detail.get("signature")
+            signature, maker = unseal(sealed if isinstance(sealed, str) else None, self.name)
+            if signature and maker != self.name:
+                text = detail.get("text")
+                parts.append(Thinking(text if isinstance(text, str) else "", signature, "data" in detail, maker))
+        text = item.get("reasoning_content") or item.get("reasoning")
+        return parts or ([Thinking(text)] if isinstance(text, str) else [])
+
+    def _call(self, call: Dict[str, Any], path: str) -> ToolCall:
+        call_id = required(call, "id", "a string", path)
+        if call.get("type") == "custom":
+            custom = required(call, "custom", "an object", path)
+            text = optional(custom, "input", "a string", f"{path}.custom") or ""
+            return ToolCall(call_id, required(custom, "name", "a string", f"{path}.custom"), json_text({"input": text}))
+        function = required(call, "function", "an object", path)
+        arguments = function.get("arguments")
+        if isinstance(arguments, dict):         # some clients forget to encode them
+            arguments = json_text(arguments)
+        if arguments is not None:
+            check(arguments, "a string", f"{path}.function.arguments")
+        return ToolCall(call_id, required(function, "name", "a string", f"{path}.function"), arguments or "")
+
+    def _tool(self, item: Dict[str, Any], path: str, notes: Notes) -> Message:
+        call_id = required(item, "tool_call_id", "a string", path)
+        return Message("tool", (ToolResult(call_id, self._content(item, path, notes)),))
+
+    def _legacy_result(self, item: Dict[str, Any], path: str, notes: Notes) -> Message:
+        name = required(item, "name", "a string", path)
+        call_id = notes.function_ids.get(name, f"call_{path}")
+        return Message("tool", (ToolResult(call_id, self._content(item, path, notes)),))
+
+    def _content(self, item: Dict[str, Any], path: str, notes: Notes) -> Tuple[Part, ...]:
+        content, path = item.get("content"), f"{path}.content"
+        if content is None:
+            return ()
+        if isinstance(content, str):
+            return (Text(content),) if content else ()
+        if not isinstance(content, list):
+            raise BadRequest(f"{path}: must be a string or an array of parts", code="invalid_type", param=path)
+        parts = []
+        for where, part in objects(content, path):
+            kind = required(part, "type", "a string", where)
+            if part.get("cache_control") is not None:
+                notes.lose(f"{where}.cache_control")
+            if kind in self.content_parts:
+                parts.append(self.content_parts[kind](self, part, where, notes))
+            else:
+                notes.refused.append((f"{where}.type", f"content of type {kind[:40]!r} cannot go to this model"))
+        return tuple(part for part in parts if part is not None)
+
+    def _text_part(self, part: Dict[str, Any], path: str, notes: Notes) -> Text:
+        return Text(required(part, "text", "a string", path))
+
+    def _refusal_part(self, part: Dict[str, Any], path: str, notes: Notes) -> Text:
+        return Text(required(part, "refusal", "a string", path))
+
+    def _image_part(self, part: Dict[str, Any], path: str, notes: Notes) -> Image:
+        value, where = part.get("image_url"), f"{path}.image_url"
+        notes.images.append(path)
+        if isinstance(value, str):
+            value = {"url": value}
+        elif value is None:
+            raise BadRequest(f"{where}: Field required", code="missing_required_parameter", param=where)
+        url = required(check(value, "an object", where), "url", "a string", where)
+        detail = optional(value, "detail", "a string", where)
+        if not url.startswith("data:"):
+            return Image(url=check_url(url, f"{where}.url"), detail=detail)
+        media_type, payload = parse_data_url(url, f"{where}.url")
+        if not media_type.startswith("image/"):
+            raise BadRequest(f"{where}.url: {media_type} is not an image type", param=f"{where}.url")
+        return Image(media_type, payload, detail=detail)
+
+    def _file_part(self, part: Dict[str, Any], path: str, notes: Notes) -> Optional[Document]:
+        value, where = required(part, "file", "an object", path), f"{path}.file"
+        payload = optional(value, "file_data", "a string", where)
+        if payload is None:
+            notes.refused.append((where, "only file_data can go to this model, not file_id"))
+            return None
+        media_type = "application/pdf"
+        if payload.startswith("data:"):
+            media_type, payload = parse_data_url(payload, f"{where}.file_data")
+        return Document(media_type, payload, name=optional(value, "filename", "a string", where))
+
+    roles: Mapping[str, Callable[..., Message]] = {
+        "system": _system, "developer": _system, "user": _user, "assistant": _assistant, "tool": _tool,
+        "function": _legacy_result}
+    content_parts: Mapping[str, Callable[..., Optional[Part]]] = {
+        "text": _text_part, "refusal": _refusal_part, "image_url": _image_part, "file": _file_part}
+
+    def render(self, request: Request, reply: Reply, stamp: Stamp) -> Dict[str, Any]:
+        """A chat.completion object."""
+        text = "".join(part.text for part in reply.parts if isinstance(part, Text))
+        thinking = [part for part in reply.parts if isinstance(part, Thinking)]
+        custom = custom_tools(request)
+        calls = [chat_tool_call(part, custom) for part in reply.parts if isinstance(part, ToolCall)]
+        message: Dict[str, Any] = {"role": "assistant", "content": text if text or not calls else None,
+                                   "refusal": reply.detail if reply.stop_reason == "refusal" else None,
+                                   "annotations": []}
+        message.update(present(
+            reasoning_content="".join(part.text for part in thinking) or None,
+            reasoning_details=[detail for part in thinking for detail in reasoning_details(part)] or None,
+            tool_calls=calls or None))
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": CHAT_FINISH[reply.stop_reason]}
+        return {"id": chat_id(reply.id, stamp), "object": "chat.completion", "created": stamp.created,
+                "model": request.model, "system_fingerprint": FINGERPRINT, "choices": [choice],
+                "usage": chat_usage(reply.usage)}
+
+    def writer(self, request: Request, stamp: Stamp) -> Writer:
+        """See `ClientProtocol.writer`."""
+        return ChatWriter(request, stamp)
+
+    def render_error(self, error: GatewayError, request_id: str) -> Tuple[int, Dict[str, Any]]:
+        """The envelope {"error": {message, type, param, code}}."""
+        status, word = self.classify(error)
+        return status, {"error": {"message": error.message, "type": word, "param": error.param, "code": error.code}}
+
+
+FINGERPRINT = f"fp_{NAME}"
+
+
+def chat_id(provider_id: str, stamp: Stamp) -> str:
+    """The provider's id if it has the form that clients expect, else a new one."""
+    return provider_id if provider_id.startswith("chatcmpl-") else "chatcmpl-" + stamp.id
+
+
+def chat_usage(usage: Usage) -> Dict[str, Any]:
+    """Usage in OpenAI's terms: prompt_tokens includes cached tokens."""
+    return {"prompt_tokens": usage.prompt, "completion_tokens": usage.output,
+            "total_tokens": usage.prompt + usage.output,
+            "prompt_tokens_details": {"cached_tokens": usage.cache_read, "cache_write_tokens": usage.cache_write,
+                                      "audio_tokens": 0},
+            "completion_tokens_details": {"reasoning_tokens": usage.reasoning, "audio_tokens": 0,
+                                          "accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0}}
+
+
+def custom_tools(request: Request) -> FrozenSet[str]:
+    """The names of the tools that take free text."""
+    return frozenset(tool.name for tool in request.tools if tool.custom)
+
+
+def custom_input(call: ToolCall) -> str:
+    """The free text of a custom tool's call, which travelled as {"input": text}."""
+    arguments = repair_json_object(call.arguments)
+    text = (arguments or {}).get("input")
+    return text if isinstance(text, str) else call.arguments
+
+
+def chat_tool_call(call: ToolCall, custom: FrozenSet[str]) -> Dict[str, Any]:
+    """A complete tool call in OpenAI's shape."""
+    if call.name in custom:
+        return {"id": call.id, "type": "custom", "custom": {"name": call.name, "input": custom_input(call)}}
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments or "{}"}}
+
+
+def reasoning_details(part: Thinking) -> List[Dict[str, Any]]:
+    """What a chat client needs to give signed thinking back, in OpenRouter's shape; nothing for unsigned thinking."""
+    if not part.signature:
+        return []
+    sealed = seal(part, OpenAIChat.name)
+    if part.redacted:
+        return [{"type": "reasoning.encrypted", "data": sealed}]
+    return [{"type": "reasoning.text", "text": part.text, "signature": sealed}]
+
+
+class ChatWriter(Writer):
+    """Events → chat.completion.chunk frames. All but the delta is the same in every chunk and encoded once."""
+
+    def __init__(self, request: Request, stamp: Stamp) -> None:
+        self._request = request
+        self._stamp = stamp
+        self._custom = custom_tools(request)
+        self._kinds: Dict[int, type] = {}
+        self._tool_index: Dict[int, int] = {}
+        self._unsent: Dict[int, bool] = {}
+        self._set_id("")
+
+    def _set_id(self, provider_id: str) -> None:
+        envelope = dumps({"id": chat_id(provider_id, self._stamp), "object": "chat.completion.chunk",
+                          "created": self._stamp.created, "model": self._request.model,
+                          "system_fingerprint": FINGERPRINT})[:-1]
+        usage = ',"usage":null' if self._request.include_usage else ""
+        self._envelope = f"data: {envelope},"
+        self._head = self._envelope + '"choices":[{"index":0,"delta":'
+        self._tail = ',"logprobs":null,"finish_reason":null}]' + usage + "}\n\n"
+
+    def _chunk(self, delta: str) -> bytes:
+        return (self._head + delta + self._tail).encode("ascii")
+
+    def _start(self, event: Start) -> bytes:
+        self._set_id(event.id)
+        return self._chunk('{"role":"assistant","content":""}')
+
+    def _part_start(self, event: PartStart) -> bytes:
+        part = event.part
+        self._kinds[event.index] = type(part)
+        if not isinstance(part, ToolCall):
+            return b""
+        place = self._tool_index[event.index] = len(self._tool_index)
+        self._unsent[event.index] = True
+        if part.name in self._custom:           # sent whole at its end: the wrapping JSON is not what the client wants
+            self._kinds[event.index] = Tool
+            return b""
+        return self._chunk(dumps({"tool_calls": [{"index": place, "id": part.id, "type": "function",
+                                                  "function": {"name": part.name, "arguments": ""}}]}))
+
+    def _part_delta(self, event: PartDelta) -> bytes:
+        kind, text = self._kinds[event.index], dumps(event.text)
+        if kind is Text:
+            return self._chunk('{"content":' + text + "}")
+        if kind is Thinking:
+            return self._chunk('{"reasoning_content":' + text + "}")
+        if kind is Tool:
+            return b""
+        self._unsent[event.index] = False
+        return self._chunk('{"tool_calls":[{"index":%d,"function":{"arguments":%s}}]}'
+                           % (self._tool_index[event.index], text))
+
+    def _part_end(self, event: PartEnd) -> bytes:
+        part = event.part
+        if isinstance(part, Thinking) and part.signature:
+            return self._chunk(dumps({"reasoning_details": reasoning_details(part)}))
+        if not isinstance(part, ToolCall):
+            return b""
+        place = self._tool_index[event.index]
+        if self._kinds[event.index] is Tool:
+            return self._chunk(dumps({"tool_calls": [{"index": place, **chat_tool_call(part, self._custom)}]}))
+        if self._unsent[event.index]:           # clients parse the joined fragments, and "" is not JSON
+            return self._part_delta(PartDelta(event.index, "{}"))
+        return b""
+
+    def _done(self, event: Done) -> bytes:
+        refusal = b""
+        if event.stop_reason == "refusal" and event.detail:
+            refusal = self._chunk(dumps({"refusal": event.detail}))
+        finish = f'{{}},"logprobs":null,"finish_reason":"{CHAT_FINISH[event.stop_reason]}"}}]'
+        out = self._head + finish + (',"usage":null}\n\n' if self._request.include_usage else "}\n\n")
+        if self._request.include_usage:
+            out += self._envelope + f'"choices":[],"usage":{dumps(chat_usage(event.usage))}}}\n\n'
+        return refusal + out.encode("ascii") + b"data: [DONE]\n\n"
+
+    def _failed(self, event: Failed) -> bytes:
+        return CHAT.error_event(event.error, self._stamp.request_id)
+
+    handlers = {Start: _start, PartStart: _part_start, PartDelta: _part_delta, PartEnd: _part_end, Done: _done,
+                Failed: _failed}
+
+
+# --- Anthropic Messages -----------------------------------------------------------------------------------------------
+
+MESSAGES_STOP = {"stop": "end_turn", "length": "max_tokens", "tool_use": "tool_use", "stop_sequence": "stop_sequence",
+                 "refusal": "refusal", "pause": "pause_turn", "overflow": "model_context_window_exceeded"}
+MESSAGES_CHOICES = {"auto": "auto", "any": "required", "none": "none", "tool": "tool"}
+MESSAGES_KNOWN = frozenset({
+    "model", "messages", "max_tokens", "system", "tools", "tool_choice", "thinking", "output_config", "output_format",
+    "temperature", "top_p", "top_k", "stop_sequences", "stream", "metadata", "thread"})
+MESSAGES_DEFAULTS: Dict[str, Any] = {"service_tier": "auto", "top_p": 1, "betas": []}
+MESSAGES_REFUSALS = {"mcp_servers": "MCP servers run on Anthropic's side only", "container":
+                     "containers exist on Anthropic's side only"}
+# Tools that the client itself runs and whose schema only Claude models know; the other schema-less tools run at Anthropic.
+CLIENT_TOOLS = ("bash_", "text_editor_", "computer_", "memory_", "browser_toolset_")
+
+
+class AnthropicClient(ClientProtocol):
+    """Anthropic Messages: POST /v1/messages and /v1/messages/count_tokens, every API version."""
+
+    name = "anthropic-messages"
+    heartbeat = sse({"type": "ping"}, "ping")
+    field_names = {"stop": "stop_sequences", "parallel_tools": "tool_choice.disable_parallel_tool_use",
+                   "reasoning": "thinking", "output": "output_config.format", "user": "metadata.user_id"}
+    error_types = {
+        GatewayError: (None, "api_error"), BadRequest: (None, "invalid_request_error"),
+        ModelNotFound: (None, "not_found_error"), RouteNotFound: (None, "not_found_error"),
+        Conflict: (None, "conflict_error"), BodyTooLarge: (None, "request_too_large"),
+        Unauthorized: (None, "authentication_error"), Forbidden: (None, "permission_error"),
+        ShuttingDown: (529, "overloaded_error"),
+        UpstreamError: (None, "api_error"), RateLimited: (None, "rate_limit_error"),
+        QuotaExceeded: (402, "billing_error"), Overloaded: (529, "overloaded_error"),
+        UpstreamTimeout: (None, "timeout_error"),
+    }
+
+    def parse(self, data: Dict[str, Any]) -> Request:
+        """See `ClientProtocol.parse`; fields by Anthropic's API versions 2023-06-01 and 2026-10-21."""
+        required(data, "max_tokens", "an integer", low=1)
+        return self.parse_prompt(data)
+
+    def parse_prompt(self, data: Dict[str, Any]) -> Request:
+        """The same for count_tokens, which has no max_tokens."""
+        notes = Notes()
+        if data.get("thread") is not None:
+            # Threads live on Anthropic's servers. SDK tool runners fall back to whole conversations on this code only.
+            raise BadRequest("thread: message threads need a server that keeps conversations; send all messages",
+                             code="thread_unsupported_request", param="thread")
+        model = required(data, "model", "a string")
+        system = self._system(data.get("system"), notes)
+        messages = self._messages(required(data, "messages", "an array"), notes)
+        tools = self._tools(optional(data, "tools", "an array") or [], notes)
+        tool_choice, parallel = self._tool_choice(optional(data, "tool_choice", "an object"), tools, notes)
+        config = optional(data, "output_config", "an object") or {}
+        metadata = optional(data, "metadata", "an object") or {}
+        extra = self._extra(data, config, notes)
+        return Request(
+            model=model, messages=tuple(messages), system=system, tools=tuple(tools), tool_choice=tool_choice,
+            parallel_tools=parallel, max_tokens=optional(data, "max_tokens", "an integer"),
+            temperature=optional(data, "temperature", "a number", "", 0, 2),
+            top_p=None if data.get("top_p") == 1 else optional(data, "top_p", "a number", "", 0, 1),
+            top_k=optional(data, "top_k", "an integer", "", 0),
+            stop=self._stop(optional(data, "stop_sequences", "an array") or []),
+            reasoning=self._reasoning(optional(data, "thinking", "an object"), config),
+            output=self._output(config.get("format") or data.get("output_format")),
+            user=optional(metadata, "user_id", "a string", "metadata"),
+            stream=bool(optional(data, "stream", "a boolean")), include_usage=True, protocol=self.name, extra=extra,
+            lost=tuple(notes.lost), refused=tuple(notes.refused), images=tuple(notes.images), data=data)
+
+    def _extra(self, data: Dict[str, Any], config: Dict[str, Any], notes: Notes) -> Dict[str, Any]:
+        extra = {}
+        for name, value in data.items():
+            if name in MESSAGES_KNOWN or value in (None, [], {}) or value == MESSAGES_DEFAULTS.get(name, self):
+                continue
+            if name in MESSAGES_REFUSALS:
+                notes.refused.append((name, MESSAGES_REFUSALS[name]))
+            else:
+                extra[name] = value
+        for name in config:
+            if name not in ("effort", "format"):
+                notes.lose(f"output_config.{name}")
+        return extra
+
+    def _stop(self, texts: List[Any]) -> Tuple[str, ...]:
+        return tuple(check(text, "a string", f"stop_sequences[{index}]") for index, text in enumerate(texts))
+
+    def _reasoning(self, thinking: Optional[Dict[str, Any]], config: Dict[str, Any]) -> Optional[Reasoning]:
+        effort = optional(config, "effort", "a string", "output_config")
+        level = LEVEL_ALIASES.get((effort or "").lower())
+        if thinking is None:
+            return Reasoning(level) if level else None
+        kind = required(thinking, "type", "a string", "thinking")
+        if kind == "disabled":
+            return Reasoning("off")
+        if kind == "enabled":
+            budget = required(thinking, "budget_tokens", "an integer", "thinking", 1)
+            return Reasoning(level or level_of_budget(budget), budget)
+        if kind == "adaptive":
+            return Reasoning(level or "high")
+        if kind == "between_tools":
+            return Reasoning(level or "low")
+        raise BadRequest("thinking.type: must be enabled, adaptive, between_tools or disabled", param="thinking.type")
+
+    def _output(self, value: Any) -> Optional[OutputFormat]:
+        if value is None:
+            return None
+        path = "output_config.format"
+        kind = required(check(value, "an object", path), "type", "a string", path)
+        if kind.lower() != "json_schema":
+            raise BadRequest(f"{path}.type: must be json_schema", param=f"{path}.type")
+        return OutputFormat(required(value, "schema", "an object", path), strict=True)
+
+    def _tools(self, items: Sequence[Any], notes: Notes) -> List[Tool]:
+        tools = []
+        for path, item in objects(items, "tools"):
+            kind = optional(item, "type", "a string", path) or "custom"
+            if kind == "custom" or "input_schema" in item:
+                tools.append(Tool(required(item, "name", "a string", path), optional(item, "description", "a string", path),
+                                  required(item, "input_schema", "an object", path),
+                                  optional(item, "strict", "a boolean", path)))
+            elif kind.startswith(CLIENT_TOOLS):
+                notes.refused.append((path, f"the tool type {kind[:60]} has a schema that only Claude models know"))
+            else:
+                notes.lose(path)
+            if item.get("cache_control") is not None:
+                notes.lose("cache_control")
+        return tools
+
+    def _tool_choice(self, value: Optional[Dict[str, Any]], tools: Sequence[Tool], notes: Notes,
+                     ) -> Tuple[Optional[ToolChoice], Optional[bool]]:
+        if value is None:
+            return None, None
+        kind = required(value, "type", "a string", "tool_choice")
+        if kind not in MESSAGES_CHOICES:
+            raise BadRequest("tool_choice.type: must be auto, any, tool or none", param="tool_choice.type")
+        name = required(value, "name", "a string", "tool_choice") if kind == "tool" else None
+        if name is not None and name not in {tool.name for tool in tools}:
+            notes.refused.append(("tool_choice.name", f"there is no tool {name!r} that this model can call"))
+        parallel = False if optional(value, "disable_parallel_tool_use", "a boolean", "tool_choice") else None
+        return ToolChoice(MESSAGES_CHOICES[kind], name), parallel
+
+    def _system(self, value: Any, notes: Notes) -> Tuple[Text, ...]:
+        if value is None:
+            return ()
+        if isinstance(value, str):
+            return (Text(value),)
+        blocks = self._content(value, "system", notes)
+        return tuple(block for block in blocks if isinstance(block, Text))
+
+    def _messages(self, items: Sequence[Any], notes: Notes) -> List[Message]:
+        if not items:
+            raise BadRequest("messages: at least one message is required", param="messages")
+        messages: List[Message] = []
+        for path, item in objects(items, "messages"):
+            role = required(item, "role", "a string", path)
+            if role not in ("user", "assistant", "system"):
+                raise BadRequest(f"{path}.role: must be user, assistant or system, not {role[:40]!r}",
+                                 param=f"{path}.role")
+            content = item.get("content")
+            if content is None:
+                where = f"{path}.content"
+                raise BadRequest(f"{where}: Field required", code="missing_required_parameter", param=where)
+            parts = self._content(content, f"{path}.content", notes)
+            results = tuple(part for part in parts if isinstance(part, ToolResult))
+            rest = tuple(part for part in parts if not isinstance(part, ToolResult))
+            if results:
+                messages.append(Message("tool", results))
+            if rest or not results:
+                messages.append(Message(role, rest))
+        return messages
+
+    def _content(self, content: Any, path: str, notes: Notes) -> Tuple[Part, ...]:
+        if isinstance(content, str):
+            return (Text(content),) if content else ()
+        if not isinstance(content, list):
+            raise BadRequest(f"{path}: must be a string or an array of blocks", code="invalid_type", param=path)
+        parts: List[Part] = []
+        for where, block in objects(content, path):
+            kind = required(block, "type", "a string", where)
+            if block.get("cache_control") is not None:
+                notes.lose("cache_control")
+            if kind in self.blocks:
+                parts.extend(self.blocks[kind](self, block, where, notes))
+            elif kind in self.server_blocks or kind.endswith("_tool_result"):
+                notes.lose(where)
+            else:
+                notes.refused.append((f"{where}.type", f"content of type {kind[:40]!r} cannot go to this model"))
+        return tuple(parts)
+
+    def _text(self, block: Dict[str, Any], path: str, notes: Notes) -> List[Part]:
+        if block.get("citations"):
+            notes.lose(f"{path}.citations")
+        return [Text(required(block, "text", "a string", path))]
+
+    def _source(self, block: Dict[str, Any], path: str) -> Tuple[str, Dict[str, Any], str]:
+        source = required(block, "source", "an object", path)
+        where = f"{path}.source"
+        return required(source, "type", "a string", where), source, where
+
+    def _image(self, block: Dict[str, Any], path: str, notes: Notes) -> List[Part]:
+        kind, source, where = self._source(block, path)
+        notes.images.append(path)
+        if kind == "base64":
+            media_type = required(source, "media_type", "a string", where)
+            return [Image(media_type, check_base64(required(source, "data", "a string", where), f"{where}.data"))]
+        if kind == "url":
+            return [Image(url=check_url(required(source, "url", "a string", where), f"{where}.url"))]
+        notes.refused.append((f"{where}.type", f"an image source of type {kind[:40]!r} cannot go to this model"))
+        return []
+
+    def _document(self, block: Dict[str, Any], path: str, notes: Notes) -> List[Part]:
+        kind, source, where = self._source(block, path)
+        title = optional(block, "title", "a string", path)
+        heading = [Text(text) for text in (title, optional(block, "context", "a string", path)) if text]
+        if kind == "text":
+            return [*heading, Text(required(source, "data", "a string", where))]
+        if kind == "content":
+            return [*heading, *self._content(source.get("content") or "", f"{where}.content", notes)]
+        if kind == "base64":
+            payload = check_base64(required(source, "data", "a string", where), f"{where}.data")
+            return [*heading[1:], Document(source.get("media_type") or "application/pdf", payload, name=title)]
+        if kind == "url":
+            url = check_url(required(source, "url", "a string", where), f"{where}.url")
+            return [*heading[1:], Document(url=url, name=title)]
+        notes.refused.append((f"{where}.type", f"a document source of type {kind[:40]!r} cannot go to this model"))
+        return []
+
+    def _search_result(self, block: Dict[str, Any], path: str, notes: Notes) -> List[Part]:
+        heading = " ".join(str(block[name]) for name in ("title", "source") if isinstance(block.get(name), str))
+        return [Text(heading), *self._content(block.get("content") or "", f"{path}.content", notes)]
+
+    def _thinking(self, block: Dict[str, Any], path: str, notes: Notes) -> List[Part]:
+        signature, maker = unseal(optional(block, "signature", "a string", path), self.name)
+        return [Thinking(required(block, "thinking", "a string", path), signature, False, maker if signature else "")]
+
+    def _redacted(self, block: Dict[str, Any], path: str, notes: Notes) -> List[Part]:
+        signature, maker = unseal(required(block, "data", "a string", path), self.name)
+        return [Thinking("", signature, True, maker)]
+
+    def _tool_use(self, block: Dict[str, Any], path: str, notes: Notes) -> List[Part]:
+        arguments = json_text(required(block, "input", "an object", path))
+        return [ToolCall(required(block, "id", "a string", path), required(block, "name", "a string", path), arguments)]
+
+    def _tool_result(self, block: Dict[str, Any], path: str, notes: Notes) -> List[Part]:
+        content = block.get("content")
+        parts = () if content is None else self._content(content, f"{path}.content", notes)
+        return [ToolResult(required(block, "tool_use_id", "a string", path), parts,
+                           bool(optional(block, "is_error", "a boolean", path)))]
+
+    def _tool_reference(self, block: Dict[str, Any], path: str, notes: Notes) -> List[Part]:
+        return [Text(f"The tool {required(block, 'tool_name', 'a string', path)} is now available.")]
+
+    def _compaction(self, block: Dict[str, Any], path: str, notes: Notes) -> List[Part]:
+        text = optional(block, "content", "a string", path)
+        if text is None:
+            notes.lose(path)
+        return [Text(text)] if text else []
+
+    blocks: Mapping[str, Callable[..., List[Part]]] = {
+        "text": _text, "image": _image, "document": _document, "search_result": _search_result, "thinking": _thinking,
+        "redacted_thinking": _redacted, "tool_use": _tool_use, "tool_result": _tool_result,
+        "tool_reference": _tool_reference, "compaction": _compaction}
+    # Halves of what ran on Anthropic's servers; their meaning is in the text around them.
+    server_blocks = frozenset({"server_tool_use", "mcp_tool_use", "mcp_tool_listing", "fallback", "container_upload",
+                               "tool_addition", "tool_removal"})
+
+    def render(self, request: Request, reply: Reply, stamp: Stamp) -> Dict[str, Any]:
+        """A message object."""
+        content = [block for part in visible_parts(request, reply.parts) for block in self._render_part(part)]
+        stop_reason = reply.stop_reason
+        if stop_reason == "tool_use" and not any(block["type"] == "tool_use" for block in content):
+            stop_reason = "stop"            # the only call was unusable and went out as text
+        return {"id": message_id(reply.id, stamp), "type": "message", "role": "assistant", "model": request.model,
+                "content": content, **stop_fields(stop_reason, reply.detail),
+                "usage": messages_usage(reply.usage)}
+
+    def _render_part(self, part: Part) -> List[Dict[str, Any]]:
+        if isinstance(part, Text):
+            return [{"type": "text", "text": part.text}] if part.text else []
+        if isinstance(part, Thinking):
+            if part.redacted:
+                return [{"type": "redacted_thinking", "data": seal(part, self.name)}]
+            return [{"type": "thinking", "thinking": part.text, "signature": seal(part, self.name)}]
+        if isinstance(part, ToolCall):
+            arguments = repair_json_object(part.arguments)
+            if arguments is None:           # input must be an object; what the model wrote is shown, not replaced
+                return [{"type": "text", "text": f"[call of {part.name} with malformed arguments] {part.arguments}"}]
+            return [{"type": "tool_use", "id": part.id, "name": part.name, "input": arguments}]
+        return []
+
+    def writer(self, request: Request, stamp: Stamp) -> Writer:
+        """See `ClientProtocol.writer`."""
+        return MessagesWriter(request, stamp)
+
+    def render_error(self, error: GatewayError, request_id: str) -> Tuple[int, Dict[str, Any]]:
+        """The envelope {"type": "error", "error": {type, message}, "request_id"}."""
+        status, word = self.classify(error)
+        message = error.message
+        if isinstance(error, ContextOverflow) and not message.startswith("prompt is too long"):
+            message = "prompt is too long: " + message          # the words at which Claude Code compacts
+        body: Dict[str, Any] = {"type": word, "message": message}
+        if error.named_code:
+            body["details"] = {"error_code": error.named_code}
+        return status, {"type": "error", "error": body, "request_id": request_id}
+
+    def error_event(self, error: GatewayError, request_id: str) -> bytes:
+        """An `error` event."""
+        return sse(self.render_error(error, request_id)[1], "error")
+
+
+def visible_parts(request: Request, parts: Iterable[Part]) -> List[Part]:
+    """The parts to show: without thinking when structured output was asked for, since clients that do so read the first
+    block as JSON."""
+    return [part for part in parts if not (request.output and isinstance(part, Thinking))]
+
+
+def message_id(provider_id: str, stamp: Stamp) -> str:
+    """The provider's id if it has the form that clients expect, else a new one."""
+    return provider_id if provider_id.startswith("msg_") else "msg_" + stamp.id
+
+
+def messages_usage(usage: Usage) -> Dict[str, Any]:
+    """Usage in Anthropic's terms: input_tokens excludes cached tokens."""
+    counts: Dict[str, Any] = {
+        "input_tokens": usage.input, "cache_creation_input_tokens": usage.cache_write,
+        "cache_read_input_tokens": usage.cache_read, "output_tokens": usage.output}
+    if usage.reasoning:
+        counts["output_tokens_details"] = {"thinking_tokens": usage.reasoning}
+    return counts
+
+
+def stop_fields(stop_reason: str, detail: Optional[str]) -> Dict[str, Any]:
+    """stop_reason and what belongs to it."""
+    fields: Dict[str, Any] = {"stop_reason": MESSAGES_STOP[stop_reason],
+                              "stop_sequence": detail if stop_reason == "stop_sequence" else None}
+    if stop_reason == "refusal" and detail:
+        fields["stop_details"] = {"type": "refusal", "category": None, "explanation": detail}
+    return fields
+
+
+class MessagesWriter(Writer):
+    """Events → Anthropic's server-sent events. One block is open at a time, numbered in the order they are opened: the
+    events of a part that overlaps it wait until it ends."""
+
+    def __init__(self, request: Request, stamp: Stamp) -> None:
+        self._request = request
+        self._stamp = stamp
+        self._open: Optional[int] = None        # the representation's index of the open part
+        self._unsent: Optional[PartStart] = None     # an open text part of which nothing was sent: empty ones never are
+        self._block = -1                        # the client's index of the open block
+        self._kind: type = Text
+        self._waiting: Dict[int, List[Event]] = {}
+        self._hidden: set[int] = set()
+
+    def _start(self, event: Start) -> bytes:
+        usage = messages_usage(event.usage or Usage(estimate_tokens(self._request)))
+        message = {"id": message_id(event.id, self._stamp), "type": "message", "role": "assistant",
+                   "model": self._request.model, "content": [], "stop_reason": None, "stop_sequence": None,
+                   "usage": usage}
+        return sse({"type": "message_start", "message": message}, "message_start")
+
+    def _part_start(self, event: PartStart) -> bytes:
+        if not visible_parts(self._request, [event.part]):
+            self._hidden.add(event.index)
+            return b""
+        if self._open is not None:
+            self._waiting[event.index] = [event]
+            return b""
+        self._open, self._kind = event.index, type(event.part)
+        if self._kind is Text:
+            self._unsent = event
+            return b""
+        return self._open_block(event.part)
+
+    def _open_block(self, part: Part) -> bytes:
+        self._block += 1
+        self._unsent = None
+        block: Dict[str, Any] = {"type": "text", "text": ""}
+        if isinstance(part, Thinking):
+            block = {"type": "thinking", "thinking": "", "signature": ""}
+            if part.redacted:
+                block = {"type": "redacted_thinking", "data": seal(part, AnthropicClient.name)}
+        elif isinstance(part, ToolCall):
+            block = {"type": "tool_use", "id": part.id, "name": part.name, "input": {}}
+        self._delta_head = ('event: content_block_delta\ndata: {"type":"content_block_delta","index":%d,"delta":%s'
+                            % (self._block, self._DELTAS[type(part)]))
+        return sse({"type": "content_block_start", "index": self._block, "content_block": block}, "content_block_start")
+
+    _DELTAS = {Text: '{"type":"text_delta","text":', Thinking: '{"type":"thinking_delta","thinking":',
+               ToolCall: '{"type":"input_json_delta","partial_json":'}
+
+    def _part_delta(self, event: PartDelta) -> bytes:
+        if event.index != self._open:
+            if event.index not in self._hidden:
+                self._waiting[event.index].append(event)
+            return b""
+        opening = self._open_block(self._unsent.part) if self._unsent else b""
+        return opening + (self._delta_head + dumps(event.text) + "}}\n\n").encode("ascii")
+
+    def _part_end(self, event: PartEnd) -> bytes:
+        if event.index in self._hidden:
+            return b""
+        if event.index != self._open:
+            self._waiting[event.index].append(event)
+            return b""
+        out = b"" if self._unsent else self._close_block(event.part)
+        self._open, self._unsent = None, None
+        if self._waiting:
+            out += self.write(self._waiting.pop(min(self._waiting)))
+        return out
+
+    def _close_block(self, part: Part) -> bytes:
+        out = b""
+        if isinstance(part, Thinking) and part.signature and not part.redacted:
+            delta = {"type": "signature_delta", "signature": seal(part, AnthropicClient.name)}
+            out = sse({"type": "content_block_delta", "index": self._block, "delta": delta}, "content_block_delta")
+        return out + sse({"type": "content_block_stop", "index": self._block}, "content_block_stop")
+
+    def _done(self, event: Done) -> bytes:
+        delta = {"type": "message_delta", "delta": stop_fields(event.stop_reason, event.detail),
+                 "usage": messages_usage(event.usage)}
+        return sse(delta, "message_delta") + sse({"type": "message_stop"}, "message_stop")
+
+    def _failed(self, event: Failed) -> bytes:
+        return MESSAGES.error_event(event.error, self._stamp.request_id)
+
+    handlers = {Start: _start, PartStart: _part_start, PartDelta: _part_delta, PartEnd: _part_end, Done: _done,
+                Failed: _failed}
+
+
+CHAT = OpenAIChat()
+MESSAGES = AnthropicClient()
+CLIENT_PROTOCOLS: Dict[str, ClientProtocol] = {protocol.name: protocol for protocol in (CHAT, MESSAGES)}
+
+
+# ======================================================================================================================
+# §8 Upstream protocols
+# ======================================================================================================================
+#
+# What providers speak. An upstream protocol never learns who asked.
+
+
+class Reader:
+    """One provider answer: bytes in, events out. `feed` and `end` for a stream, `whole` for a JSON answer. They are
+    iterators, so that what came before a fault is not lost with it."""
+
+    def __init__(self) -> None:
+        self._splitter = EventSplitter()
+        self._parts = Assembler()
+
+    def feed(self, data: bytes) -> Iterator[Event]:
+        """The events that `data` completes."""
+        return self._read(self._splitter.feed(data))
+
+    def end(self) -> Iterator[Event]:
+        """The events at the regular end of the stream."""
+        yield from self._read(self._splitter.end())
+        yield from self.finish()
+
+    def _read(self, block: bytes) -> Iterator[Event]:
+        for name, text in parse_events(block):
+            yield from self.on_event(name, text)
+
+    def on_event(self, name: str, text: str) -> Iterator[Event]:
+        """The events that one server-sent event amounts to."""
+        raise NotImplementedError
+
+    def finish(self) -> Iterator[Event]:
+        """What is due when the stream is over; raises `UpstreamProtocolError` when its terminal event is missing."""
+        raise NotImplementedError
+
+    def whole(self, body: Dict[str, Any]) -> Iterator[Event]:
+        """The events that a whole JSON answer amounts to."""
+        raise NotImplementedError
+
+
+class Assembler:
+    """Numbers an answer's parts in the order they begin and keeps their text until they end. `key` is whatever the
+    provider tells them apart by."""
+
+    def __init__(self) -> None:
+        self._open: Dict[Any, Tuple[int, Part, List[str]]] = {}
+        self._count = 0
+
+    def __contains__(self, key: Any) -> bool:
+        return key in self._open
+
+    def start(self, key: Any, part: Part) -> PartStart:
+        """Begins a part."""
+        self._open[key] = (self._count, part, [])
+        self._count += 1
+        return PartStart(self._count - 1, part)
+
+    def delta(self, key: Any, text: str) -> PartDelta:
+        """Adds to a part."""
+        index, _, pieces = self._open[key]
+        pieces.append(text)
+        return PartDelta(index, text)
+
+    def end(self, key: Any, signature: Optional[str] = None) -> PartEnd:
+        """Ends a part."""
+        index, part, pieces = self._open.pop(key)
+        text = clean_text("".join(pieces))
+        if isinstance(part, ToolCall):
+            return PartEnd(index, replace(part, arguments=text))
+        if isinstance(part, Thinking):
+            return PartEnd(index, part if part.redacted else replace(part, text=text, signature=signature))
+        return PartEnd(index, Text(text))
+
+    def end_all(self) -> List[PartEnd]:
+        """Ends all open parts, in the order they began."""
+        return [self.end(key) for key in list(self._open)]
+
+
+class Settled:
+    """Keeps a reader's promises for it: exactly one `Done` or `Failed`, last; nothing malformed gets through; a stop with
+    tool calls is a tool_use; text has no halves of surrogate pairs, even when a pair is split between two events."""
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+        self._has_call = False
+        self._halves: Dict[int, str] = {}
+        self.finished = False
+
+    def feed(self, data: bytes) -> List[Event]:
+        """See `Reader.feed`."""
+        return self._settle(lambda: self._reader.feed(data))
+
+    def end(self) -> List[Event]:
+        """See `Reader.end`."""
+        return self._settle(self._reader.end)
+
+    def whole(self, body: Dict[str, Any]) -> List[Event]:
+        """See `Reader.whole`."""
+        return self._settle(lambda: self._reader.whole(body))
+
+    def fail(self, error: GatewayError) -> List[Event]:
+        """The connection broke; of no account when the terminal event has been seen."""
+        return [] if self.finished else self._finish(Failed(error))
+
+    def _finish(self, event: Event) -> List[Event]:
+        self.finished = True
+        return [event]
+
+    def _settle(self, read: Callable[[], Iterable[Event]]) -> List[Event]:
+        out: List[Event] = []
+        if self.finished:
+            return out
+        try:
+            for event in read():
+                kind = type(event)
+                if kind is PartDelta:
+                    if not event.text.isascii():
+                        event = self._mend(event)
+                    if event.text:
+                        out.append(event)
+                    continue
+                if kind is PartStart and isinstance(event.part, ToolCall):
+                    self._has_call = True
+                elif kind is Done:
+                    if event.stop_reason == "stop" and self._has_call:
+                        event = event._replace(stop_reason="tool_use")
+                    return out + self._finish(event)
+                out.append(event)
+        except GatewayError as error:
+            return out + self._finish(Failed(error))
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
+            log.debug("malformed provider answer", exc_info=True)
+            reason = f"the provider's answer is malformed ({type(error).__name__})"
+            return out + self._finish(Failed(UpstreamProtocolError(reason)))
+        return out
+
+    def _mend(self, event: PartDelta) -> PartDelta:
+        text = self._halves.pop(event.index, "") + event.text
+        if "\ud800" <= text[-1:] <= "\udbff":
+            self._halves[event.index], text = text[-1], text[:-1]
+        return event._replace(text=clean_text(text))
+
+
+class UpstreamProtocol:
+    """A dialect that providers speak: requests to calls, answers to events."""
+
+    name = ""
+
+    def carries(self, model: Model) -> FrozenSet[str]:
+        """Which of `OPTIONAL_FIELDS` a request to this model can hold; "json_object" for free-form JSON mode."""
+        raise NotImplementedError
+
+    def replays(self, part: Thinking, model: Model) -> bool:
+        """Whether earlier thinking goes back to this model."""
+        raise NotImplementedError
+
+    def fit(self, request: Request, model: Model) -> Tuple[Request, List[str]]:
+        """Settles what cannot stand together in one request; the names of our fields that had to go."""
+        return request, []
+
+    def build(self, request: Request, model: Model, credential: Credential) -> Call:
+        """The call for a normalised request."""
+        raise NotImplementedError
+
+    def reader(self, model: Model, stamp: Stamp) -> Reader:
+        """A fresh reader for one answer."""
+        raise NotImplementedError
+
+    def parse_error(self, status: int, headers: Mapping[str, str], body: bytes, now: float) -> GatewayError:
+        """The error that an answer with status 400 or above means."""
+        message, kind, code = error_fields(body)
+        return upstream_error(status, message or f"the provider answered {status} without a message", kind, code,
+                              parse_retry_after(headers, now))
+
+
+# --- Provider errors --------------------------------------------------------------------------------------------------
+
+ERROR_BY_STATUS: Dict[int, Type[GatewayError]] = {
+    400: BadRequest, 401: CredentialRefused, 402: QuotaExceeded, 403: Forbidden, 404: ModelNotFound,
+    408: UpstreamTimeout, 409: Conflict, 413: BodyTooLarge, 422: BadRequest, 429: RateLimited, 503: Overloaded,
+    504: UpstreamTimeout, 529: Overloaded}
+# Errors inside a stream come without a status of their own.
+STATUS_BY_KIND = {
+    "invalid_request_error": 400, "authentication_error": 401, "billing_error": 402, "permission_error": 403,
+    "not_found_error": 404, "request_too_large": 413, "rate_limit_error": 429, "rate_limit_exceeded": 429,
+    "insufficient_quota": 402, "overloaded_error": 529, "server_is_overloaded": 503, "service_unavailable_error": 503,
+    "timeout_error": 504}
+_OVERFLOW = re.compile("|".join((
+    r"prompt (?:is )?too long", r"prompt exceeds max length", r"exceeded (?:max )?context length", r"request_too_large",
+    r"input is too long for requested model", r"exceeds the context window", r"context[_ ]length[_ ]exceeded",
+    r"maximum context length", r"context window exceed", r"input token count.*exceeds the maximum",
+    r"maximum prompt length is \d+", r"reduce the length of the messages", r"maximum allowed input length",
+    r"longer than the model's context length", r"exceeds the limit of \d+", r"exceeds the available context size",
+    r"greater than the context length", r"exceeded model token limit", r"too large for model with \d+",
+    r"but the configured context size is", r"model_context_window_exceeded", r"range of input length should be",
+    r"too many tokens", r"token limit exceeded")), re.IGNORECASE)
+_RATE_WORDS = re.compile(r"rate limit|too many requests|throttl", re.IGNORECASE)
+_QUOTA_WORDS = re.compile(r"usage ?limit|insufficient_quota|exceeded your current quota|available balance|out of budget|"
+                          r"quota exceeded|billing|credit balance", re.IGNORECASE)
+
+
+def upstream_error(status: int, message: str, kind: str = "", code: str = "", retry_after: Optional[float] = None,
+                   ) -> GatewayError:
+    """The error that a provider's status, message, type and code amount to."""
+    text = f"{message} {kind} {code}"
+    if status in (400, 413, 422, 500) and _OVERFLOW.search(text) and not _RATE_WORDS.search(text):
+        return ContextOverflow(message)
+    if status == 429 and _QUOTA_WORDS.search(text):
+        return QuotaExceeded(message, retry_after=retry_after)
+    fallback = BadRequest if 400 <= status < 500 else UpstreamError
+    error_class = ERROR_BY_STATUS.get(status, fallback)
+    if error_class is BadRequest:
+        return BadRequest(message, code=code or "invalid_request")
+    if error_class is Forbidden:
+        return Forbidden(message, code="upstream_forbidden")
+    if error_class is BodyTooLarge:
+        return BodyTooLarge(message, code="request_too_large")
+    return error_class(message, retry_after=retry_after)
+
+
+def stream_error(body: Mapping[str, Any]) -> GatewayError:
+    """The error that an object with an `error` field inside an answer of status 200 means."""
+    message, kind, code = error_fields(dumps(body).encode("ascii"))
+    status = int(code) if code.isdigit() and 400 <= int(code) < 600 else STATUS_BY_KIND.get(kind, 0)
+    return upstream_error(status or STATUS_BY_KIND.get(code, 500), message or "the provider reported an error", kind, code)
+
+
+def error_fields(body: bytes) -> Tuple[str, str, str]:
+    """(message, type, code) of a provider's error body, whatever its shape; "" for what it does not say."""
+    text = body.decode("utf-8", "replace").strip()
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return ("" if text.startswith("<") else text[:MAX_MESSAGE_CHARS]), "", ""
+    if isinstance(value, list) and value:
+        value = value[0]
+    if not isinstance(value, dict):
+        return text[:MAX_MESSAGE_CHARS], "", ""
+    inner = value.get("error", value)
+    if not isinstance(inner, dict):
+        inner = {**value, "message": inner}
+    message = inner.get("message") or inner.get("detail") or value.get("detail") or value.get("message") or ""
+    raw = (inner.get("metadata") or {}).get("raw") if isinstance(inner.get("metadata"), dict) else None
+    if raw:                                     # OpenRouter: what the host behind it said
+        message = f"{message}: {raw}"
+    if not isinstance(message, str):
+        message = json_text(message)
+    kind, code = inner.get("type"), inner.get("code")
+    return (message[:MAX_MESSAGE_CHARS], kind if isinstance(kind, str) else "",
+            str(code) if isinstance(code, (str, int)) and not isinstance(code, bool) else "")
+
+
+def token_count(value: Any) -> int:
+    """A token count as an int; 0 for anything else."""
+    return int(value) if isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0 else 0
+
+
+def as_dict(value: Any) -> Dict[str, Any]:
+    """`value` if it is a dict, else an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
+def authorization(model: Model, credential: Credential, scheme: str = "bearer") -> Dict[str, str]:
+    """Request headers that all providers share: identity, authorisation, then what the user configured."""
+    headers = {"content-type": "application/json", "accept": "application/json, text/event-stream",
+               "user-agent": USER_AGENT}
+    if credential.token:
+        if scheme == "bearer":
+            headers["authorization"] = f"Bearer {credential.token}"
+        elif scheme == "cf-aig-authorization":
+            headers[scheme] = f"Bearer {credential.token}"
+        else:
+            headers[scheme] = credential.token
+    headers.update({name.lower(): value for name, value in {**credential.headers, **model.headers}.items()})
+    return headers
+
+
+def join_url(base: str, path: str) -> str:
+    """`base` and `path` with one slash between, whether or not the base ends in a version that the path begins with."""
+    base = base.rstrip("/")
+    if path.startswith("/v1/") and base.endswith("/v1"):
+        base = base[:-3]
+    return base + path
+
+
+# --- openai-completions -----------------------------------------------------------------------------------------------
+
+CHAT_STOP = {"stop": "stop", "end": "stop", "eos": "stop", "length": "length", "max_tokens": "length",
+             "tool_calls": "tool_use", "function_call": "tool_use", "content_filter": "refusal",
+             "model_context_window_exceeded": "overflow"}
+CHAT_FAILURES = frozenset({"error", "network_error", "insufficient_system_resource", "server_error"})
+# delta fields that hold reasoning; hosts that send two of them send the same text twice
+REASONING_FIELDS = ("reasoning_content", "reasoning", "reasoning_text")
+IMAGE_NOTE = "(the image is in the next message)"
+EMPTY_RESULT = "(no output)"
+
+
+class OpenAICompletions(UpstreamProtocol):
+    """OpenAI Chat Completions and the many servers that speak it: POST {base}/chat/completions.
+
+    Compat flags are those of pi's models.json; an absent flag has the value of OpenAI's own API."""
+
+    name = "openai-completions"
+
+    def carries(self, model: Model) -> FrozenSet[str]:
+        """Everything but top_k, which most servers do not know, and reasoning on a model that is not known to reason."""
+        fields = {"temperature", "top_p", "stop", "seed", "frequency_penalty", "presence_penalty", "logit_bias",
+                  "parallel_tools", "output", "json_object", "user", "verbosity"}
+        if model.reasoning:
+            fields.add("reasoning")
+        if not model.flag("supportsTemperature", True):
+            fields -= {"temperature", "top_p"}
+        return frozenset(fields)
+
+    def replays(self, part: Thinking, model: Model) -> bool:
+        """Its own sealed reasoning, and plain reasoning where the server insists on having it back."""
+        return part.maker == self.name if part.signature else bool(
+            not part.redacted and (model.flag("requiresReasoningContentOnAssistantMessages")
+                                   or model.flag("requiresThinkingAsText")))
+
+    def build(self, request: Request, model: Model, credential: Credential) -> Call:
+        """See `UpstreamProtocol.build`."""
+        messages = [chat_system(text.text for text in request.system)] if request.system else []
+        for message in request.messages:
+            messages.extend(self._message(message, model))
+        body = present(
+            model=model.id, messages=messages, stream=request.stream or None, max_tokens=request.max_tokens,
+            temperature=request.temperature, top_p=request.top_p, stop=list(request.stop) or None, seed=request.seed,
+            frequency_penalty=request.frequency_penalty, presence_penalty=request.presence_penalty,
+            logit_bias=request.logit_bias, user=request.user, verbosity=request.verbosity,
+            response_format=self._response_format(request.output),
+            tools=[self._tool(tool, model) for tool in request.tools] or None)
+        if request.tools:
+            body.update(present(tool_choice=self._tool_choice(request.tool_choice),
+                                parallel_tool_calls=request.parallel_tools))
+        return self._call(self.adapt(body, request.reasoning, model)[0], request, model, credential)
+
+    def native_call(self, request: Request, model: Model, credential: Credential) -> Tuple[Call, List[str]]:
+        """The client's own body, field for field, edited only where a compat flag demands it."""
+        body = {**request.data, "model": model.id}
+        reasoning = request.reasoning
+        if reasoning is not None and (model.reasoning is not None or model.level):
+            for name in OpenAIChat()._reasoning(body)[1]:
+                del body[name]
+        else:
+            reasoning = None
+        body, dropped = self.adapt(body, reasoning, model)
+        return self._call(body, request, model, credential), dropped
+
+    def _call(self, body: Dict[str, Any], request: Request, model: Model, credential: Credential) -> Call:
+        headers = {**session_headers(request, model),
+                   **authorization(model, credential, model.flag("auth", "bearer"))}
+        return Call("POST", join_url(model.base_url, "/chat/completions"), headers, dumps(body).encode("ascii"))
+
+    def _message(self, message: Message, model: Model) -> List[Dict[str, Any]]:
+        if message.role == "tool":
+            return self._results(message)
+        if message.role == "assistant":
+            return self._assistant(message, model)
+        if message.role == "system":
+            return [chat_system(part.text for part in message.parts if isinstance(part, Text))]
+        if all(isinstance(part, Text) for part in message.parts):
+            return [{"role": "user", "content": "\n".join(part.text for part in message.parts)}]
+        return [{"role": "user", "content": [self._part(part) for part in message.parts]}]
+
+    def _part(self, part: Part) -> Dict[str, Any]:
+        if isinstance(part, Image):
+            return {"type": "image_url", "image_url": present(url=part.url or data_url(part), detail=part.detail)}
+        if isinstance(part, Document):
+            if part.data is None:
+                raise BadRequest("a document by URL cannot go to this model; send its bytes",
+                                 code="unsupported_parameter", param="messages")
+            return {"type": "file", "file": {"filename": part.name or "document.pdf", "file_data": data_url(part)}}
+        return {"type": "text", "text": part.text if isinstance(part, Text) else ""}
+
+    def _assistant(self, message: Message, model: Model) -> List[Dict[str, Any]]:
+        text = "".join(part.text for part in message.parts if isinstance(part, Text))
+        thinking = [part for part in message.parts if isinstance(part, Thinking)]
+        calls = [{"id": self._call_id(part.id, model), "type": "function",
+                  "function": {"name": part.name, "arguments": part.arguments or "{}"}}
+                 for part in message.parts if isinstance(part, ToolCall)]
+        details = [json.loads(part.signature) for part in thinking if part.signature and part.maker == self.name]
+        plain = "\n".join(part.text for part in thinking if not part.signature)
+        if model.flag("requiresThinkingAsText") and plain:
+            text = plain + ("\n\n" + text if text else "")
+        out = {"role": "assistant", "content": text or (None if calls else "")}
+        out.update(present(
+            tool_calls=calls or None, reasoning_details=[item for items in details for item in items] or None,
+            reasoning_content=plain if plain and model.flag("requiresReasoningContentOnAssistantMessages") else None))
+        return [out] if text or calls or details else []
+
+    def _call_id(self, call_id: str, model: Model) -> str:
+        # OpenAI: a tool_call_id has 40 characters at most; other hosts take what they gave
+        return fit_id(call_id, 40) if model.provider == OPENAI or len(call_id) > 64 or "|" in call_id else call_id
+
+    def _results(self, message: Message) -> List[Dict[str, Any]]:
+        """Tool messages, and behind all of them one user message with their images, which a tool message cannot hold."""
+        out, images = [], []
+        for result in message.parts:
+            if not isinstance(result, ToolResult):
+                continue
+            text = "\n".join(part.text for part in result.parts if isinstance(part, Text))
+            shown = [part for part in result.parts if isinstance(part, (Image, Document))]
+            if result.is_error and not text.lower().startswith("error"):
+                text = f"Error: {text}"
+            out.append({"role": "tool", "tool_call_id": result.call_id if len(result.call_id) <= 40
+                        else fit_id(result.call_id, 40), "content": text or (IMAGE_NOTE if shown else EMPTY_RESULT)})
+            images.extend(shown)
+        if images:
+            parts: List[Part] = [Text("Images from the tool results above:"), *images]
+            out.append({"role": "user", "content": [self._part(part) for part in parts]})
+        return out
+
+    def _tool(self, tool: Tool, model: Model) -> Dict[str, Any]:
+        strict = tool.strict if model.flag("supportsStrictMode", True) else None
+        return {"type": "function", "function": present(name=tool.name, description=tool.description,
+                                                        parameters=tool.schema, strict=strict)}
+
+    def _tool_choice(self, choice: Optional[ToolChoice]) -> Any:
+        if choice is None or choice.kind != "tool":
+            return choice and choice.kind
+        return {"type": "function", "function": {"name": choice.name}}
+
+    def _response_format(self, output: Optional[OutputFormat]) -> Optional[Dict[str, Any]]:
+        if output is None or output.schema is None:
+            return output and {"type": "json_object"}
+        return {"type": "json_schema", "json_schema": present(name=output.name, schema=output.schema,
+                                                              strict=output.strict)}
+
+    def adapt(self, body: Dict[str, Any], reasoning: Optional[Reasoning], model: Model,
+              ) -> Tuple[Dict[str, Any], List[str]]:
+        """`body` as this host wants it, by the model's compat flags, and the names of fields that had to go."""
+        dropped = []
+        body = {**body, "messages": adapt_messages(body["messages"], model)}
+        limit = body.pop("max_tokens", None) if body.get("max_completion_tokens") is None else (
+            body.pop("max_tokens", None), body.pop("max_completion_tokens"))[1]
+        if limit is not None:
+            limit_field = model.flag("maxTokensField", "max_completion_tokens")
+            body[limit_field] = fit_max_tokens(limit, model)
+        if body.get("stream"):
+            if model.flag("supportsUsageInStreaming", True):
+                body["stream_options"] = {**(body.get("stream_options") or {}), "include_usage": True}
+            else:
+                body.pop("stream_options", None)
+        else:
+            body.pop("stream_options", None)
+        for name in ("tools", "functions"):     # OpenAI: 400 for an empty array
+            if body.get(name) == []:
+                del body[name]
+        if not body.get("tools"):
+            body.pop("tool_choice", None)
+            if model.flag("requiresToolsWithToolHistory") and any(m.get("role") == "tool" for m in body["messages"]):
+                body["tools"] = []
+        elif model.flag("zaiToolStream"):
+            body["tool_stream"] = True
+        if not model.flag("supportsStore", True) and body.pop("store", None):
+            dropped.append("store")
+        if reasoning:
+            fields = thinking_fields(reasoning, model)
+            if not fields and reasoning.level != "off":
+                dropped.append("reasoning_effort")
+            body.update(fields)
+        if model.flag("cacheControlFormat") == "anthropic":
+            mark_cache(body)
+        body.update(present(provider=model.flag("openRouterRouting"), priority=model.flag("vllmPriority")))
+        if model.flag("vercelGatewayRouting"):
+            body["providerOptions"] = {"gateway": model.flag("vercelGatewayRouting")}
+        body.update(model.sampling)
+        return body, dropped
+
+    def reader(self, model: Model, stamp: Stamp) -> Reader:
+        """See `UpstreamProtocol.reader`."""
+        return ChatReader(model, stamp)
+
+
+OPENAI = "openai"       # the one provider whose own limits, not just flags, the Chat builder knows: 40-character ids
+
+
+def chat_system(texts: Iterable[str]) -> Dict[str, Any]:
+    """A system message; sections are set apart by a blank line."""
+    return {"role": "system", "content": "\n\n".join(texts)}
+
+
+def data_url(part: Union[Image, Document]) -> str:
+    """The part's bytes as a data URL."""
+    return f"data:{part.media_type};base64,{part.data}"
+
+
+def session_headers(request: Request, model: Model) -> Dict[str, str]:
+    """Headers that keep one conversation on one machine of the host, when the client names its session."""
+    session = (request.headers.get("x-session-id") or request.headers.get("x-claude-code-session-id")
+               or request.data.get("prompt_cache_key"))
+    if not isinstance(session, str) or not model.flag("sendSessionAffinityHeaders"):
+        return {}
+    names = SESSION_HEADERS[model.flag("sessionAffinityFormat", "openai")]
+    return {name: re.sub(r"[^\x21-\x7e]", "", session)[:64] for name in names}
+
+
+SESSION_HEADERS = {"openai": ("session_id", "x-client-request-id", "x-session-affinity"),
+                   "openai-nosession": ("x-client-request-id", "x-session-affinity"), "openrouter": ("x-session-id",)}
+
+
+def adapt_messages(messages: Sequence[Dict[str, Any]], model: Model) -> List[Dict[str, Any]]:
+    """Chat messages as the host wants them, by its compat flags."""
+    names = {}
+    out: List[Dict[str, Any]] = []
+    for message in messages:
+        message, role = dict(message), message.get("role")
+        if role == "developer" and not model.flag("supportsDeveloperRole", True):
+            message["role"] = "system"
+        if role == "assistant":
+            names.update((call.get("id"), as_dict(call.get("function")).get("name"))
+                         for call in message.get("tool_calls") or ())
+            if message.get("content") is None and (model.flag("requiresNonNullAssistantContent")
+                                                   or model.flag("requiresAssistantAfterToolResult")):
+                message["content"] = ""
+            if model.reasoning and model.flag("requiresReasoningContentOnAssistantMessages"):
+                message.setdefault("reasoning_content", "")
+        elif role == "tool" and model.flag("requiresToolResultName"):
+            message.setdefault("name", names.get(message.get("tool_call_id")) or "unknown")
+        elif (role == "user" and out and out[-1].get("role") == "tool"
+              and model.flag("requiresAssistantAfterToolResult")):
+            out.append({"role": "assistant", "content": "I have processed the tool results."})
+        out.append(message)
+    return out
+
+
+def mark_cache(body: Dict[str, Any]) -> None:
+    """Cache marks in Anthropic's convention for hosts that pass them on: first system message, last tool, last message
+    with text; nothing when the client set marks of its own."""
+    if '"cache_control"' in dumps(body):
+        return
+    mark = {"cache_control": {"type": "ephemeral"}}
+    messages = body["messages"]
+    first = next((place for place, m in enumerate(messages) if m.get("role") in ("system", "developer")), None)
+    last = next((place for place in reversed(range(len(messages))) if messages[place].get("content")), None)
+    for place in {first, last} - {None}:
+        content = messages[place]["content"]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+        if parts and parts[-1].get("type") == "text":
+            parts[-1] = {**parts[-1], **mark}
+            messages[place] = {**messages[place], "content": parts}
+    if body.get("tools"):
+        body["tools"] = [*body["tools"][:-1], {**body["tools"][-1], **mark}]
+
+
+def thinking_fields(reasoning: Reasoning, model: Model) -> Dict[str, Any]:
+    """The request fields by which a host of the model's `thinkingFormat` is told how hard to think."""
+    level = fit_level(reasoning.level, model)
+    if model.reasoning is False or level is None:
+        return {}
+    is_on = level != "off"
+    word = model.thinking_levels.get(level, level)
+    effort = {"reasoning_effort": word} if is_on and model.flag("supportsReasoningEffort", True) else {}
+    word_off = model.thinking_levels.get("off", "none")
+    form = model.flag("thinkingFormat", "openai")
+    if form == "openai":
+        off = {"reasoning_effort": word_off} if isinstance(model.thinking_levels.get("off"), str) else {}
+        fields = effort if is_on else off
+    elif form == "openrouter":
+        fields = {"reasoning": {"effort": word if is_on else word_off}}
+    elif form == "deepseek":
+        fields = {"thinking": {"type": "enabled" if is_on else "disabled"}, **effort}
+    elif form == "zai":
+        switch = {"type": "enabled", "clear_thinking": False} if is_on else {"type": "disabled"}
+        fields = {"thinking": switch, **(effort if level in model.thinking_levels else {})}
+    elif form == "qwen":
+        fields = {"enable_thinking": is_on, **effort}
+    elif form == "qwen-chat-template":
+        fields = {"chat_template_kwargs": {"enable_thinking": is_on, "preserve_thinking": True}}
+    elif form in ("chat-template", "baseten"):
+        name = "chat_template_kwargs" if form == "chat-template" else "chat_template_args"
+        variables = {"thinking.enabled": is_on, "thinking.effort": word if is_on else None,
+                     "thinking.budget": (reasoning.budget or LEVEL_BUDGETS.get(level)) if is_on else None}
+        templates = model.flag("chatTemplateKwargs" if form == "chat-template" else "chatTemplateArgs", {})
+        filled = fill_templates(templates, variables, is_on)
+        fields = {**({name: filled} if filled else {}), **(effort if form == "baseten" else {})}
+    elif form == "together":
+        fields = {"reasoning": {"enabled": is_on}, **effort}
+    elif form == "string-thinking":
+        fields = {"thinking": word if is_on else word_off}
+    else:                                       # ant-ling: only levels that the catalogue maps
+        fields = {"reasoning": {"effort": word}} if is_on and level in model.thinking_levels else {}
+    budget_field = model.flag("thinkingTokenBudgetField")
+    if is_on and budget_field and model.flag("supportsThinkingTokenBudget"):
+        fields[budget_field] = reasoning.budget or LEVEL_BUDGETS[level]
+    return fields
+
+
+def fill_templates(templates: Mapping[str, Any], variables: Mapping[str, Any], is_on: bool) -> Dict[str, Any]:
+    """models.json chatTemplateKwargs: plain values, and {"$var": name, "omitWhenOff": bool} replaced by the variable."""
+    filled = {}
+    for name, value in templates.items():
+        if not isinstance(value, dict) or "$var" not in value:
+            filled[name] = value
+        elif is_on or not value.get("omitWhenOff"):
+            filled.update(present(**{name: variables.get(value["$var"])}))
+    return filled
+
+
+class ChatReader(Reader):
+    """chat.completion.chunk events → events. Tool calls stay open until the finish reason, because their fragments may
+    take turns; text and thinking end when something else begins."""
+
+    def __init__(self, model: Model, stamp: Stamp) -> None:
+        super().__init__()
+        self._model = model
+        self._stamp = stamp
+        self._started = False
+        self._stop: Optional[str] = None
+        self._usage = Usage()
+        self._details: List[Dict[str, Any]] = []
+        self._calls: Dict[Any, Dict[str, str]] = {}
+        self._last_call: Any = None
+        self._call_ids: set[str] = set()
+        self._refused = False
+
+    def on_event(self, name: str, text: str) -> Iterator[Event]:
+        """One chunk, or [DONE]."""
+        if text.strip() == "[DONE]":
+            yield from self._done(self._stop or "stop")
+            return
+        yield from self._chunk(loads(text))
+
+    def whole(self, body: Dict[str, Any]) -> Iterator[Event]:
+        """A chat.completion: the same as one chunk whose delta is the message."""
+        choices = body.get("choices")
+        if not isinstance(choices, list) or not choices:
+            if body.get("error"):
+                raise stream_error(body)
+            raise UpstreamProtocolError("the provider's answer has no choices")
+        choice = choices[0]
+        message = dict(choice["message"])
+        calls = message.get("tool_calls") or []
+        if message.get("function_call"):
+            calls = [{"function": message["function_call"]}]
+        message["tool_calls"] = [{**call, "index": place} for place, call in enumerate(calls)]
+        yield from self._chunk({**body, "choices": [{"delta": message, "finish_reason":
+                                                     choice.get("finish_reason") or "stop"}]})
+        yield from self._done(self._stop or "stop")
+
+    def finish(self) -> Iterator[Event]:
+        """End of the stream without [DONE]: fine if there was a finish reason."""
+        if self._stop is None and (not self._started or self._model.flag("supportsFinishReason", True)):
+            raise UpstreamProtocolError("the provider's stream ended without a finish reason")
+        yield from self._done(self._stop or "stop")
+
+    def _done(self, stop_reason: str) -> Iterator[Event]:
+        if not self._started:
+            raise UpstreamProtocolError("the provider's answer is empty")
+        yield from self._close()
+        if self._refused and stop_reason == "stop":
+            stop_reason = "refusal"
+        yield Done(stop_reason, self._usage)
+
+    def _chunk(self, chunk: Any) -> Iterator[Event]:
+        if not isinstance(chunk, dict):
+            raise UpstreamProtocolError("the provider sent an event that is not an object")
+        if chunk.get("error"):
+            raise stream_error(chunk)
+        choices = chunk.get("choices")
+        choice = as_dict(choices[0]) if isinstance(choices, list) and choices else {}
+        usage = chunk.get("usage") or choice.get("usage")       # Moonshot has it in the choice
+        if isinstance(usage, dict):
+            self._usage = read_chat_usage(usage)
+        if not self._started and ("choices" in chunk or "id" in chunk):
+            self._started = True
+            yield Start(chunk.get("id") or "", chunk.get("model") or "")
+        delta = choice.get("delta")
+        if isinstance(delta, dict):
+            yield from self._delta(delta)
+        reason = choice.get("finish_reason")
+        if reason in CHAT_FAILURES:
+            raise UpstreamError(f"the provider stopped: {reason}")
+        if reason and self._stop is None:
+            self._stop = CHAT_STOP.get(reason, "stop")
+            yield from self._close()
+
+    def _delta(self, delta: Dict[str, Any]) -> Iterator[Event]:
+        thinking = next((delta[name] for name in REASONING_FIELDS if isinstance(delta.get(name), str) and delta[name]), "")
+        details = delta.get("reasoning_details")
+        if isinstance(details, list):
+            self._details.extend(item for item in details if isinstance(item, dict))
+        if thinking:
+            yield from self._write(Thinking, thinking)
+        content = delta.get("content")
+        if isinstance(content, list):           # Mistral's shape
+            content = "".join(part.get("text", "") for part in content if as_dict(part).get("type") == "text")
+        if content:
+            yield from self._write(Text, content)
+        if delta.get("refusal"):
+            self._refused = True
+            yield from self._write(Text, delta["refusal"])
+        for call in delta.get("tool_calls") or ():
+            yield from self._tool_call(call)
+
+    def _write(self, kind: type, text: str) -> Iterator[Event]:
+        other = Text if kind is Thinking else Thinking
+        if other in self._parts:
+            yield self._end(other)
+        if kind not in self._parts:
+            yield self._parts.start(kind, Thinking(maker=OpenAICompletions.name) if kind is Thinking else Text())
+        yield self._parts.delta(kind, text)
+
+    def _tool_call(self, call: Dict[str, Any]) -> Iterator[Event]:
+        function = as_dict(call.get("function")) or as_dict(call.get("custom"))
+        key = self._call_key(call, function)
+        state = self._calls.setdefault(key, {"id": "", "name": "", "held": ""})
+        if key not in self._parts:
+            state["id"] = state["id"] or call.get("id") or ""
+            state["name"] = state["name"] or function.get("name") or ""
+            state["held"] += self._arguments(function)
+            if not state["name"] or self._stop is not None:
+                return                          # a call cannot be shown before its name is known
+            for kind in (Thinking, Text):
+                if kind in self._parts:
+                    yield self._end(kind)
+            yield self._parts.start(key, ToolCall(self._fresh_id(state["id"]), state["name"]))
+            if state["held"]:
+                yield self._parts.delta(key, state["held"])
+            return
+        fragment = self._arguments(function)
+        if fragment:
+            yield self._parts.delta(key, fragment)
+
+    def _arguments(self, function: Dict[str, Any]) -> str:
+        arguments = function.get("arguments", function.get("input"))
+        if isinstance(arguments, dict):         # some servers do not encode them
+            return json_text(arguments)
+        return arguments or ""
+
+    def _call_key(self, call: Dict[str, Any], function: Dict[str, Any]) -> Any:
+        """By index, else by id; some servers number every call 0 and only the id tells that a new one begins."""
+        index, call_id = call.get("index"), call.get("id")
+        key = index if index is not None else call_id if call_id else self._last_call
+        known = self._calls.get(key)
+        if known and known["id"] and call_id and call_id != known["id"] and function.get("name"):
+            key = (key, call_id)
+        self._last_call = key
+        return key
+
+    def _fresh_id(self, call_id: str) -> str:
+        """The call's own id, made up when it is missing and made different when it was used before."""
+        fresh = call_id or f"call_{self._stamp.id}"
+        while fresh in self._call_ids:
+            fresh = f"{call_id or 'call_' + self._stamp.id}_{len(self._call_ids)}"
+        self._call_ids.add(fresh)
+        return fresh
+
+    def _end(self, key: Any) -> PartEnd:
+        signature = None
+        if key is Thinking and any("data" in item or "signature" in item for item in self._details):
+            signature, self._details = json_text(self._details), []
+        return self._parts.end(key, signature)
+
+    def _close(self) -> Iterator[Event]:
+        for kind in (Thinking, Text):
+            if kind in self._parts:
+                yield self._end(kind)
+        if any("data" in item for item in self._details):       # sealed reasoning without any visible
+            sealed = Thinking("", json_text(self._details), True, OpenAICompletions.name)
+            self._details = []
+            yield self._parts.start("sealed", sealed)
+        yield from self._parts.end_all()
+
+
+def read_chat_usage(usage: Dict[str, Any]) -> Usage:
+    """OpenAI's usage, and its variants at DeepSeek (prompt_cache_hit_tokens) and Kimi (cached_tokens)."""
+    prompt, completion = as_dict(usage.get("prompt_tokens_details")), as_dict(usage.get("completion_tokens_details"))
+    cached = token_count(prompt.get("cached_tokens") or usage.get("prompt_cache_hit_tokens") or usage.get("cached_tokens"))
+    written = token_count(prompt.get("cache_write_tokens"))
+    return Usage(max(0, token_count(usage.get("prompt_tokens")) - cached - written),
+                 token_count(usage.get("completion_tokens")), cached, written,
+                 token_count(completion.get("reasoning_tokens")))
+
+
+# --- anthropic-messages -----------------------------------------------------------------------------------------------
+
+ANTHROPIC_STOP = {"end_turn": "stop", "stop_sequence": "stop_sequence", "max_tokens": "length", "tool_use": "tool_use",
+                  "refusal": "refusal", "pause_turn": "pause", "model_context_window_exceeded": "overflow"}
+ANTHROPIC_CHOICES = {"auto": "auto", "none": "none", "required": "any", "tool": "tool"}
+ANTHROPIC_VERSION = "2023-06-01"    # the version that still has temperature, top_p and top_k
+ANTHROPIC_ID_LIMIT = 64             # tool ids match ^[a-zA-Z0-9_-]{1,64}$ (Messages API, tool_use)
+OAUTH_MARK = "sk-ant-oat"           # Claude subscription tokens; the API takes them as bearer tokens with these extras
+OAUTH_BETAS = "claude-code-20250219,oauth-2025-04-20"
+OAUTH_IDENTITY = "You are Claude Code, Anthropic's official CLI for Claude."
+OAUTH_AGENT = "claude-cli/2.1.322"
+CARRIED_TO_PROVIDER = ("anthropic-version", "anthropic-beta", "openai-beta", "openai-organization", "openai-project")
+
+
+class AnthropicMessages(UpstreamProtocol):
+    """Anthropic Messages and the hosts that speak it: POST {base}/v1/messages."""
+
+    name = "anthropic-messages"
+
+    def carries(self, model: Model) -> FrozenSet[str]:
+        """What the Messages API has a field for."""
+        fields = {"stop", "parallel_tools", "user"}
+        if model.flag("supportsTemperature", True):
+            fields |= {"temperature", "top_p", "top_k"}
+        if model.flag("supportsOutputFormat", True):
+            fields.add("output")
+        if model.reasoning:
+            fields.add("reasoning")
+        return frozenset(fields)
+
+    def replays(self, part: Thinking, model: Model) -> bool:
+        """Only what Claude signed; unsigned thinking is a 400, except at hosts that sign nothing."""
+        if not part.signature:
+            return bool(model.flag("allowEmptySignature")) and not part.redacted
+        return part.maker == self.name
+
+    def fit(self, request: Request, model: Model) -> Tuple[Request, List[str]]:
+        """With thinking on, the API refuses sampling parameters and forced tool calls; and a tool loop that began without
+        signed thinking cannot go on with a thinking budget."""
+        reasoning = request.reasoning
+        if reasoning is None or reasoning.level == "off":
+            return request, []
+        forced = request.tool_choice is not None and request.tool_choice.kind in ("required", "tool")
+        if forced or (not model.flag("forceAdaptiveThinking") and self._in_unsigned_loop(request)):
+            return replace(request, reasoning=None), ["reasoning"]
+        sampling = [name for name in ("temperature", "top_p", "top_k") if getattr(request, name) is not None]
+        return (replace(request, temperature=None, top_p=None, top_k=None),
+                [name for name in sampling if getattr(request, name) != 1])
+
+    def _in_unsigned_loop(self, request: Request) -> bool:
+        if not request.messages or request.messages[-1].role != "tool":
+            return False
+        last = next((message for message in reversed(request.messages) if message.role == "assistant"), None)
+        return last is None or not any(isinstance(part, Thinking) for part in last.parts)
+
+    def build(self, request: Request, model: Model, credential: Credential) -> Call:
+        """See `UpstreamProtocol.build`."""
+        messages = self._messages(request.messages)
+        system = [{"type": "text", "text": text.text} for text in request.system]
+        if not messages:                        # a system prompt alone: the API needs a user turn
+            messages, system = [{"role": "user", "content": system}], []
+        if credential.kind == "oauth":
+            system.insert(0, {"type": "text", "text": OAUTH_IDENTITY})
+        max_tokens = request.max_tokens or model.max_tokens or DEFAULT_MAX_TOKENS
+        thinking, effort, max_tokens = self._thinking(request, model, max_tokens)
+        config = present(effort=effort, format=self._format(request.output))
+        body = present(
+            model=model.id, max_tokens=max_tokens, messages=messages, system=system or None,
+            tools=[self._tool(tool, model) for tool in request.tools] or None,
+            tool_choice=self._tool_choice(request), thinking=thinking, output_config=config or None,
+            temperature=None if request.temperature is None else min(request.temperature, 1),
+            top_p=request.top_p, top_k=request.top_k, stop_sequences=list(request.stop) or None,
+            metadata={"user_id": request.user} if request.user else None, stream=request.stream or None)
+        self._mark_cache(body, model)
+        body.update(model.sampling)
+        headers = self.headers(model, credential, {})
+        return Call("POST", join_url(model.base_url, "/v1/messages"), headers, dumps(body).encode("ascii"))
+
+    def native_call(self, request: Request, model: Model, credential: Credential, path: str = "/v1/messages") -> Call:
+        """The client's own bytes with the model's name put in, and nothing else touched, unless the conversation holds
+        thinking that Claude did not make (a change of model), or the credential demands its identity."""
+        body = splice_model(request.body, request.data, model.id)
+        foreign = any(isinstance(part, Thinking) and not self.replays(part, model)
+                      for message in request.messages for part in message.parts)
+        needs_identity = credential.kind == "oauth" and OAUTH_IDENTITY.encode() not in request.body
+        if foreign or needs_identity or model.level:
+            data = {**request.data, "model": model.id}
+            if foreign:
+                data["messages"] = [self._without_foreign(message, model) for message in data["messages"]]
+            if needs_identity:
+                data["system"] = [{"type": "text", "text": OAUTH_IDENTITY}, *system_blocks(data.get("system"))]
+            if model.level:
+                thinking, effort, limit = self._thinking(request, model, request.max_tokens or DEFAULT_MAX_TOKENS)
+                data.update(present(thinking=thinking, max_tokens=limit if request.max_tokens else None))
+                if effort:
+                    data["output_config"] = {**as_dict(data.get("output_config")), "effort": effort}
+            body = dumps(data).encode("ascii")
+        headers = self.headers(model, credential, request.headers)
+        return Call("POST", join_url(model.base_url, path), headers, body)
+
+    def _without_foreign(self, message: Dict[str, Any], model: Model) -> Dict[str, Any]:
+        content = message.get("content")
+        if not isinstance(content, list):
+            return message
+        kept = [block for block in content if block.get("type") not in ("thinking", "redacted_thinking")
+                or all(self.replays(part, model) for part in MESSAGES._content([block], "", Notes()))]
+        return {**message, "content": kept or [{"type": "text", "text": "…"}]}
+
+    def headers(self, model: Model, credential: Credential, client: Mapping[str, str]) -> Dict[str, str]:
+        """Request headers; those of the client that the protocol defines are carried."""
+        scheme = model.flag("auth") or ("bearer" if credential.kind == "oauth" else "x-api-key")
+        headers = {"anthropic-version": ANTHROPIC_VERSION, **authorization(model, credential, scheme)}
+        headers.update((name, client[name]) for name in CARRIED_TO_PROVIDER if name in client)
+        if credential.kind == "oauth":
+            betas = headers.get("anthropic-beta")
+            headers.update({"user-agent": OAUTH_AGENT, "x-app": "cli",
+                            "anthropic-beta": f"{OAUTH_BETAS},{betas}" if betas else OAUTH_BETAS})
+        return headers
+
+    def _messages(self, messages: Iterable[Message]) -> List[Dict[str, Any]]:
+        """Turns that alternate, begin with the user and have a tool turn's results first in the user turn behind it."""
+        out: List[Dict[str, Any]] = []
+        for message in messages:
+            role = "assistant" if message.role == "assistant" else "system" if message.role == "system" else "user"
+            blocks = [block for part in message.parts for block in self._blocks(part)]
+            late = [block for block in blocks if block.get("type") == "late"]
+            blocks = [block for block in blocks if block.get("type") != "late"]
+            blocks.extend(image for block in late for image in block["images"])
+            if not blocks:
+                continue
+            if out and out[-1]["role"] == role:
+                out[-1]["content"].extend(blocks)
+            else:
+                out.append({"role": role, "content": blocks})
+        if out and out[0]["role"] == "assistant":
+            out.insert(0, {"role": "user", "content": [{"type": "text", "text": "…"}]})
+        return out
+
+    def _blocks(self, part: Part) -> List[Dict[str, Any]]:
+        if isinstance(part, Text):
+            return [{"type": "text", "text": part.text}] if part.text.strip() else []
+        if isinstance(part, Thinking):
+            if part.redacted:
+                return [{"type": "redacted_thinking", "data": part.signature}]
+            return [{"type": "thinking", "thinking": part.text, "signature": part.signature or ""}]
+        if isinstance(part, ToolCall):
+            arguments = repair_json_object(part.arguments)
+            return [{"type": "tool_use", "id": fit_id(part.id, ANTHROPIC_ID_LIMIT), "name": part.name,
+                     "input": {"malformed_arguments": part.arguments} if arguments is None else arguments}]
+        if isinstance(part, ToolResult):
+            return self._result(part)
+        return [self._media(part)]
+
+    def _media(self, part: Union[Image, Document]) -> Dict[str, Any]:
+        block: Dict[str, Any] = {"type": "image" if isinstance(part, Image) else "document"}
+        if part.url:
+            block["source"] = {"type": "url", "url": part.url}
+        elif part.media_type == "text/plain" and part.data is not None:
+            text = base64.b64decode(part.data).decode("utf-8", "replace")
+            block["source"] = {"type": "text", "media_type": "text/plain", "data": text}
+        else:
+            block["source"] = {"type": "base64", "media_type": part.media_type, "data": part.data}
+        if isinstance(part, Document) and part.name:
+            block["title"] = part.name
+        return block
+
+    def _result(self, result: ToolResult) -> List[Dict[str, Any]]:
+        blocks = [block for part in result.parts for block in self._blocks(part)]
+        out: Dict[str, Any] = {"type": "tool_result", "tool_use_id": fit_id(result.call_id, ANTHROPIC_ID_LIMIT)}
+        images = [block for block in blocks if block["type"] != "text"]
+        if result.is_error:                     # an error result may hold text only
+            blocks, out["is_error"] = [block for block in blocks if block["type"] == "text"], True
+        if blocks:
+            out["content"] = blocks
+        return [out, {"type": "late", "images": images}] if result.is_error and images else [out]
+
+    def _tool(self, tool: Tool, model: Model) -> Dict[str, Any]:
+        strict = tool.strict if tool.strict and model.flag("supportsStrictTools") else None
+        schema = {"type": "object", **tool.schema}
+        return present(name=tool.name, description=tool.description, input_schema=schema, strict=strict)
+
+    def _tool_choice(self, request: Request) -> Optional[Dict[str, Any]]:
+        if not request.tools or (request.tool_choice is None and request.parallel_tools is not False):
+            return None
+        choice = request.tool_choice or ToolChoice("auto")
+        out = present(type=ANTHROPIC_CHOICES[choice.kind], name=choice.name)
+        if request.parallel_tools is False and choice.kind != "none":
+            out["disable_parallel_tool_use"] = True
+        return out
+
+    def _format(self, output: Optional[OutputFormat]) -> Optional[Dict[str, Any]]:
+        return {"type": "json_schema", "schema": output.schema} if output and output.schema is not None else None
+
+    def _thinking(self, request: Request, model: Model, max_tokens: int,
+                  ) -> Tuple[Optional[Dict[str, Any]], Optional[str], int]:
+        """(thinking, effort, max_tokens). A budget comes on top of what was asked for the answer, within the model's
+        limit; where too little is left for both, thinking stays off."""
+        if request.reasoning is None:
+            return None, None, max_tokens
+        level = fit_level(request.reasoning.level, model)
+        if level is None:
+            return None, None, max_tokens
+        if level == "off":
+            return {"type": "disabled"}, None, max_tokens
+        if model.flag("forceAdaptiveThinking"):
+            effort = model.thinking_levels.get(level) or ANTHROPIC_EFFORTS[level]
+            return {"type": "adaptive", "display": "summarized"}, effort, max_tokens
+        budget = max(MIN_BUDGET, request.reasoning.budget or LEVEL_BUDGETS[level])
+        limit = min((request.max_tokens or max_tokens) + budget, model.max_tokens or sys.maxsize)
+        budget = min(budget, limit - MIN_BUDGET)
+        if budget < MIN_BUDGET:
+            return None, None, max_tokens
+        return {"type": "enabled", "budget_tokens": budget}, None, limit
+
+    def _mark_cache(self, body: Dict[str, Any], model: Model) -> None:
+        """Cache marks behind what stays the same from turn to turn: tools, system, the last user turn. Three of the four
+        that the API allows; without them every turn pays for the whole conversation again."""
+        blocks = [body["system"][-1]] if body.get("system") else []
+        if body.get("tools") and model.flag("supportsCacheControlOnTools", True):
+            blocks.append(body["tools"][-1])
+        if body["messages"][-1]["role"] == "user":
+            blocks.append(body["messages"][-1]["content"][-1])
+        for block in blocks:
+            block["cache_control"] = {"type": "ephemeral"}
+
+    def reader(self, model: Model, stamp: Stamp) -> Reader:
+        """See `UpstreamProtocol.reader`."""
+        return AnthropicReader()
+
+    def parse_error(self, status: int, headers: Mapping[str, str], body: bytes, now: float) -> GatewayError:
+        """The body is kept for Anthropic clients, which recover by its exact wording. Not a 401: that would make them
+        throw away their own key."""
+        error = super().parse_error(status, headers, body, now)
+        if status != 401 and isinstance(error_object(body), dict):
+            error.provider_reply = ProviderReply(status, headers.get("content-type", "application/json"), body)
+        return error
+
+
+ANTHROPIC_EFFORTS = {"minimal": "low", "low": "low", "medium": "medium", "high": "high", "xhigh": "high", "max": "high"}
+
+
+def error_object(body: bytes) -> Any:
+    """The `error` of an Anthropic error body, None when it is not one."""
+    try:
+        return as_dict(json.loads(body)).get("error")
+    except (ValueError, RecursionError):
+        return None
+
+
+def system_blocks(system: Any) -> List[Any]:
+    """Anthropic's `system` as an array."""
+    if isinstance(system, str):
+        return [{"type": "text", "text": system}] if system else []
+    return system or []
+
+
+_MODEL_VALUE = re.compile(rb'"model"\s*:\s*("(?:[^"\\]|\\.)*")')
+
+
+def splice_model(body: bytes, data: Mapping[str, Any], model_id: str) -> bytes:
+    """The JSON bytes `body` with the value of its top-level "model" replaced, every other byte as it was.
+
+    The first "model" in the text may be a nested one, so each is tried until the result parses to what is wanted."""
+    if data.get("model") == model_id:
+        return body
+    wanted = {**data, "model": model_id}
+    value = json_text(model_id).encode("utf-8")
+    for match in _MODEL_VALUE.finditer(body):
+        if json.loads(match.group(1)) != data.get("model"):
+            continue
+        candidate = body[:match.start(1)] + value + body[match.end(1):]
+        if clean_strings(json.loads(candidate.decode("utf-8-sig"))) == wanted:
+            return candidate
+    return dumps(wanted).encode("ascii")
+
+
+class AnthropicReader(Reader):
+    """Anthropic's server-sent events → events."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._started = False
+        self._signatures: Dict[Any, str] = {}
+        self._stop: Optional[str] = None
+        self._detail: Optional[str] = None
+        self._usage: Dict[str, Any] = {}
+
+    def on_event(self, name: str, text: str) -> Iterator[Event]:
+        """Dispatches to a method by event type; unknown ones are skipped."""
+        handler = self.handlers.get(name)
+        if handler is None and name:
+            return
+        data = loads(text)
+        handler = handler or self.handlers.get(data["type"])
+        if handler:
+            yield from handler(self, data)
+
+    def whole(self, body: Dict[str, Any]) -> Iterator[Event]:
+        """A message: the same as its events."""
+        if body.get("error"):
+            raise stream_error(body)
+        if not isinstance(body.get("content"), list):
+            raise UpstreamProtocolError("the provider's answer has no content")
+        yield from self._message_start({"message": body})
+        for index, block in enumerate(body["content"]):
+            yield from self._block_start({"index": index, "content_block": block})
+            if block.get("type") == "thinking":
+                self._signatures[index] = block.get("signature") or ""
+            yield from self._block_stop({"index": index})
+        yield from self._message_delta({"delta": body, "usage": body.get("usage")})
+        yield from self._message_stop({})
+
+    def finish(self) -> Iterator[Event]:
+        """The end of the stream before message_stop is a cut, however clean."""
+        raise UpstreamProtocolError("the provider's stream ended before message_stop")
+        yield
+
+    def _message_start(self, data: Dict[str, Any]) -> Iterator[Event]:
+        message = data["message"]
+        self._started = True
+        self._note_usage(message.get("usage"))
+        yield Start(message.get("id") or "", message.get("model") or "", read_anthropic_usage(self._usage))
+
+    def _note_usage(self, usage: Any) -> None:
+        self._usage.update((name, value) for name, value in as_dict(usage).items() if value is not None)
+
+    def _block_start(self, data: Dict[str, Any]) -> Iterator[Event]:
+        key, block = data["index"], data["content_block"]
+        kind = block["type"]
+        if kind == "text":
+            yield self._parts.start(key, Text())
+        elif kind == "thinking":
+            yield self._parts.start(key, Thinking(maker=AnthropicMessages.name))
+        elif kind == "redacted_thinking":
+            yield self._parts.start(key, Thinking("", block["data"], True, AnthropicMessages.name))
+        elif kind == "tool_use":
+            yield self._parts.start(key, ToolCall(block["id"], block["name"]))
+        first = {"text": block.get("text"), "thinking": block.get("thinking"),
+                 "tool_use": json_text(block["input"]) if block.get("input") else ""}.get(kind)
+        if first:
+            yield self._parts.delta(key, first)
+
+    def _block_delta(self, data: Dict[str, Any]) -> Iterator[Event]:
+        key, delta = data["index"], data["delta"]
+        if key not in self._parts:              # a block of a kind that other clients have no word for
+            return
+        if delta["type"] == "signature_delta":
+            self._signatures[key] = self._signatures.get(key, "") + delta["signature"]
+        field_name = ANTHROPIC_DELTAS.get(delta["type"])
+        if field_name and delta[field_name]:
+            yield self._parts.delta(key, delta[field_name])
+
+    def _block_stop(self, data: Dict[str, Any]) -> Iterator[Event]:
+        key = data["index"]
+        if key in self._parts:
+            yield self._parts.end(key, self._signatures.pop(key, None) or None)
+
+    def _message_delta(self, data: Dict[str, Any]) -> Iterator[Event]:
+        delta = data["delta"]
+        self._stop = delta.get("stop_reason") or self._stop
+        self._detail = delta.get("stop_sequence") or as_dict(delta.get("stop_details")).get("explanation") or self._detail
+        self._note_usage(data.get("usage"))
+        yield from ()
+
+    def _message_stop(self, data: Dict[str, Any]) -> Iterator[Event]:
+        if not self._started:
+            raise UpstreamProtocolError("the provider's stream has no message_start")
+        yield from self._parts.end_all()
+        yield Done(ANTHROPIC_STOP.get(self._stop or "", "stop"), read_anthropic_usage(self._usage), self._detail)
+
+    def _error(self, data: Dict[str, Any]) -> Iterator[Event]:
+        raise stream_error(data)
+        yield
+
+    handlers: Mapping[str, Callable[..., Iterator[Event]]] = {
+        "message_start": _message_start, "content_block_start": _block_start, "content_block_delta": _block_delta,
+        "content_block_stop": _block_stop, "message_delta": _message_delta, "message_stop": _message_stop,
+        "error": _error}
+
+
+ANTHROPIC_DELTAS = {"text_delta": "text", "thinking_delta": "thinking", "input_json_delta": "partial_json"}
+
+
+def read_anthropic_usage(usage: Dict[str, Any]) -> Usage:
+    """Anthropic's usage: input_tokens already excludes what the cache gave or took."""
+    creation, details = as_dict(usage.get("cache_creation")), as_dict(usage.get("output_tokens_details"))
+    return Usage(token_count(usage.get("input_tokens")), token_count(usage.get("output_tokens")),
+                 token_count(usage.get("cache_read_input_tokens")),
+                 token_count(usage.get("cache_creation_input_tokens")), token_count(details.get("thinking_tokens")),
+                 token_count(creation.get("ephemeral_1h_input_tokens")))
+
+
+UPSTREAM_PROTOCOLS: Dict[str, UpstreamProtocol] = {
+    protocol.name: protocol for protocol in (OpenAICompletions(), AnthropicMessages())}
+
+
+# --- Lanes ------------------------------------------------------------------------------------------------------------
+
+
+class Lane:
+    """One request's way: the call that goes out, and the provider's bytes made the client's, streamed or whole.
+
+    `feed`, `end` and `whole` return what is to be sent; for a client that does not stream, the one that finishes returns
+    the whole body. `started`: there is something to show. `error`: the answer failed; before `started` it becomes an
+    HTTP status, after it the returned bytes already tell the client."""
+
+    name = ""
+
+    def __init__(self, client: ClientProtocol, upstream: UpstreamProtocol, request: Request, model: Model,
+                 stamp: Stamp) -> None:
+        self.client = client
+        self.upstream = upstream
+        self.request = request
+        self.model = model
+        self.stamp = stamp
+        self.started = False
+        self.finished = False
+        self.error: Optional[GatewayError] = None
+        self.usage = Usage()
+        self.stop_reason = ""
+
+    def call(self, credential: Credential) -> Tuple[Call, List[str]]:
+        """The call, and the client's names of what it leaves out."""
+        raise NotImplementedError
+
+    def feed(self, data: bytes) -> bytes:
+        """Takes a piece of an event stream."""
+        raise NotImplementedError
+
+    def end(self) -> bytes:
+        """Takes the regular end of an event stream."""
+        raise NotImplementedError
+
+    def whole(self, body: bytes) -> bytes:
+        """Takes a whole JSON answer."""
+        raise NotImplementedError
+
+    def fail(self, error: GatewayError) -> bytes:
+        """Takes a failure of the connection; b"" when the answer was complete before."""
+        if self.finished:
+            return b""
+        self.finished, self.error = True, error
+        return self.client.error_event(error, self.stamp.request_id)
+
+
+class TranslatedLane(Lane):
+    """Through the representation, between any two protocols."""
+
+    name = "translated"
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._reader = Settled(self.upstream.reader(self.model, self.stamp))
+        self._writer = self.client.writer(self.request, self.stamp)
+        self._events: List[Event] = []
+
+    def call(self, credential: Credential) -> Tuple[Call, List[str]]:
+        """See `Lane.call`."""
+        names = self.client.field_names
+        request, dropped = normalise(self.request, self.model, self.upstream, names)
+        request, conflicts = self.upstream.fit(request, self.model)
+        dropped.extend(names.get(name, name) for name in conflicts)
+        return self.upstream.build(request, self.model, credential), dropped
+
+    def feed(self, data: bytes) -> bytes:
+        """See `Lane.feed`."""
+        return self._take(self._reader.feed(data))
+
+    def end(self) -> bytes:
+        """See `Lane.end`."""
+        return self._take(self._reader.end())
+
+    def fail(self, error: GatewayError) -> bytes:
+        """See `Lane.fail`."""
+        return self._take(self._reader.fail(error))
+
+    def whole(self, body: bytes) -> bytes:
+        """See `Lane.whole`."""
+        return self._take(self._reader.whole(parse_answer(body)))
+
+    def _take(self, events: List[Event]) -> bytes:
+        for event in events:
+            if isinstance(event, Failed):
+                self.error = event.error
+            elif isinstance(event, Done):
+                self.usage, self.stop_reason = event.usage, event.stop_reason
+            if not isinstance(event, (Start, Failed)):
+                self.started = True
+        self.finished = self._reader.finished
+        if self.request.stream:
+            return self._writer.write(events)
+        self._events.extend(events)
+        if not self.finished or self.error:
+            return b""
+        reply = collect(self._events)
+        return dumps(self.client.render(self.request, reply, self.stamp)).encode("ascii")
+
+
+def parse_answer(body: bytes) -> Dict[str, Any]:
+    """A provider's whole answer as a dict. Raises `UpstreamProtocolError` when it is not one: an HTML page from a proxy,
+    a cut body, nothing at all."""
+    try:
+        value = loads(body.decode("utf-8-sig"))
+    except (ValueError, RecursionError):
+        raise UpstreamProtocolError("the provider's answer is not JSON" if body.strip() else
+                                    "the provider's answer is empty") from None
+    if not isinstance(value, dict):
+        raise UpstreamProtocolError("the provider's answer is not a JSON object")
+    return value
+
+
+class NativeLane(Lane):
+    """Client and provider speak the same protocol: bodies pass as they are, and the gateway only reads along."""
+
+    name = "native"
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._splitter = EventSplitter()
+
+    def feed(self, data: bytes) -> bytes:
+        """See `Lane.feed`."""
+        try:
+            return self._relay(self._splitter.feed(data))
+        except UpstreamProtocolError as error:
+            return self.fail(error)
+
+    def end(self) -> bytes:
+        """See `Lane.end`."""
+        out = self._relay(self._splitter.end())
+        return out if self.finished else out + self._ended()
+
+    def _ended(self) -> bytes:
+        return self.fail(UpstreamProtocolError("the provider's stream ended without its last event"))
+
+    def _relay(self, block: bytes) -> bytes:
+        """The block's events for the client, up to the first that ends the stream."""
+        out: List[bytes] = []
+        if not block or self.finished:
+            return b""
+        try:
+            for name, text in parse_events(block):
+                out.append(self.relay_event(name, text))
+                if self.finished:
+                    break
+        except GatewayError as error:
+            out.append(self.fail(error))
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            log.debug("malformed provider event", exc_info=True)
+            out.append(self.fail(UpstreamProtocolError(f"the provider's stream is malformed ({type(error).__name__})")))
+        return b"".join(out)
+
+    def relay_event(self, name: str, text: str) -> bytes:
+        """One event for the client."""
+        raise NotImplementedError
+
+
+class AnthropicLane(NativeLane):
+    """Anthropic to Anthropic: every event's data as it came; only the model's name is put back."""
+
+    path = "/v1/messages"
+
+    def call(self, credential: Credential) -> Tuple[Call, List[str]]:
+        """See `Lane.call`."""
+        return self.upstream.native_call(self.request, self.model, credential, self.path), []
+
+    def relay_event(self, name: str, text: str) -> bytes:
+        """See `NativeLane.relay_event`."""
+        data = loads(text)
+        name = name or data["type"]             # SDKs skip events without a name
+        if name == "message_start":
+            self.usage = read_anthropic_usage(as_dict(data["message"].get("usage")))
+            text = restore_model(text, data["message"].get("model"), self.request.model)
+        elif name == "error":
+            if not self.started:
+                raise stream_error(data)
+            self.finished, self.error = True, stream_error(data)
+        elif name == "message_delta":
+            usage = as_dict(data.get("usage"))
+            later = read_anthropic_usage(usage)
+            self.usage = Usage(*(new or old for new, old in zip(later, self.usage)))
+            self.stop_reason = as_dict(data.get("delta")).get("stop_reason") or ""
+        elif name == "message_stop":
+            self.finished = True
+        if name not in ("message_start", "ping"):
+            self.started = True
+        lines = "".join(f"data: {line}\n" for line in text.split("\n"))
+        return f"event: {name}\n{lines}\n".encode("utf-8")
+
+    def whole(self, body: bytes) -> bytes:
+        """See `Lane.whole`."""
+        data = parse_answer(body)
+        if not isinstance(data.get("content"), list):
+            raise stream_error(data) if data.get("error") else UpstreamProtocolError(
+                "the provider's answer has no content")
+        self.started = self.finished = True
+        self.usage = read_anthropic_usage(as_dict(data.get("usage")))
+        self.stop_reason = data.get("stop_reason") or ""
+        return splice_model(body, data, self.request.model)
+
+
+class CountLane(AnthropicLane):
+    """count_tokens at a provider that has it."""
+
+    path = "/v1/messages/count_tokens"
+
+    def whole(self, body: bytes) -> bytes:
+        """See `Lane.whole`."""
+        if not isinstance(parse_answer(body).get("input_tokens"), int):
+            raise UpstreamProtocolError("the provider's answer has no input_tokens")
+        self.started = self.finished = True
+        return body
+
+
+def restore_model(text: str, provider_name: Any, client_name: str) -> str:
+    """The event's JSON text with the model named as the client named it."""
+    if not isinstance(provider_name, str) or provider_name == client_name:
+        return text
+    pattern = r'("model"\s*:\s*)(?:' + "|".join(re.escape(encode(provider_name)) for encode in (dumps, json_text)) + ")"
+    return re.sub(pattern, lambda match: match.group(1) + dumps(client_name), text, count=1)
+
+
+class ChatLane(NativeLane):
+    """OpenAI Chat to OpenAI-compatible: field-exact. Fields pass as they are, also those that only this host knows; what
+    clients rely on and hosts get wrong is put right: one id, the model's name, role first, tool ids and names once, one
+    finish reason, usage as the client asked, [DONE] last."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._envelope: Dict[str, Any] = {}
+        self._roles: set[int] = set()
+        self._calls: Dict[Tuple[int, int], Dict[str, Any]] = {}
+        self._finished_choices: set[int] = set()
+        self._raw_usage: Optional[Dict[str, Any]] = None
+
+    def call(self, credential: Credential) -> Tuple[Call, List[str]]:
+        """See `Lane.call`."""
+        return self.upstream.native_call(self.request, self.model, credential)
+
+    def relay_event(self, name: str, text: str) -> bytes:
+        """See `NativeLane.relay_event`."""
+        if text.strip() == "[DONE]":
+            return self._finish()
+        chunk = loads(text)
+        if not isinstance(chunk, dict):
+            raise UpstreamProtocolError("the provider sent an event that is not an object")
+        if chunk.get("error"):
+            raise stream_error(chunk)
+        if not self._envelope:
+            self._envelope = {"id": chat_id(chunk.get("id") or "", self.stamp), "object": "chat.completion.chunk",
+                              "created": chunk.get("created") or self.stamp.created, "model": self.request.model,
+                              "system_fingerprint": chunk.get("system_fingerprint") or FINGERPRINT}
+        usage = chunk.pop("usage", None)
+        choices = [choice for choice in chunk.get("choices") or () if isinstance(choice, dict)]
+        usage = usage or next((choice.pop("usage") for choice in choices if choice.get("usage")), None)
+        if isinstance(usage, dict):
+            self._raw_usage = usage
+        kept = [choice for choice in choices if self._mend_choice(choice)]
+        if not kept:
+            return b""
+        return self._event({**chunk, **self._envelope, "choices": kept}, None)
+
+    def _event(self, chunk: Dict[str, Any], usage: Optional[Dict[str, Any]]) -> bytes:
+        if self.request.include_usage:
+            chunk["usage"] = usage
+        return sse(chunk)
+
+    def _mend_choice(self, choice: Dict[str, Any]) -> bool:
+        """Puts one choice of a chunk right, in place; whether anything is left to send."""
+        index = choice.setdefault("index", 0)
+        delta = choice["delta"] = as_dict(choice.get("delta"))
+        reason = choice.setdefault("finish_reason", None)
+        if reason in CHAT_FAILURES:
+            raise UpstreamError(f"the provider stopped: {reason}")
+        if index not in self._roles:
+            self._roles.add(index)
+            choice["delta"] = delta = {"role": "assistant", "content": "", **present(**delta)}
+        else:
+            delta.pop("role", None)
+        rename_reasoning(delta)
+        if delta.get("tool_calls"):
+            delta["tool_calls"] = [call for call in map(functools.partial(self._mend_call, index), delta["tool_calls"])
+                                   if call]
+            if not delta["tool_calls"]:
+                del delta["tool_calls"]
+        elif "tool_calls" in delta:
+            del delta["tool_calls"]
+        if reason and index in self._finished_choices:
+            choice["finish_reason"] = reason = None
+        if reason:
+            self._finished_choices.add(index)
+            if reason == "stop" and any(place == index for place, _ in self._calls):
+                choice["finish_reason"] = "tool_calls"
+            self.stop_reason = choice["finish_reason"]
+        if reason or any(value not in (None, "", []) for name, value in delta.items() if name != "role"):
+            self.started = True
+        return True
+
+    def _mend_call(self, choice_index: int, call: Dict[str, Any]) -> Dict[str, Any]:
+        """One tool-call fragment: id, type and name in the first only, and no first before the name is known."""
+        place = call.get("index")
+        if place is None:                       # hosts that leave it out send a call whole, or one after the other
+            known = len([1 for choice, _ in self._calls if choice == choice_index])
+            place = call["index"] = known if call.get("id") or not known else known - 1
+        function = as_dict(call.get("function"))
+        state = self._calls.setdefault((choice_index, place), {"sent": False, "held": ""})
+        if state["sent"]:
+            call = {name: value for name, value in call.items() if name not in ("id", "type")}
+            if "function" in call:
+                call["function"] = {name: value for name, value in function.items() if name != "name"}
+            return call
+        state.update(present(id=call.get("id"), name=function.get("name")))
+        if call.get("type", "function") == "function" and not state.get("name"):
+            state["held"] += function.get("arguments") or ""
+            return {}
+        state["sent"] = True
+        call = {"id": state.get("id") or f"call_{self.stamp.id}_{place}", "type": "function", **present(**call)}
+        if call["type"] == "function":
+            arguments = state["held"] + (function.get("arguments") or "")
+            call["function"] = {**function, "name": state["name"], "arguments": arguments}
+        return call
+
+    def _ended(self) -> bytes:
+        if self._finished_choices or (self.started and not self.model.flag("supportsFinishReason", True)):
+            return self._finish()
+        return super()._ended()
+
+    def _finish(self) -> bytes:
+        if not self._envelope:
+            raise UpstreamProtocolError("the provider's answer is empty")
+        self.started = self.finished = True
+        out = b""
+        if not self._finished_choices:
+            self.stop_reason = "tool_calls" if self._calls else "stop"
+            choice = {"index": 0, "delta": {}, "logprobs": None, "finish_reason": self.stop_reason}
+            out = self._event({**self._envelope, "choices": [choice]}, None)
+        if self._raw_usage is not None:
+            self.usage = read_chat_usage(self._raw_usage)
+            if self.request.include_usage:
+                out += self._event({**self._envelope, "choices": []}, self._raw_usage)
+        return out + b"data: [DONE]\n\n"
+
+    def whole(self, body: bytes) -> bytes:
+        """See `Lane.whole`."""
+        data = parse_answer(body)
+        choices = data.get("choices")
+        if not isinstance(choices, list) or not choices:
+            raise stream_error(data) if data.get("error") else UpstreamProtocolError(
+                "the provider's answer has no choices")
+        for place, choice in enumerate(choices):
+            choice.setdefault("index", place)
+            choice.setdefault("logprobs", None)
+            message = choice["message"] = {"role": "assistant", "content": None, "refusal": None, **choice["message"]}
+            rename_reasoning(message)
+            if not message.get("tool_calls"):
+                message.pop("tool_calls", None)
+                message["content"] = message["content"] or ""
+            elif choice.get("finish_reason") == "stop":
+                choice["finish_reason"] = "tool_calls"
+            for number, call in enumerate(message.get("tool_calls") or ()):
+                call.setdefault("type", "function")
+                call["id"] = call.get("id") or f"call_{self.stamp.id}_{number}"
+            choice["finish_reason"] = choice.get("finish_reason") or "stop"
+        usage = as_dict(data.get("usage"))
+        data.update(id=chat_id(data.get("id") or "", self.stamp), object="chat.completion", model=self.request.model,
+                    created=data.get("created") or self.stamp.created, usage=usage or chat_usage(Usage()),
+                    system_fingerprint=data.get("system_fingerprint") or FINGERPRINT)
+        self.started = self.finished = True
+        self.usage, self.stop_reason = read_chat_usage(usage), choices[0]["finish_reason"]
+        return dumps(data).encode("ascii")
+
+
+def rename_reasoning(delta: Dict[str, Any]) -> None:
+    """Hosts call the reasoning text by three names and some send it twice; clients look for `reasoning_content`."""
+    texts = [delta.pop(name) for name in REASONING_FIELDS if isinstance(delta.get(name), str)]
+    text = next((text for text in texts if text), None)
+    if text is not None:
+        delta["reasoning_content"] = text
+
+
+NATIVE_LANES: Dict[Tuple[str, str], Type[NativeLane]] = {
+    (OpenAIChat.name, OpenAICompletions.name): ChatLane,
+    (AnthropicClient.name, AnthropicMessages.name): AnthropicLane}
+
+
+def choose_lane(client: ClientProtocol, upstream: UpstreamProtocol, request: Request) -> Type[Lane]:
+    """Native when both sides speak the same protocol. A chat conversation whose tool calls and results do not pair up
+    is translated all the same, since every provider would refuse it as it is."""
+    lane = NATIVE_LANES.get((client.name, upstream.name), TranslatedLane)
+    return TranslatedLane if lane is ChatLane and not is_paired(request.messages) else lane
+
+
+# --- The built-in model -----------------------------------------------------------------------------------------------
+
+
+def demo_reply(request: Request) -> Reply:
+    """What the built-in model answers: it repeats the last thing said. It thinks when told to, calls a tool when it must
+    or when the user's words name one, and fills in a JSON schema when one is given. The same request always gives the
+    same reply."""
+    parts: List[Part] = []
+    last = request.messages[-1] if request.messages else Message("user", request.system)
+    said = " ".join(part.text for part in _flat_parts(last.parts) if isinstance(part, Text)).strip()
+    pictures = sum(isinstance(part, Image) for part in _flat_parts(last.parts))
+    if request.reasoning and request.reasoning.level != "off":
+        parts.append(Thinking(f"The last message has {len(said.split())} words. I am to repeat them."))
+    tool = None if last.role == "tool" else _demo_tool(request, said)
+    if tool is not None:
+        arguments = json_text(example_value(tool.schema, tool.schema))
+        parts.append(ToolCall(f"call_demo_{len(request.messages)}", tool.name, arguments))
+        stop_reason = "tool_use"
+    else:
+        text = said or "Hello! I am the built-in demo model."
+        if request.output:
+            schema = request.output.schema or {"type": "object", "properties": {"echo": {"const": said}}}
+            text = json_text(example_value(schema, schema))
+        elif pictures:
+            text += f" [{pictures} image{'s' if pictures > 1 else ''}]"
+        text, stop_reason, detail = _demo_cut(text, request)
+        parts.append(Text(text))
+        return Reply("", tuple(parts), stop_reason, _demo_usage(request, parts), detail)
+    return Reply("", tuple(parts), stop_reason, _demo_usage(request, parts))
+
+
+def _demo_tool(request: Request, said: str) -> Optional[Tool]:
+    choice = request.tool_choice or ToolChoice("auto")
+    if choice.kind == "none":
+        return None
+    if choice.kind == "tool":
+        return next((tool for tool in request.tools if tool.name == choice.name), None)
+    words = re.findall(r"\w+", said.lower())
+    named = [tool for tool in request.tools if tool.name.lower() in said.lower()
+             or (set(re.findall(r"[a-z]{4,}", tool.name.lower())) & set(words))]
+    return next(iter(named or (request.tools if choice.kind == "required" else ())), None)
+
+
+def _demo_cut(text: str, request: Request) -> Tuple[str, str, Optional[str]]:
+    """The text up to the first stop sequence or the output limit, the stop reason, the stop sequence."""
+    found = [(text.find(stop), stop) for stop in request.stop if stop in text]
+    if found:
+        place, stop = min(found)
+        return text[:place], "stop_sequence", stop
+    words = re.findall(r"\s*\S+", text)
+    if request.max_tokens and len(words) > request.max_tokens:
+        return "".join(words[:request.max_tokens]), "length", None
+    return text, "stop", None
+
+
+def _demo_usage(request: Request, parts: Sequence[Part]) -> Usage:
+    spoken = [len((getattr(part, "text", "") + getattr(part, "arguments", "")).split()) for part in parts]
+    thought = sum(count for count, part in zip(spoken, parts) if isinstance(part, Thinking))
+    return Usage(input=estimate_tokens(request), output=max(1, sum(spoken)), reasoning=thought)
+
+
+def example_value(schema: Any, root: Mapping[str, Any], depth: int = 0) -> Any:
+    """A small value that fits a JSON Schema, always the same one; `root` holds what `$ref` may point to."""
+    if not isinstance(schema, Mapping) or depth > 12:
+        return None
+    for name in ("const", "default"):
+        if name in schema:
+            return schema[name]
+    if schema.get("enum"):
+        return schema["enum"][0]
+    if isinstance(schema.get("$ref"), str):
+        target: Any = root
+        for step in schema["$ref"].lstrip("#/").split("/"):
+            target = target.get(step, {}) if isinstance(target, Mapping) else {}
+        return example_value(target, root, depth + 1)
+    for name in ("anyOf", "oneOf", "allOf"):
+        if schema.get(name):
+            return example_value(schema[name][0], root, depth + 1)
+    kind = schema.get("type") or ("object" if "properties" in schema else "string")
+    kind = kind[0] if isinstance(kind, list) else kind
+    if kind == "object":
+        properties = as_dict(schema.get("properties"))
+        names = schema.get("required") or list(properties)
+        return {name: example_value(properties.get(name, {}), root, depth + 1) for name in names}
+    if kind == "array":
+        items = schema.get("items", {})
+        return [example_value(items, root, depth + 1) for _ in range(max(1, schema.get("minItems", 1)))]
+    return {"integer": schema.get("minimum", 1), "number": schema.get("minimum", 1.5), "boolean": True,
+            "null": None}.get(kind, "demo")
+
+
+def demo_stream(body: bytes, stamp: Stamp) -> Tuple[str, List[bytes]]:
+    """The built-in model as an OpenAI-compatible server: (content type, the pieces of the answer)."""
+    request = CHAT.parse(parse_json_object(body))
+    reply = demo_reply(request)
+    if not request.stream:
+        return "application/json", [dumps(CHAT.render(request, reply, stamp)).encode("ascii")]
+    writer = CHAT.writer(request, stamp)
+    pieces = [writer.write([Start()])]
+    for index, part in enumerate(reply.parts):
+        text = part.arguments if isinstance(part, ToolCall) else part.text
+        blank = replace(part, arguments="") if isinstance(part, ToolCall) else type(part)()
+        pieces.append(writer.write([PartStart(index, blank)]))
+        pieces.extend(writer.write([PartDelta(index, word)]) for word in re.findall(r"\s*\S+\s*$|\s*\S+", text))
+        pieces.append(writer.write([PartEnd(index, part)]))
+    pieces.append(writer.write([Done(reply.stop_reason, reply.usage, reply.detail)]))
+    return "text/event-stream", [piece for piece in pieces if piece]
+
+
+# ======================================================================================================================
+# §9 Catalogue
+# ======================================================================================================================
+
+DEMO = "demo"
+DEMO_PROVIDER = Provider(DEMO, {OpenAICompletions.name: "demo://built-in"}, keyless=True)
+DEMO_MODEL = Model("echo", DEMO, OpenAICompletions.name, "demo://built-in", "Built-in demo model", 100_000, 8192,
+                   ("text", "image"), True)
+
+_STRICT = {"supportsStrictMode": True}
+_BASIC = {"supportsStore": False, "supportsDeveloperRole": False}
+_LIMITED = {**_BASIC, "maxTokensField": "max_tokens"}
+_KIMI = {**_LIMITED, "supportsReasoningEffort": True, "supportsStrictMode": False,
+         "supportsMidConvoSystemMessages": True}
+_ZAI = {**_LIMITED, **_STRICT, "supportsReasoningEffort": True, "thinkingFormat": "zai", "zaiToolStream": True}
+_QWEN = {**_BASIC, **_STRICT, "supportsReasoningEffort": True, "thinkingFormat": "qwen"}
+_XIAOMI = {**_STRICT, "supportsReasoningEffort": False, "requiresReasoningContentOnAssistantMessages": True,
+           "thinkingFormat": "deepseek"}
+_NO_SCHEMA = {"supportsOutputFormat": False}
+
+# The order decides which provider a bare model id goes to: makers first, then hosts, then aggregators.
+PROVIDERS: Dict[str, Provider] = {provider.name: provider for provider in (
+    Provider("anthropic", {"anthropic-messages": "https://api.anthropic.com"},
+             env=("ANTHROPIC_OAUTH_TOKEN", "ANTHROPIC_API_KEY"), compat={"supportsStrictTools": True}),
+    Provider("openai", {"openai-completions": "https://api.openai.com/v1"}, env=("OPENAI_API_KEY",), compat=_STRICT),
+    Provider("xai", {"openai-completions": "https://api.x.ai/v1"}, env=("XAI_API_KEY",),
+             compat={**_BASIC, "supportsReasoningEffort": False}),
+    Provider("deepseek", {"openai-completions": "https://api.deepseek.com"}, env=("DEEPSEEK_API_KEY",),
+             compat={**_LIMITED, **_STRICT, "requiresReasoningContentOnAssistantMessages": True,
+                     "thinkingFormat": "deepseek"}),
+    Provider("moonshotai", {"openai-completions": "https://api.moonshot.ai/v1"}, env=("MOONSHOT_API_KEY",),
+             compat=_KIMI),
+    Provider("moonshotai-cn", {"openai-completions": "https://api.moonshot.cn/v1"}, env=("MOONSHOT_API_KEY",),
+             compat=_KIMI),
+    Provider("kimi-coding", {"openai-completions": "https://api.kimi.com/coding/v1"}, env=("KIMI_API_KEY",),
+             compat=_KIMI),
+    Provider("zai", {"openai-completions": "https://api.z.ai/api/coding/paas/v4"}, env=("ZAI_API_KEY",), compat=_ZAI),
+    Provider("zai-coding-cn", {"openai-completions": "https://open.bigmodel.cn/api/coding/paas/v4"},
+             env=("ZAI_CODING_CN_API_KEY",), compat=_ZAI),
+    Provider("minimax", {"anthropic-messages": "https://api.minimax.io/anthropic"}, env=("MINIMAX_API_KEY",),
+             compat=_NO_SCHEMA),
+    Provider("minimax-cn", {"anthropic-messages": "https://api.minimaxi.com/anthropic"}, env=("MINIMAX_CN_API_KEY",),
+             compat=_NO_SCHEMA),
+    Provider("qwen-token-plan",
+             {"openai-completions": "https://token-plan.ap-southeast-1.maas.aliyuncs.com/compatible-mode/v1"},
+             env=("QWEN_TOKEN_PLAN_API_KEY",), compat=_QWEN),
+    Provider("qwen-token-plan-cn",
+             {"openai-completions": "https://token-plan.cn-beijing.maas.aliyuncs.com/compatible-mode/v1"},
+             env=("QWEN_TOKEN_PLAN_CN_API_KEY",), compat=_QWEN, models="qwen-token-plan"),
+    Provider("qwen-token-plan-individual",
+             {"openai-completions": "https://token-plan.ap-southeast-1.maas.aliyuncs.com/compatible-mode/v1"},
+             env=("QWEN_TOKEN_PLAN_API_KEY",), compat=_QWEN),
+    Provider("qwen-token-plan-individual-cn",
+             {"openai-completions": "https://token-plan.cn-beijing.maas.aliyuncs.com/compatible-mode/v1"},
+             env=("QWEN_TOKEN_PLAN_CN_API_KEY",), compat=_QWEN, models="qwen-token-plan-individual"),
+    Provider("xiaomi", {"openai-completions": "https://api.xiaomimimo.com/v1"}, env=("XIAOMI_API_KEY",),
+             compat=_XIAOMI),
+    Provider("xiaomi-token-plan-ams", {"openai-completions": "https://token-plan-ams.xiaomimimo.com/v1"},
+             env=("XIAOMI_TOKEN_PLAN_AMS_API_KEY",), compat=_XIAOMI),
+    Provider("xiaomi-token-plan-cn", {"openai-completions": "https://token-plan-cn.xiaomimimo.com/v1"},
+             env=("XIAOMI_TOKEN_PLAN_CN_API_KEY",), compat=_XIAOMI, models="xiaomi-token-plan-ams"),
+    Provider("xiaomi-token-plan-sgp", {"openai-completions": "https://token-plan-sgp.xiaomimimo.com/v1"},
+             env=("XIAOMI_TOKEN_PLAN_SGP_API_KEY",), compat=_XIAOMI, models="xiaomi-token-plan-ams"),
+    Provider("ant-ling", {"openai-completions": "https://api.ant-ling.com/v1"}, env=("ANT_LING_API_KEY",),
+             compat={**_LIMITED, **_STRICT, "supportsReasoningEffort": False, "thinkingFormat": "ant-ling"}),
+    Provider("groq", {"openai-completions": "https://api.groq.com/openai/v1"}, env=("GROQ_API_KEY",), compat=_STRICT),
+    Provider("cerebras", {"openai-completions": "https://api.cerebras.ai/v1"}, env=("CEREBRAS_API_KEY",),
+             compat=_BASIC),
+    Provider("together", {"openai-completions": "https://api.together.ai/v1"}, env=("TOGETHER_API_KEY",),
+             compat={**_LIMITED, "supportsReasoningEffort": False, "thinkingFormat": "together",
+                     "supportsStrictMode": False}),
+    Provider("fireworks",
+             {"openai-completions": "https://api.fireworks.ai/inference/v1",
+              "anthropic-messages": "https://api.fireworks.ai/inference"}, env=("FIREWORKS_API_KEY",),
+             compat={**_BASIC, **_STRICT, **_NO_SCHEMA, "sendSessionAffinityHeaders": True,
+                     "supportsCacheControlOnTools": False, "forceAdaptiveThinking": True,
+                     "allowEmptySignature": True}),
+    Provider("baseten", {"openai-completions": "https://inference.baseten.co/v1"}, env=("BASETEN_API_KEY",),
+             compat={**_LIMITED, **_STRICT, "supportsReasoningEffort": True, "sendSessionAffinityHeaders": True}),
+    Provider("nvidia", {"openai-completions": "https://integrate.api.nvidia.com/v1"}, env=("NVIDIA_API_KEY",),
+             headers={"NVCF-POLL-SECONDS": "3600"},
+             compat={**_LIMITED, "supportsReasoningEffort": False, "supportsStrictMode": False}),
+    Provider("cloudflare-workers-ai",
+             {"openai-completions": "https://api.cloudflare.com/client/v4/accounts/{CLOUDFLARE_ACCOUNT_ID}/ai/v1"},
+             env=("CLOUDFLARE_API_KEY",), compat={**_BASIC, **_STRICT, "sendSessionAffinityHeaders": True}),
+    Provider("cloudflare-ai-gateway",
+             {"openai-completions": "https://gateway.ai.cloudflare.com/v1/"
+                                    "{CLOUDFLARE_ACCOUNT_ID}/{CLOUDFLARE_GATEWAY_ID}/compat",
+              "anthropic-messages": "https://gateway.ai.cloudflare.com/v1/"
+                                    "{CLOUDFLARE_ACCOUNT_ID}/{CLOUDFLARE_GATEWAY_ID}/anthropic"},
+             env=("CLOUDFLARE_API_KEY",), auth="cf-aig-authorization",
+             compat={**_LIMITED, "supportsReasoningEffort": False, "sendSessionAffinityHeaders": True}),
+    Provider("opencode",
+             {"openai-completions": "https://opencode.ai/inference/openai/v1",
+              "anthropic-messages": "https://opencode.ai/inference/anthropic"}, env=("OPENCODE_API_KEY",),
+             compat={**_LIMITED, **_STRICT}),
+    Provider("opencode-go",
+             {"openai-completions": "https://opencode.ai/inference/go/openai/v1",
+              "anthropic-messages": "https://opencode.ai/inference/go/anthropic"}, env=("OPENCODE_API_KEY",),
+             compat={**_LIMITED, **_STRICT}),
+    Provider("huggingface", {"openai-completions": "https://router.huggingface.co/v1"}, env=("HF_TOKEN",),
+             compat={**_STRICT, "supportsDeveloperRole": False}, discover=True),
+    Provider("vercel-ai-gateway", {"anthropic-messages": "https://ai-gateway.vercel.sh"}, env=("AI_GATEWAY_API_KEY",),
+             compat={"allowEmptySignature": True}, discover=True),
+    Provider("openrouter",
+             {"openai-completions": "https://openrouter.ai/api/v1",
+              "anthropic-messages": "https://openrouter.ai/api"}, env=("OPENROUTER_API_KEY",),
+             compat={**_STRICT, "supportsDeveloperRole": False, "thinkingFormat": "openrouter",
+                     "sendSessionAffinityHeaders": True, "sessionAffinityFormat": "openrouter"}, discover=True),
+    DEMO_PROVIDER,
+)}
+
+# Servers on this machine know max_tokens, and not all of them its newer name.
+LOCAL_COMPAT = {"maxTokensField": "max_tokens"}
+LEVEL_SUFFIXES = {**LEVEL_ALIASES, "thinking": "medium"}
+
+
+def parse_model_line(line: str, provider: Provider) -> Model:
+    """A line of `MODELS`: id|context|output|flags|cost|levels|compat|protocol, trailing fields may be missing."""
+    fields = line.split("|") + [""] * 8
+    compat = dict(provider.compat)
+    for word in fields[6].split():
+        name, equals, value = word.partition("=")
+        compat[name.lstrip("!")] = (json.loads(value) if value[:1] in "{[" else value) if equals else word[0] != "!"
+    levels = {}
+    for word in fields[5].split():
+        level, _, value = word.partition("=")
+        levels[level] = None if value == "-" else value
+    if provider.auth:
+        compat["auth"] = provider.auth
+    protocol = fields[7] or provider.protocol
+    return Model(
+        id=fields[0], provider=provider.name, protocol=protocol, base_url=provider.endpoints[protocol],
+        context_window=int(fields[1]), max_tokens=int(fields[2]), reasoning="r" in fields[3],
+        input=("text", "image") if "i" in fields[3] else ("text",),
+        cost=tuple(float(price) for price in fields[4].split(",") if price), thinking_levels=levels, compat=compat,
+        headers=provider.headers)
+
+
+def unlisted_model(provider: Provider, model_id: str, **facts: Any) -> Model:
+    """A model of which only the provider is known, and what `facts` say."""
+    compat = {**provider.compat, **({"auth": provider.auth} if provider.auth else {})}
+    return Model(id=model_id, provider=provider.name, protocol=provider.protocol,
+                 base_url=provider.endpoints[provider.protocol], compat=compat, headers=provider.headers, **facts)
+
+
+class Catalogue:
+    """The known models by provider, and the way from a name to one of them. `discover` swaps in a provider's own list;
+    everything else never changes, so that threads share it without a lock."""
+
+    def __init__(self, providers: Mapping[str, Provider], custom: Mapping[str, Mapping[str, Model]] = MappingProxyType({}),
+                 allow: Optional[Sequence[str]] = None, deny: Sequence[str] = (), show_demo: bool = False) -> None:
+        self.providers = providers
+        self._custom = custom
+        self._allow = allow
+        self._deny = deny
+        self._show_demo = show_demo
+        self._models: Dict[str, Dict[str, Model]] = {}
+        self._discovered: Dict[str, Dict[str, Model]] = {}
+
+    def models_of(self, provider: Provider) -> Dict[str, Model]:
+        """Its models by id: built in, then the user's, then what the server itself lists."""
+        models = self._models.get(provider.name)
+        if models is None:
+            lines = MODELS.get(provider.models or provider.name, "").split("\n")
+            models = {model.id: model for model in (parse_model_line(line, provider) for line in lines if line)}
+            if provider.name == DEMO:
+                models = {DEMO_MODEL.id: DEMO_MODEL}
+            models.update(self._custom.get(provider.name, {}))
+            self._models[provider.name] = models
+        found = self._discovered.get(provider.name)
+        return {**found, **models} if found else models
+
+    def discover(self, provider: Provider, models: Mapping[str, Model]) -> None:
+        """Takes the list that the provider's own server gave."""
+        self._discovered = {**self._discovered, provider.name: dict(models)}
+
+    def is_discovered(self, provider: Provider) -> bool:
+        """Whether the provider's own list has been seen."""
+        return provider.name in self._discovered
+
+    def is_allowed(self, model: Model) -> bool:
+        """Whether the allow and deny lists let this model be used; entries are provider/id or bare ids."""
+        names = {model.full_id, model.id}
+        return (self._allow is None or bool(names & set(self._allow))) and not names & set(self._deny)
+
+    def listing(self, usable: Callable[[Provider], bool]) -> List[Model]:
+        """The models of the usable providers, by id."""
+        models = [model for provider in self.providers.values() if provider.name != DEMO and usable(provider)
+                  for model in self.models_of(provider).values() if self.is_allowed(model)]
+        if (self._show_demo or not models) and self.is_allowed(DEMO_MODEL):
+            models.append(DEMO_MODEL)
+        return sorted(models, key=lambda model: model.full_id)
+
+    def resolve(self, name: str, usable: Callable[[Provider], bool]) -> Model:
+        """The model that a client's name means: provider/id, or a bare id at the first usable provider that has it, either
+        with a level of thinking behind a colon. An id that the catalogue lacks is taken at a known provider's word.
+        Raises `ModelNotFound`."""
+        base, colon, suffix = name.rpartition(":")
+        level = LEVEL_SUFFIXES.get(suffix.lower()) if colon else None
+        model = self._find(name, usable)
+        if model is None and level:
+            model = self._find(base, usable) or self._unlisted(base)
+            model = model and replace(model, level=level)
+        model = model or self._unlisted(name)
+        if model is None or not self.is_allowed(model):
+            raise ModelNotFound(self._not_found(name, usable), param="model")
+        return model
+
+    def _find(self, name: str, usable: Callable[[Provider], bool]) -> Optional[Model]:
+        provider_name, slash, model_id = name.partition("/")
+        provider = self.providers.get(provider_name)
+        if slash and provider and model_id in self.models_of(provider):
+            return self.models_of(provider)[model_id]
+        if name == DEMO:
+            return DEMO_MODEL
+        holders = [provider for provider in self.providers.values()
+                   if provider.name != DEMO and name in self.models_of(provider)]
+        usable_holders = [provider for provider in holders if usable(provider)]
+        chosen = next((provider for provider in usable_holders if self.is_allowed(self.models_of(provider)[name])),
+                      next(iter(usable_holders or holders), None))
+        return self.models_of(chosen)[name] if chosen else None
+
+    def _unlisted(self, name: str) -> Optional[Model]:
+        provider_name, _, model_id = name.partition("/")
+        provider = self.providers.get(provider_name)
+        if provider is None or not model_id or provider.name == DEMO:
+            return None
+        return unlisted_model(provider, model_id)
+
+    def _not_found(self, name: str, usable: Callable[[Provider], bool]) -> str:
+        ids = [model.full_id for model in self.listing(usable)]
+        near = difflib.get_close_matches(name[:200], ids + [listed.partition("/")[2] for listed in ids], 1, 0.6)
+        hint = f'; did you mean "{near[0]}"?' if near else "; GET /v1/models lists what there is"
+        return f'no model "{name[:200]}" here{hint}'
+
+
+DISCOVERED_WINDOW = ("context_length", "context_window", "max_model_len", "max_context_length", "max_input_tokens",
+                     "inputTokenLimit")
+
+
+def read_model_list(body: Mapping[str, Any], provider: Provider) -> Dict[str, Model]:
+    """The models in a server's answer to GET /models, by id, with the limits that some servers add: OpenRouter, vLLM,
+    LM Studio, llama.cpp, Vercel, Hugging Face and Anthropic each in its own way."""
+    items = body.get("data")
+    if not isinstance(items, list):
+        items = body.get("models") if isinstance(body.get("models"), list) else []
+    models = {}
+    for item in items:
+        model_id = as_dict(item).get("id") or as_dict(item).get("name")
+        if not isinstance(model_id, str) or not model_id:
+            continue
+        window = next((token_count(item[name]) for name in DISCOVERED_WINDOW if item.get(name)), 0)
+        meta, top = as_dict(item.get("meta")), as_dict(item.get("top_provider"))
+        modalities = as_dict(item.get("architecture")).get("input_modalities")
+        parameters = item.get("supported_parameters")
+        models[model_id] = unlisted_model(
+            provider, model_id, name=item.get("display_name") or item.get("name") or "",
+            context_window=window or token_count(meta.get("n_ctx") or meta.get("n_ctx_train")),
+            max_tokens=token_count(top.get("max_completion_tokens") or item.get("max_tokens")),
+            input=tuple(modalities) if isinstance(modalities, list) else None,
+            reasoning="reasoning" in parameters if isinstance(parameters, list) else None)
+    return models
+
+
+# --- models.json ------------------------------------------------------------------------------------------------------
+
+_PROVIDER_KEYS = {"name": "a string", "baseUrl": "a string", "api": "a string", "apiKey": "a string",
+                  "headers": "an object", "authHeader": "a boolean", "compat": "an object", "models": "an array",
+                  "modelOverrides": "an object"}
+_MODEL_KEYS = {"id": "a string", "name": "a string", "api": "a string", "baseUrl": "a string", "reasoning": "a boolean",
+               "input": "an array", "cost": "an object", "contextWindow": "a number", "maxTokens": "a number",
+               "headers": "an object", "compat": "an object", "thinkingLevelMap": "an object",
+               "samplingParams": "an object"}
+_NESTED_COMPAT = ("openRouterRouting", "vercelGatewayRouting", "chatTemplateKwargs", "chatTemplateArgs")
+
+
+class ModelsFile(NamedTuple):
+    """models.json, read: all providers, built in and the user's own; the user's models; what could not be used."""
+
+    providers: Dict[str, Provider]
+    custom: Dict[str, Dict[str, Model]]
+    problems: List[str]
+
+
+def read_models_file(data: Mapping[str, Any]) -> ModelsFile:
+    """pi's models.json over the built-in table. A provider that cannot be used is left out and named in `problems`;
+    unknown properties are pi's business and ignored. Raises `BadRequest` naming the key when the whole is malformed."""
+    entries = required(data, "providers", "an object")
+    result = ModelsFile(dict(PROVIDERS), {}, [])
+    for name, entry in entries.items():
+        path = f"providers.{name}"
+        try:
+            _read_provider(result, name, check(entry, "an object", path), path)
+        except BadRequest as error:
+            result.problems.append(error.message)
+    return result
+
+
+def _read_provider(result: ModelsFile, name: str, entry: Dict[str, Any], path: str) -> None:
+    fields = {key: optional(entry, key, kind, path) for key, kind in _PROVIDER_KEYS.items()}
+    if not re.fullmatch(r"[^/\s]+", name) or name == DEMO:
+        raise BadRequest(f"{path}: a provider's name may not be empty, be {DEMO!r} or hold a slash or blank")
+    provider = _merge_provider(name, fields, path)
+    base = Catalogue({name: provider}).models_of(provider)
+    models: Dict[str, Model] = {}
+    for where, item in objects(fields["models"] or [], f"{path}.models"):
+        model = _read_model(provider, item, where, None)
+        models[model.id] = model
+    for model_id, item in (fields["modelOverrides"] or {}).items():
+        known = models.get(model_id) or base.get(model_id)
+        where = f"{path}.modelOverrides.{model_id}"
+        if known:
+            models[model_id] = _read_model(provider, {**check(item, "an object", where), "id": model_id}, where, known)
+    result.providers[name] = provider
+    result.custom[name] = models
+
+
+def _merge_provider(name: str, fields: Mapping[str, Any], path: str) -> Provider:
+    known = PROVIDERS.get(name)
+    base_url, api = fields["baseUrl"], fields["api"]
+    if known is None and not base_url and not any(as_dict(m).get("baseUrl") for m in fields["models"] or ()):
+        raise BadRequest(f"{path}.baseUrl: required for a provider that is not built in")
+    endpoints = dict(known.endpoints) if known else {}
+    if base_url:
+        check_url(base_url, f"{path}.baseUrl")
+        endpoints = {protocol: base_url for protocol in endpoints}
+    default = api or next(iter(endpoints), OpenAICompletions.name)
+    if default not in UPSTREAM_PROTOCOLS:
+        raise BadRequest(f"{path}.api: {default!r} is not supported; known: {', '.join(UPSTREAM_PROTOCOLS)}")
+    endpoints = {default: base_url or endpoints.get(default, ""), **endpoints}
+    compat = {**(known.compat if known else compat_of_host(base_url or "")), **(fields["compat"] or {})}
+    headers = {header: check(value, "a string", f"{path}.headers.{header}")
+               for header, value in {**(known.headers if known else {}), **(fields["headers"] or {})}.items()}
+    return Provider(
+        name, endpoints, env=known.env if known else (), headers=headers, compat=compat,
+        discover=known.discover if known else not fields["models"], models=known.models if known else "",
+        auth=known.auth if known else "", keyless=known is None, auth_header=bool(fields["authHeader"]),
+        api_key=fields["apiKey"])
+
+
+def compat_of_host(base_url: str) -> Mapping[str, Any]:
+    """The compat flags for a server known only by its address: those of the built-in provider at the same host, or of
+    the servers people run at home."""
+    host = urllib.parse.urlsplit(base_url).hostname or ""
+    for provider in PROVIDERS.values():
+        if any(urllib.parse.urlsplit(url).hostname == host for url in provider.endpoints.values()):
+            return provider.compat
+    is_local = host in LOOPBACK_HOSTS or host.startswith(("10.", "192.168.", "127.")) or "." not in host
+    return LOCAL_COMPAT if is_local or host.endswith((".local", ".lan")) else {}
+
+
+def _read_model(provider: Provider, item: Dict[str, Any], path: str, known: Optional[Model]) -> Model:
+    """An entry of `models` (then `known` is None and it replaces what was there) or of `modelOverrides`."""
+    fields = {key: optional(item, key, kind, path) for key, kind in _MODEL_KEYS.items()}
+    if not fields["id"]:
+        raise BadRequest(f"{path}.id: Field required")
+    protocol = fields["api"] or (known.protocol if known else provider.protocol)
+    if protocol not in UPSTREAM_PROTOCOLS:
+        raise BadRequest(f"{path}.api: {protocol!r} is not supported; known: {', '.join(UPSTREAM_PROTOCOLS)}")
+    base = known or unlisted_model(provider, fields["id"])
+    cost = as_dict(fields["cost"])
+    compat = dict(base.compat)
+    for key, value in (fields["compat"] or {}).items():
+        compat[key] = {**as_dict(compat.get(key)), **value} if key in _NESTED_COMPAT else value
+    prices = tuple(float(cost.get(key, 0)) for key in ("input", "output", "cacheRead", "cacheWrite")) if cost else None
+    return replace(
+        base, protocol=protocol, compat=compat, headers={**base.headers, **(fields["headers"] or {})},
+        base_url=fields["baseUrl"] or provider.endpoints.get(protocol) or base.base_url, sampling={
+            **base.sampling, **(fields["samplingParams"] or {})},
+        **present(name=fields["name"], reasoning=fields["reasoning"], cost=prices,
+                  thinking_levels=fields["thinkingLevelMap"],
+                  context_window=fields["contextWindow"] and int(fields["contextWindow"]),
+                  max_tokens=fields["maxTokens"] and int(fields["maxTokens"]),
+                  input=fields["input"] and tuple(fields["input"])))
+
+
+# ======================================================================================================================
+# §10 Credentials
+# ======================================================================================================================
+
+_INTERPOLATION = re.compile(r"\$(?:(\$)|(!)|([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9_]*)\})")
+_PLACEHOLDER = re.compile(r"\{([A-Z][A-Z0-9_]*)\}")
+SENTINEL = "<authenticated>"        # pi's mark for ambient cloud credentials; never a key
+
+
+class FileCache:
+    """A JSON object file, read again when it changes. pi rewrites its files in place, so a reader may find half of one:
+    such a moment is waited out, and a file that stays broken leaves the last good content in force."""
+
+    _TRIES, _PAUSE_S = 12, 0.02
+
+    def __init__(self, path: str, parse: Callable[[str], Any] = json.loads) -> None:
+        self.path = path
+        self._parse = parse
+        self._lock = threading.Lock()
+        self._seen: Any = None
+        self._content: Dict[str, Any] = {}
+
+    def read(self) -> Dict[str, Any]:
+        """The file's content, {} when there is none."""
+        with self._lock:
+            identity = self._identify()
+            if identity != self._seen:
+                content = self._load() if identity else {}
+                if content is not None:
+                    self._content = content
+                self._seen = identity
+            return self._content
+
+    def _identify(self) -> Any:
+        try:
+            stat = os.stat(self.path)
+        except OSError:
+            return None
+        return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+    def _load(self) -> Optional[Dict[str, Any]]:
+        for _ in range(self._TRIES):
+            try:
+                with open(self.path, encoding="utf-8-sig") as file:
+                    text = file.read()
+                content = self._parse(text) if text.strip() else None
+            except (OSError, ValueError, RecursionError):
+                content = None
+            if isinstance(content, dict):
+                return content
+            time.sleep(self._PAUSE_S)
+        if self._identify() and os.path.getsize(self.path):
+            log.warning("%s is not valid JSON; keeping what was read before", self.path)
+            return None
+        return {}
+
+
+class Credentials:
+    """Finds what authorises a call: auth.json first, then models.json's `apiKey`, then the environment (the order of pi
+    0.77 and later). Values may be literal, `$NAME` or `!command`, and for older files the bare name of a variable."""
+
+    def __init__(self, auth_file: str, environ: Mapping[str, str], clock: Callable[[], float] = time.time) -> None:
+        self._auth = FileCache(auth_file)
+        self._environ = environ
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._commands: Dict[str, Tuple[float, Optional[str]]] = {}
+        self._warned: set[str] = set()
+
+    def usable(self, provider: Provider) -> bool:
+        """Whether there is something to try for this provider; runs no command and asks nobody."""
+        entry = as_dict(self._auth.read().get(provider.name))
+        has_key = bool(provider.keyless or entry.get("key") or entry.get("access") or provider.api_key
+                       or any(self._environ.get(name) for name in provider.env))
+        return has_key and all(self._variable(name, entry) for url in provider.endpoints.values()
+                               for name in _PLACEHOLDER.findall(url))
+
+    def is_subscription(self, provider: Provider) -> bool:
+        """Whether calls to this provider are paid by somebody's personal plan."""
+        entry = as_dict(self._auth.read().get(provider.name))
+        token = entry.get("key") or self._environ.get(provider.env[0] if provider.env else "", "")
+        return entry.get("type") == "oauth" or (isinstance(token, str) and OAUTH_MARK in token)
+
+    def get(self, provider: Provider, model: Model) -> Credential:
+        """The credential for a call. Raises `Unauthorized`, code no_credentials, that says what to set."""
+        entry = as_dict(self._auth.read().get(provider.name))
+        token, kind = self._token(provider, entry)
+        if not token and not provider.keyless:
+            raise Unauthorized(self._advice(provider, entry), code="no_credentials", param="model")
+        headers = {name: self._header(provider, name, value, entry)
+                   for name, value in {**provider.headers, **model.headers}.items()}
+        if provider.auth_header and token:
+            headers["authorization"] = f"Bearer {token}"
+        return Credential(kind if token else "none", token or "", headers)
+
+    def fill(self, url: str, provider: Provider) -> str:
+        """A base URL with its {NAME} placeholders filled in."""
+        entry = as_dict(self._auth.read().get(provider.name))
+        return _PLACEHOLDER.sub(lambda match: self._variable(match.group(1), entry) or match.group(0), url)
+
+    def _variable(self, name: str, entry: Mapping[str, Any]) -> Optional[str]:
+        own = as_dict(entry.get("env")).get(name)
+        return own if isinstance(own, str) and own else self._environ.get(name) or None
+
+    def _token(self, provider: Provider, entry: Mapping[str, Any]) -> Tuple[Optional[str], str]:
+        if entry.get("type") == "oauth":
+            access, expires = entry.get("access"), entry.get("expires")
+            if isinstance(expires, (int, float)) and expires <= self._clock() * 1000:
+                raise Unauthorized(f'the log-in for "{provider.name}" has expired; log in again with pi',
+                                   code="no_credentials", param="model")
+            return (access if isinstance(access, str) else None), "oauth"
+        key = entry.get("key")
+        token = self.resolve(key, entry) if isinstance(key, str) else None
+        token = token or (self.resolve(provider.api_key, entry) if provider.api_key and not key else None)
+        token = token or next((value for value in (self._variable(name, entry) for name in provider.env) if value), None)
+        if token == SENTINEL:
+            return None, "none"
+        return token, "oauth" if token and OAUTH_MARK in token else "api_key"
+
+    def _advice(self, provider: Provider, entry: Mapping[str, Any]) -> str:
+        if entry.get("key") or provider.api_key:
+            return f'the key for "{provider.name}" in the configuration resolves to nothing; check its variable or command'
+        return f'no key for "{provider.name}"' + (f": set {provider.env[-1]}" if provider.env else "")
+
+    def _header(self, provider: Provider, name: str, value: str, entry: Mapping[str, Any]) -> str:
+        resolved = self.resolve(value, entry)
+        if not resolved:
+            raise Unauthorized(f'the header {name} for "{provider.name}" resolves to nothing; check its variable or '
+                               "command", code="no_credentials", param="model")
+        return resolved
+
+    def resolve(self, value: str, entry: Mapping[str, Any] = MappingProxyType({})) -> Optional[str]:
+        """The secret that a configured value stands for, None when that is nothing."""
+        if value.startswith("!"):
+            return self._run(value[1:])
+        if _INTERPOLATION.search(value):
+            return self._interpolate(value, entry)
+        if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value):
+            from_environment = self._variable(value, entry)
+            if from_environment:                # how pi before 0.77 named a variable
+                return from_environment
+            if value.isupper() and "_" in value and value not in self._warned:
+                self._warned.add(value)
+                log.warning("a key is written %s, like the name of a variable that is not set; it is used as it stands "
+                            "(write $%s for a variable)", value, value)
+        return value.strip() or None
+
+    def _interpolate(self, value: str, entry: Mapping[str, Any]) -> Optional[str]:
+        missing = []
+
+        def fill(match: re.Match[str]) -> str:
+            if match.group(1) or match.group(2):
+                return match.group(1) or match.group(2)
+            name = match.group(3) or match.group(4)
+            found = self._variable(name, entry)
+            missing.extend([] if found else [name])
+            return found or ""
+
+        text = _INTERPOLATION.sub(fill, value)
+        return None if missing else text.strip() or None
+
+    def _run(self, command: str) -> Optional[str]:
+        """The output of a command; kept a while, since it may ask a password manager. One thread at a time: the others
+        wait for its result."""
+        with self._lock:
+            expires, value = self._commands.get(command, (0.0, None))
+            if self._clock() < expires:
+                return value
+            try:
+                done = subprocess.run(command, shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                      stderr=subprocess.DEVNULL, timeout=COMMAND_TIMEOUT_S, check=False)
+                value = done.stdout.decode("utf-8", "replace").strip() if done.returncode == 0 else None
+            except (OSError, subprocess.SubprocessError):
+                value = None
+            keep = COMMAND_CACHE_S if value else COMMAND_TIMEOUT_S
+            self._commands[command] = (self._clock() + keep, value or None)
+            return value or None
+
+
+# ======================================================================================================================
+# §11 HTTP client
+# ======================================================================================================================
+
+
+class Scope:
+    """Everything that one request may have to give up: waits for the provider end early when the client leaves, when
+    the limit is reached, or when the server stops; meanwhile they beat, so that the client hears something.
+
+    Only the request's own thread waits; `cancel` may come from any thread."""
+
+    def __init__(self, client: Optional[socket.socket] = None, heartbeat_s: float = 15.0,
+                 on_beat: Callable[[], None] = lambda: None) -> None:
+        self._client = client
+        self._heartbeat_s = heartbeat_s
+        self.on_beat = on_beat
+        self._cancelled: Optional[GatewayError] = None
+        self._upstream: Optional[socket.socket] = None
+
+    def attach(self, upstream: Optional[socket.socket]) -> None:
+        """Names the socket that `cancel` is to cut off."""
+        self._upstream = upstream
+        self.check()
+
+    def cancel(self, error: GatewayError) -> None:
+        """Ends the request's current and later waits with `error`."""
+        self._cancelled = error
+        upstream = self._upstream
+        if upstream is not None:
+            try:
+                upstream.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+
+    def check(self) -> None:
+        """Raises what `cancel` was given."""
+        if self._cancelled is not None:
+            raise self._cancelled
+
+    def wait(self, upstream: Optional[socket.socket], limit_s: float) -> bool:
+        """Waits until `upstream` can be read; False when that takes `limit_s`. Raises `ClientGone`, or what `cancel` was
+        given."""
+        deadline = time.monotonic() + limit_s
+        beat = time.monotonic() + self._heartbeat_s
+        while True:
+            self.check()
+            now = time.monotonic()
+            if now >= deadline:
+                return False
+            if now >= beat:
+                self.on_beat()
+                beat = now + self._heartbeat_s
+            watched = [sock for sock in (upstream, self._client) if sock is not None]
+            ready = wait_readable(watched, min(deadline, beat) - now)
+            if upstream is not None and upstream in ready:
+                self.check()
+                return True
+            if self._client in ready:
+                self._check_client()
+
+    def _check_client(self) -> None:
+        """Tells a client that left from one that already sends its next request (no longer watched then)."""
+        try:
+            if self._client is not None and self._client.recv(1, socket.MSG_PEEK):
+                self._client = None
+                return
+        except OSError:
+            pass
+        raise ClientGone
+
+
+def wait_readable(socks: Sequence[socket.socket], timeout_s: float) -> List[socket.socket]:
+    """Those of `socks` that have data or an end to read, after at most `timeout_s`."""
+    if not hasattr(select, "poll"):             # Windows
+        if not socks:
+            time.sleep(timeout_s)
+            return []
+        return select.select(socks, [], [], max(0.0, timeout_s))[0]
+    poll = select.poll()
+    for sock in socks:
+        poll.register(sock, select.POLLIN)
+    ready = {fd for fd, _ in poll.poll(max(0.0, timeout_s) * 1000)}
+    return [sock for sock in socks if sock.fileno() in ready]
+
+
+class Limits(NamedTuple):
+    """How long a provider may take, in seconds: to connect, to begin its answer, and between two pieces of it."""
+
+    connect_s: float = 10.0
+    first_byte_s: float = 600.0
+    idle_s: float = 300.0
+
+
+class Response:
+    """A provider's answer: status, headers (names in lower case), and the body as an iterator of pieces, each of them
+    all that one receive brought. Ends when the body does; raises `UpstreamProtocolError` when it is cut."""
+
+    def __init__(self, status: int, headers: Mapping[str, str], connection: Connection, rest: bytes, scope: Scope,
+                 idle_s: float) -> None:
+        self.status = status
+        self.headers = headers
+        self._connection = connection
+        self._rest = rest
+        self._scope = scope
+        self._idle_s = idle_s
+        self._complete = False
+        self._length = 0 if status in (204, 304) else body_length(headers)
+        self._dechunker = Dechunker() if self._length is None else None
+        coding = headers.get("content-encoding", "identity").lower()
+        self._inflate = zlib.decompressobj(47) if coding in ("gzip", "x-gzip", "deflate") else None
+
+    def __iter__(self) -> Iterator[bytes]:
+        data = self._rest
+        self._rest = b""
+        while True:
+            piece = self._decode(data) if data else b""
+            if piece:
+                yield piece
+            if self._complete or self._length == 0:
+                self._complete = True
+                return
+            data = self._connection.receive(self._scope, self._idle_s)
+            if not data:
+                if self._length == -1:          # the body ends with the connection
+                    return
+                raise UpstreamProtocolError("the provider closed the connection in the middle of its answer")
+
+    def _decode(self, data: bytes) -> bytes:
+        try:
+            if self._dechunker:
+                data = self._dechunker.feed(data)
+                self._complete = self._dechunker.done
+            elif self._length is not None and self._length >= 0:
+                data = data[:self._length]
+                self._length -= len(data)
+            return self._inflate.decompress(data) if self._inflate else data
+        except (ValueError, zlib.error) as error:
+            raise UpstreamProtocolError(f"the provider's answer is malformed: {error}") from None
+
+    def read(self, limit: int) -> bytes:
+        """The whole body. Raises `UpstreamProtocolError` when it is longer than `limit` bytes."""
+        pieces, size = [], 0
+        for piece in self:
+            pieces.append(piece)
+            size += len(piece)
+            if size > limit:
+                raise UpstreamProtocolError(f"the provider's answer is longer than {limit} bytes")
+        return b"".join(pieces)
+
+    def close(self) -> None:
+        """Gives the connection back if the answer was read to its end, or its end is already here; else closes it."""
+        connection, self._scope = self._connection, Scope()
+        if not self._complete and self._length != -1:
+            try:
+                for _ in range(2):              # behind the last event: the empty chunk that ends the body
+                    data = self._rest or connection.receive(self._scope, DRAIN_S)
+                    self._rest = b""
+                    self._decode(data)
+                    if self._complete or not data:
+                        break
+            except (GatewayError, OSError):
+                pass
+        connection.release(self._complete and self.headers.get("connection", "").lower() != "close")
+
+
+class Connection:
+    """A connection to a provider (or to the proxy before it): `http.client` opens it, with tunnel and TLS; requests are
+    written and answers read here, one send and few receives each."""
+
+    def __init__(self, opened: http.client.HTTPConnection, pool: Pool, key: Any) -> None:
+        self._opened = opened
+        self._pool = pool
+        self._key = key
+        self.sock: socket.socket = opened.sock
+        self.idle_since = 0.0
+
+    def send(self, data: bytes, timeout_s: float) -> None:
+        """Sends everything."""
+        self.sock.settimeout(timeout_s)
+        self.sock.sendall(data)
+
+    def receive(self, scope: Scope, limit_s: float) -> bytes:
+        """What has arrived, b"" at the end; waits for it. Raises `UpstreamTimeout`."""
+        pending = getattr(self.sock, "pending", None)       # TLS: bytes already decrypted do not show on the socket
+        if not (pending and pending()) and not scope.wait(self.sock, limit_s):
+            raise UpstreamTimeout(f"the provider sent nothing for {limit_s:g} seconds")
+        try:
+            return self.sock.recv(RECEIVE_BYTES)
+        except socket.timeout:
+            raise UpstreamTimeout("the provider stopped in the middle of a TLS record") from None
+        except OSError as error:
+            scope.check()
+            raise UpstreamProtocolError(f"the connection to the provider broke: {describe(error)}") from None
+
+    def is_stale(self) -> bool:
+        """Whether the other side has closed it, or sent what nobody asked for."""
+        return bool(wait_readable([self.sock], 0))
+
+    def release(self, is_reusable: bool) -> None:
+        """Back to the pool, or closed."""
+        if not (is_reusable and self._pool.put(self._key, self)):
+            self.close()
+
+    def close(self) -> None:
+        """Closes the connection."""
+        self._opened.close()
+
+
+class Pool:
+    """Idle connections by destination; the most recently used is taken first."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._idle: Dict[Any, List[Connection]] = {}
+        self._closed = False
+
+    def take(self, key: Any) -> Optional[Connection]:
+        """An idle connection that still looks alive."""
+        while True:
+            with self._lock:
+                connections = self._idle.get(key)
+                if not connections:
+                    return None
+                connection = connections.pop()
+            if time.monotonic() - connection.idle_since < POOL_IDLE_S and not connection.is_stale():
+                return connection
+            connection.close()
+
+    def put(self, key: Any, connection: Connection) -> bool:
+        """Keeps a connection; False when there is no room."""
+        connection.idle_since = time.monotonic()
+        with self._lock:
+            connections = self._idle.setdefault(key, [])
+            if self._closed or len(connections) >= POOL_PER_HOST:
+                return False
+            connections.append(connection)
+            return True
+
+    def close(self) -> None:
+        """Closes what is idle, and everything that comes back later."""
+        with self._lock:
+            self._closed = True
+            idle, self._idle = self._idle, {}
+        for connections in idle.values():
+            for connection in connections:
+                connection.close()
+
+
+def describe(error: BaseException) -> str:
+    """An operating-system error in words, without numbers or paths."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) or type(error).__name__
+
+
+class PooledHandler(urllib.request.BaseHandler):
+    """The part of `urllib.request` that talks to servers, with kept connections; the stock one closes after each answer.
+    Proxies have been put into the request by `ProxyHandler` before it arrives here."""
+
+    def __init__(self, limits: Limits, ca_bundle: Optional[str]) -> None:
+        self.pool = Pool()
+        self._limits = limits
+        self._ca_bundle = ca_bundle
+        self._context: Any = None
+        self._context_lock = threading.Lock()
+
+    def http_open(self, request: ScopedRequest) -> Response:
+        """An http URL, or any URL through a plain proxy."""
+        return self.do_open(http.client.HTTPConnection, request)
+
+    def https_open(self, request: ScopedRequest) -> Response:
+        """An https URL."""
+        return self.do_open(functools.partial(http.client.HTTPSConnection, context=self._tls()), request)
+
+    def _tls(self) -> Any:
+        """One TLS context for the process: making one takes some 30 ms."""
+        with self._context_lock:
+            if self._context is None:
+                import ssl                      # not needed by those who only use local servers
+                self._context = ssl.create_default_context(cafile=self._ca_bundle)
+            return self._context
+
+    def do_open(self, connect: Callable[..., http.client.HTTPConnection], request: ScopedRequest) -> Response:
+        """Sends the request on a kept connection, or a new one; a kept one that fails before any byte of an answer was
+        closed by its other side meanwhile, and the request is sent once more on a new one."""
+        tunnel = getattr(request, "_tunnel_host", None)
+        key = (request.type, request.host, tunnel)
+        message = self._head(request) + (request.data or b"")
+        kept = self.pool.take(key)
+        if kept:
+            try:
+                return self._exchange(kept, message, request.scope)
+            except (StaleConnection, OSError):
+                request.scope.check()
+                kept.close()
+        opened = connect(request.host, timeout=self._limits.connect_s)
+        if tunnel:
+            proxy_auth = {name: value for name, value in request.unredirected_hdrs.items()
+                          if name.lower() == "proxy-authorization"}
+            proxy_auth.update((name, value) for name, value in request.headers.items()
+                              if name.lower() == "proxy-authorization")
+            opened.set_tunnel(tunnel, headers=proxy_auth)
+        opened.connect()
+        connection = Connection(opened, self.pool, key)
+        try:
+            return self._exchange(connection, message, request.scope)
+        except StaleConnection:
+            connection.close()
+            raise UpstreamProtocolError("the provider closed the connection without an answer") from None
+
+    def _head(self, request: ScopedRequest) -> bytes:
+        host = getattr(request, "_tunnel_host", None) or urllib.parse.urlsplit(request.full_url).netloc.rpartition("@")[2]
+        lines = [f"{request.get_method()} {request.selector} HTTP/1.1", f"Host: {host}"]
+        for name, value in {**request.unredirected_hdrs, **request.headers}.items():
+            if re.search(r"[\r\n\0]", value):
+                raise BadRequest(f"the header {name} has a line break in it")
+            if name.lower() != "proxy-authorization" or not getattr(request, "_tunnel_host", None):
+                lines.append(f"{name}: {value}")
+        if request.data is not None:
+            lines.append(f"Content-Length: {len(request.data)}")
+        return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+
+    def _exchange(self, connection: Connection, message: bytes, scope: Scope) -> Response:
+        try:
+            scope.attach(connection.sock)
+            connection.send(message, self._limits.idle_s)
+            return self._read_head(connection, scope)
+        except (StaleConnection, ConnectionError):
+            raise
+        except BaseException:
+            connection.close()
+            raise
+
+    def _read_head(self, connection: Connection, scope: Scope) -> Response:
+        buffer = b""
+        while True:
+            end = buffer.find(b"\r\n\r\n")
+            if end >= 0:
+                start, headers = self._parse_head(buffer[:end])
+                buffer = buffer[end + 4:]
+                status = int(start.split(" ", 2)[1])
+                if status >= 200:
+                    return Response(status, headers, connection, buffer, scope, self._limits.idle_s)
+                continue                        # 100 Continue, 103 Early Hints
+            if len(buffer) > MAX_HEAD_BYTES:
+                raise UpstreamProtocolError("the provider's answer has too long a head")
+            try:
+                data = connection.receive(scope, self._limits.first_byte_s)
+            except UpstreamProtocolError:
+                data = b""
+            if not data:
+                if buffer:
+                    raise UpstreamProtocolError("the provider closed the connection in the middle of its answer")
+                raise StaleConnection
+            buffer += data
+
+    def _parse_head(self, head: bytes) -> Tuple[str, Dict[str, str]]:
+        try:
+            start, headers = parse_head(head)
+            body_length(headers)
+            if not re.match(r"HTTP/1\.[01] \d{3}", start):
+                raise ValueError("not HTTP/1.1")
+            return start, headers
+        except ValueError as error:
+            raise UpstreamProtocolError(f"the provider's answer is not HTTP: {error}") from None
+
+
+class StaleConnection(Exception):
+    """A connection ended before the first byte of an answer."""
+
+
+class ScopedRequest(urllib.request.Request):
+    """A `urllib.request.Request` that carries its scope to the handler."""
+
+    scope: Scope
+
+
+class DemoHandler(urllib.request.BaseHandler):
+    """The built-in model behind the URL scheme demo:, so that it is reached like every other provider."""
+
+    def __init__(self, delay_s: float) -> None:
+        self._delay_s = delay_s
+
+    def demo_open(self, request: ScopedRequest) -> DemoResponse:
+        """Answers a Chat Completions request."""
+        stamp = Stamp(secrets.token_hex(12), int(time.time()))
+        try:
+            content_type, pieces = demo_stream(request.data or b"", stamp)
+            return DemoResponse(200, content_type, pieces, request.scope, self._delay_s)
+        except GatewayError as error:
+            status, body = CHAT.render_error(error, stamp.request_id)
+            return DemoResponse(status, "application/json", [dumps(body).encode("ascii")], request.scope, 0)
+
+
+class DemoResponse(Response):
+    """The built-in model's answer, in pieces at a steady pace."""
+
+    def __init__(self, status: int, content_type: str, pieces: List[bytes], scope: Scope, delay_s: float) -> None:
+        self.status = status
+        self.headers = {"content-type": content_type}
+        self._pieces = pieces
+        self._scope = scope
+        self._delay_s = delay_s
+
+    def __iter__(self) -> Iterator[bytes]:
+        for number, piece in enumerate(self._pieces):
+            if number and self._delay_s:
+                self._scope.wait(None, self._delay_s)
+            yield piece
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+
+class Transport:
+    """The only way out: opens calls, with proxies and CA certificates as the environment says, redirects not followed
+    (a key must not travel on), and failures of the network made ours."""
+
+    def __init__(self, limits: Limits = Limits(), ca_bundle: Optional[str] = None, demo_delay_s: float = 0.02) -> None:
+        self._limits = limits
+        self._handler = PooledHandler(limits, ca_bundle)
+        self._opener = urllib.request.OpenerDirector()
+        for handler in (urllib.request.ProxyHandler(), self._handler, DemoHandler(demo_delay_s)):
+            self._opener.add_handler(handler)
+
+    def open(self, call: Call, scope: Scope) -> Response:
+        """Sends `call`. Raises an `UpstreamError` when no answer comes."""
+        request = ScopedRequest(call.url, data=call.body if call.method == "POST" else None,
+                                headers=dict(call.headers), method=call.method)
+        request.scope = scope
+        host = urllib.parse.urlsplit(call.url).netloc.rpartition("@")[2]
+        try:
+            response = self._opener.open(request, timeout=self._limits.connect_s)
+        except (GatewayError, ClientGone):
+            raise
+        except (socket.timeout, TimeoutError):
+            scope.check()
+            raise UpstreamTimeout(f"no connection to {host} within {self._limits.connect_s:g} seconds") from None
+        except (OSError, http.client.HTTPException, ValueError) as error:   # ssl.SSLError is an OSError
+            scope.check()
+            raise UpstreamError(f"no connection to {host}: {describe(error)}", code="connection_error") from None
+        if response is None:
+            raise UpstreamError(f"cannot open {call.url.partition(':')[0]} URLs", code="connection_error")
+        return response
+
+    def close(self) -> None:
+        """Closes idle connections; those in use close when they come back."""
+        self._handler.pool.close()
+
+
+# ======================================================================================================================
+# §12 Gateway
+# ======================================================================================================================
+
+# End-to-end headers of a provider's answer that clients act on.
+CARRIED_TO_CLIENT = re.compile(r"(?:anthropic-ratelimit-.*|x-ratelimit-.*|retry-after(?:-ms)?|openai-processing-ms|"
+                               r"openai-version|anthropic-organization-id)")
+
+
+class Exchange:
+    """One client request on its way: what the server knows of it, how to answer it, and what the log will say."""
+
+    def __init__(self, client: ClientProtocol, stamp: Stamp, headers: Mapping[str, str], responder: Responder) -> None:
+        self.client = client
+        self.stamp = stamp
+        self.headers = headers
+        self.responder = responder
+        self.answer_headers: Dict[str, str] = {}
+        self.log: Dict[str, Any] = {}
+
+
+class Responder:
+    """How the gateway answers; the server's connection in service, anything else in a test."""
+
+    def send(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
+        """A whole answer."""
+        raise NotImplementedError
+
+    def begin(self, status: int, headers: Mapping[str, str]) -> None:
+        """The head of a streamed answer; it may wait for the first `write`."""
+        raise NotImplementedError
+
+    def write(self, data: bytes) -> None:
+        """A piece of a streamed answer, sent at once."""
+        raise NotImplementedError
+
+    def finish(self, is_complete: bool) -> None:
+        """The end of a streamed answer."""
+        raise NotImplementedError
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the head is gone or about to."""
+        raise NotImplementedError
+
+    def scope(self) -> Scope:
+        """A scope that watches this client."""
+        raise NotImplementedError
+
+
+class Gateway:
+    """Serves requests: finds model and credential, picks the lane, calls the provider, carries the answer back."""
+
+    def __init__(self, config: Config, catalogue: Catalogue, credentials: Credentials, transport: Transport,
+                 clock: Callable[[], float] = time.time) -> None:
+        self.config = config
+        self.catalogue = catalogue
+        self.credentials = credentials
+        self.transport = transport
+        self.clock = clock
+        self._scopes: set[Scope] = set()
+        self._scopes_lock = threading.Lock()
+
+    def is_usable(self, provider: Provider) -> bool:
+        """Whether the provider has a credential that may be used on this address."""
+        return self.credentials.usable(provider) and not self._is_hidden(provider)
+
+    def _is_hidden(self, provider: Provider) -> bool:
+        return not self.config.exposes_subscriptions and self.credentials.is_subscription(provider)
+
+    def models(self) -> List[Model]:
+        """The models that clients may use, by id; from memory."""
+        return self.catalogue.listing(self.is_usable)
+
+    def complete(self, exchange: Exchange, body: bytes) -> None:
+        """Answers a completion request. Raises `GatewayError` while nothing has been sent, or `ClientGone`."""
+        data = parse_json_object(body)
+        request = replace(exchange.client.parse(data), body=body, headers=exchange.headers)
+        model, credential = self._resolve(request, exchange)
+        if model.level:
+            request = replace(request, reasoning=Reasoning(model.level))
+        upstream = UPSTREAM_PROTOCOLS[model.protocol]
+        lane = choose_lane(exchange.client, upstream, request)(exchange.client, upstream, request, model, exchange.stamp)
+        self._run(lane, credential, exchange)
+
+    def count_tokens(self, exchange: Exchange, body: bytes) -> None:
+        """Answers Anthropic's count_tokens: from the provider where it has that, else with an estimate."""
+        data = parse_json_object(body)
+        request = replace(MESSAGES.parse_prompt(data), body=body, headers=exchange.headers, stream=False)
+        model, credential = self._resolve(request, exchange)
+        if model.protocol == AnthropicMessages.name:
+            lane = CountLane(exchange.client, UPSTREAM_PROTOCOLS[model.protocol], request, model, exchange.stamp)
+            try:
+                self._run(lane, credential, exchange)
+                return
+            except (RouteNotFound, ModelNotFound, MethodNotAllowed, UpstreamProtocolError):
+                pass                            # a host that speaks Messages but does not count
+        answer = dumps({"input_tokens": estimate_tokens(request)}).encode("ascii")
+        exchange.responder.send(200, {**exchange.answer_headers, "content-type": "application/json"}, answer)
+
+    def _resolve(self, request: Request, exchange: Exchange) -> Tuple[Model, Credential]:
+        model = self.catalogue.resolve(request.model, self.is_usable)
+        provider = self.catalogue.providers[model.provider]
+        exchange.log.update(model=model.full_id, stream=request.stream)
+        if self._is_hidden(provider):
+            raise Forbidden(f'"{provider.name}" is a personal subscription and not offered on this address '
+                            "(--expose-oauth-subscriptions)", code="subscription_exposure_disabled", param="model")
+        credential = self.credentials.get(provider, model)
+        return replace(model, base_url=self.credentials.fill(model.base_url, provider), headers={}), credential
+
+    def _run(self, lane: Lane, credential: Credential, exchange: Exchange) -> None:
+        call, dropped = lane.call(credential)
+        dropped = list(dict.fromkeys(dropped))
+        if dropped and (self.config.strict or exchange.headers.get("x-pigateway-strict") in ("1", "true")):
+            raise BadRequest(f"{lane.model.full_id} does not take: {', '.join(dropped)}", code="unsupported_parameter",
+                             param=dropped[0])
+        exchange.log.update(lane=lane.name)
+        exchange.answer_headers.update({"x-pigateway-lane": lane.name, "x-pigateway-model": header_text(lane.model.full_id)})
+        if dropped:
+            exchange.answer_headers["x-pigateway-dropped"] = header_text(", ".join(dropped))
+        scope = exchange.responder.scope()
+        with self._scopes_lock:
+            self._scopes.add(scope)
+        try:
+            self._exchange(lane, call, scope, credential, exchange)
+        finally:
+            exchange.log.update(tokens_in=lane.usage.prompt, tokens_out=lane.usage.output, stop=lane.stop_reason)
+            with self._scopes_lock:
+                self._scopes.discard(scope)
+
+    def _exchange(self, lane: Lane, call: Call, scope: Scope, credential: Credential, exchange: Exchange) -> None:
+        if lane.request.stream:
+            scope.on_beat = functools.partial(self._beat, lane, exchange)
+        response = self._open(lane, call, scope, credential, exchange)
+        try:
+            exchange.answer_headers.update((name, value) for name, value in response.headers.items()
+                                           if CARRIED_TO_CLIENT.fullmatch(name))
+            if response.status >= 400 or response.status < 200 or response.status in range(300, 400):
+                raise self._refusal(lane, response, credential)
+            is_stream = "event-stream" in response.headers.get("content-type", "")
+            if isinstance(lane, NativeLane) and is_stream != lane.request.stream:
+                # the provider chose the other form: only the representation can turn one into the other
+                lane = TranslatedLane(lane.client, lane.upstream, lane.request, lane.model, lane.stamp)
+            self._carry(lane, response, is_stream, exchange)
+        except GatewayError as error:
+            error.message = redact(error.message, credential.secrets)
+            raise
+        finally:
+            response.close()
+
+    def _open(self, lane: Lane, call: Call, scope: Scope, credential: Credential, exchange: Exchange) -> Response:
+        try:
+            return self.transport.open(call, scope)
+        except GatewayError as error:
+            error.message = redact(error.message, credential.secrets)
+            if not exchange.responder.has_begun:
+                raise
+            exchange.log["error"] = error.message
+            exchange.responder.write(lane.fail(error))
+            exchange.responder.finish(False)
+            raise AlreadyAnswered from None
+
+    def _refusal(self, lane: Lane, response: Response, credential: Credential) -> GatewayError:
+        if 300 <= response.status < 400:
+            return UpstreamError(f"the provider answered with a redirect ({response.status}), which is never followed; "
+                                 "check its base URL")
+        body = response.read(MAX_EVENT_BYTES)[:MAX_ERROR_BYTES]
+        error = lane.upstream.parse_error(response.status, response.headers, body, self.clock())
+        if error.provider_reply and isinstance(lane, NativeLane):
+            text = redact(error.provider_reply.body.decode("utf-8", "replace"), credential.secrets)
+            error.provider_reply = error.provider_reply._replace(body=text.encode("utf-8"))
+        else:
+            error.provider_reply = None
+        return error
+
+    def _beat(self, lane: Lane, exchange: Exchange) -> None:
+        """The provider is silent: the client hears that the connection lives, and its status line need not wait longer."""
+        self._begin(exchange)
+        exchange.responder.write(exchange.client.heartbeat)
+
+    def _begin(self, exchange: Exchange) -> None:
+        if not exchange.responder.has_begun:
+            exchange.responder.begin(200, {**exchange.answer_headers, **STREAM_HEADERS})
+
+    def _carry(self, lane: Lane, response: Response, is_stream: bool, exchange: Exchange) -> None:
+        """Brings the answer to the client, streamed as it comes or whole at its end."""
+        held = b""
+        for out in self._outputs(lane, response, is_stream):
+            held += out
+            if lane.error and not exchange.responder.has_begun and not lane.started:
+                raise lane.error                # nothing was shown yet: it can still be an HTTP status
+            if lane.request.stream and held and (lane.started or exchange.responder.has_begun):
+                self._begin(exchange)
+                exchange.responder.write(held)
+                held = b""
+            if lane.finished:
+                break
+        if lane.error:
+            if not lane.request.stream:
+                raise lane.error
+            exchange.log["error"] = redact(lane.error.message)
+        if lane.request.stream:
+            exchange.responder.finish(lane.error is None)
+        else:
+            exchange.responder.send(200, {**exchange.answer_headers, "content-type": "application/json"}, held)
+
+    def _outputs(self, lane: Lane, response: Response, is_stream: bool) -> Iterator[bytes]:
+        try:
+            if not is_stream:
+                yield lane.whole(response.read(MAX_EVENT_BYTES))
+                return
+            for data in response:
+                yield lane.feed(data)
+            yield lane.end()
+        except GatewayError as error:
+            yield lane.fail(error)
+
+    def stop(self, error: GatewayError) -> None:
+        """Ends the open requests; each client is told."""
+        with self._scopes_lock:
+            scopes = list(self._scopes)
+        for scope in scopes:
+            scope.cancel(error)
+
+    @property
+    def open_requests(self) -> int:
+        """How many requests are under way at providers."""
+        with self._scopes_lock:
+            return len(self._scopes)
+
+
+class AlreadyAnswered(Exception):
+    """The client was told of the failure inside its stream."""
+
+
+STREAM_HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache, no-transform",
+                  "x-accel-buffering": "no"}
+
+
+def header_text(text: str) -> str:
+    """`text` as a header value: printable ASCII, at most 1000 characters."""
+    return re.sub(r"[^\x20-\x7e]", "?", text)[:1000]
+
+
+class Discovery:
+    """Asks the servers that have no built-in list for theirs, in the background; requests never wait for it."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+        self._stopped = threading.Event()
+        self._poked = threading.Event()
+
+    def start(self) -> None:
+        """Starts the thread, if there is anybody to ask."""
+        if any(provider.discover for provider in self._gateway.catalogue.providers.values()):
+            threading.Thread(target=self._loop, name="discovery", daemon=True).start()
+
+    def stop(self) -> None:
+        """Ends the thread."""
+        self._stopped.set()
+
+    def _loop(self) -> None:
+        while not self._stopped.is_set():
+            complete = self.run()
+            self._stopped.wait(DISCOVERY_S if complete else DISCOVERY_RETRY_S)
+
+    def run(self) -> bool:
+        """Asks everybody once, side by side; whether all of them answered."""
+        gateway = self._gateway
+        asked = [provider for provider in gateway.catalogue.providers.values()
+                 if provider.discover and gateway.is_usable(provider)]
+        results: List[bool] = []
+        threads = [threading.Thread(target=lambda p=provider: results.append(self.ask(p)), daemon=True)
+                   for provider in asked]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(DISCOVERY_TIMEOUT_S * 2)
+        return len(results) == len(asked) and all(results)
+
+    def ask(self, provider: Provider) -> bool:
+        """Takes over one server's list; False when it gave none."""
+        gateway = self._gateway
+        try:
+            model = unlisted_model(provider, "")
+            model = replace(model, base_url=gateway.credentials.fill(model.base_url, provider), headers={})
+            credential = gateway.credentials.get(provider, model)
+            path, headers = "/models", authorization(model, credential, provider.auth or "bearer")
+            if provider.protocol == AnthropicMessages.name:
+                path, headers = "/v1/models", UPSTREAM_PROTOCOLS[provider.protocol].headers(model, credential, {})
+            scope = Scope()
+            response = gateway.transport.open(Call("GET", join_url(model.base_url, path), headers), scope)
+            try:
+                body = response.read(MAX_EVENT_BYTES)
+            finally:
+                response.close()
+            models = read_model_list(parse_answer(body), provider) if response.status == 200 else {}
+        except (GatewayError, AttributeError, TypeError) as error:
+            log.debug("no model list from %s: %s", provider.name, error)
+            return False
+        if models:
+            gateway.catalogue.discover(provider, models)
+        return bool(models)
+
+
+# ======================================================================================================================
+# §13 HTTP server
+# ======================================================================================================================
+
+
+class Head(NamedTuple):
+    """The head of a client's request; `path` without query, version prefix and trailing slash."""
+
+    method: str
+    target: str
+    path: str
+    query: Dict[str, str]
+    minor_version: int
+    headers: Dict[str, str]
+
+
+_REQUEST_LINE = re.compile(r"([A-Z]{1,20}) (\S+) HTTP/1\.([01])")
+# A browser page may not reach this server unless listed, but applications with an embedded browser may.
+_LOCAL_ORIGIN = re.compile(r"(?:https?://(?:localhost|127\.0\.0\.1|\[::1\])(?::\d+)?|"
+                           r"(?:app|tauri|vscode-webview|vscode-file|capacitor|file|electron|obsidian)://.*)")
+_CORS_HEADERS = {"access-control-allow-methods": "GET, POST, HEAD, OPTIONS", "access-control-max-age": "600",
+                 "access-control-allow-headers": "authorization, content-type, accept, openai-beta, x-api-key, "
+                 "x-goog-api-key, anthropic-version, anthropic-beta, anthropic-dangerous-direct-browser-access, "
+                 "x-pigateway-strict, x-stainless-arch, x-stainless-async, x-stainless-helper-method, x-stainless-lang, "
+                 "x-stainless-os, x-stainless-package-version, x-stainless-retry-count, x-stainless-runtime, "
+                 "x-stainless-runtime-version, x-stainless-timeout"}
+
+
+def parse_request_head(data: bytes) -> Head:
+    """The head of a request. Raises ValueError for anything that is not strict HTTP/1.1 (RFC 9112)."""
+    start, headers = parse_head(data)
+    match = _REQUEST_LINE.fullmatch(start)
+    if not match:
+        raise ValueError("malformed request line")
+    method, target, minor = match.group(1), match.group(2), int(match.group(3))
+    if minor == 1 and "host" not in headers:
+        raise ValueError("no Host header")
+    if "transfer-encoding" in headers and minor == 0:
+        raise ValueError("Transfer-Encoding in HTTP/1.0")
+    split = urllib.parse.urlsplit(target)
+    path = urllib.parse.unquote(split.path, errors="replace").rstrip("/")
+    while path.startswith("/v1/") or path == "/v1":        # also /v1/v1: base URLs get pasted with and without it
+        path = path[3:]
+    query = dict(urllib.parse.parse_qsl(split.query))
+    return Head(method, target, path or "/", query, minor, headers)
+
+
+class HttpResponder(Responder):
+    """Answers on a client's connection: head and first piece in one send, chunked when the length is unknown."""
+
+    SEND_TIMEOUT_S = 120.0
+
+    def __init__(self, sock: socket.socket, head: Optional[Head], common: Mapping[str, str], heartbeat_s: float) -> None:
+        self._sock = sock
+        self._is_head = head is not None and head.method == "HEAD"
+        self._chunked = head is not None and head.minor_version == 1
+        self._common = common
+        self._heartbeat_s = heartbeat_s
+        self._pending_head: Optional[bytes] = None
+        self.keep_alive = (head is not None and self._chunked
+                           and "close" not in head.headers.get("connection", "").lower())
+        self.status = 0
+
+    def _head(self, status: int, headers: Mapping[str, str]) -> bytes:
+        self.status = status
+        try:
+            reason = http.HTTPStatus(status).phrase
+        except ValueError:
+            reason = "Overloaded" if status == 529 else "Error"
+        lines = [f"HTTP/1.1 {status} {reason}"]
+        lines.extend(f"{name}: {value}" for name, value in {**self._common, **headers}.items())
+        lines.append("connection: keep-alive" if self.keep_alive else "connection: close")
+        return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace")
+
+    def _send(self, data: bytes) -> None:
+        try:
+            self._sock.settimeout(self.SEND_TIMEOUT_S)
+            self._sock.sendall(data)
+        except OSError:
+            self.keep_alive = False
+            raise ClientGone from None
+
+    def send(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
+        """See `Responder.send`."""
+        head = self._head(status, {**headers, "content-length": str(len(body))} if status != 204 else headers)
+        self._send(head if self._is_head or status == 204 else head + body)
+
+    def begin(self, status: int, headers: Mapping[str, str]) -> None:
+        """See `Responder.begin`."""
+        if self._chunked:
+            headers = {**headers, "transfer-encoding": "chunked"}
+        else:
+            self.keep_alive = False
+        self._pending_head = self._head(status, headers)
+
+    @property
+    def has_begun(self) -> bool:
+        """See `Responder.has_begun`."""
+        return self.status != 0
+
+    def write(self, data: bytes) -> None:
+        """See `Responder.write`."""
+        if not data:
+            return
+        head, self._pending_head = self._pending_head or b"", None
+        self._send(head + (b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data))
+
+    def finish(self, is_complete: bool) -> None:
+        """See `Responder.finish`. After a failure the connection is closed as well, for clients that only notice that."""
+        head, self._pending_head = self._pending_head or b"", None
+        self.keep_alive = self.keep_alive and is_complete
+        if head or self._chunked:
+            self._send(head + (b"0\r\n\r\n" if self._chunked else b""))
+
+    def scope(self) -> Scope:
+        """See `Responder.scope`."""
+        return Scope(self._sock, self._heartbeat_s)
+
+
+class Handler(socketserver.BaseRequestHandler):
+    """One client connection, one request after the other."""
+
+    server: Server
+    LINGER_S = 2.0
+
+    def handle(self) -> None:
+        """Serves requests until the connection ends."""
+        self._buffer = b""
+        self.server.track(self.request, True)
+        try:
+            self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            while not self.server.is_stopping and self._serve_one():
+                pass
+        except (OSError, ClientGone):
+            pass
+        finally:
+            self.server.track(self.request, False)
+
+    def _serve_one(self) -> bool:
+        """Reads and answers one request; whether the connection can serve another."""
+        stamp = Stamp(secrets.token_hex(12), int(self.server.gateway.clock()))
+        try:
+            head = self._read_head()
+        except BadRequest as error:
+            responder = HttpResponder(self.request, None, self._common(stamp), 0)
+            status, body = CHAT.render_error(error, stamp.request_id)
+            responder.send(status, {"content-type": "application/json"}, dumps(body).encode("ascii"))
+            self._linger()
+            return False
+        if head is None:
+            return False
+        with self.server.busy():
+            return self._answer(head, stamp)
+
+    def _common(self, stamp: Stamp) -> Dict[str, str]:
+        return {"x-request-id": stamp.request_id, "request-id": stamp.request_id}
+
+    def _receive(self, deadline: float) -> bytes:
+        self.request.settimeout(max(0.01, deadline - time.monotonic()))
+        return self.request.recv(RECEIVE_BYTES)
+
+    def _read_head(self) -> Optional[Head]:
+        """The next request's head, None when the client is done or idle for too long."""
+        deadline = time.monotonic() + (HEAD_TIMEOUT_S if self._buffer else KEEP_ALIVE_S)
+        while True:
+            self._buffer = self._buffer.lstrip(b"\r\n") if self._buffer[:1] in (b"\r", b"\n") else self._buffer
+            end = self._buffer.find(b"\r\n\r\n")
+            if end >= 0 or len(self._buffer) > MAX_HEAD_BYTES:
+                break
+            started = bool(self._buffer)
+            try:
+                data = self._receive(deadline)
+            except socket.timeout:
+                if started:
+                    raise BadRequest("the request's head took too long", code="request_timeout") from None
+                return None
+            if not data:
+                return None
+            if not started:
+                deadline = time.monotonic() + HEAD_TIMEOUT_S
+            self._buffer += data
+        if not 0 <= end <= MAX_HEAD_BYTES:
+            raise BadRequest("the request's head is too long", code="headers_too_large")
+        data, self._buffer = self._buffer[:end], self._buffer[end + 4:]
+        try:
+            head = parse_request_head(data)
+            body_length(head.headers)
+            return head
+        except ValueError as error:
+            raise BadRequest(f"malformed HTTP request: {error}", code="invalid_http") from None
+
+    def _read_body(self, head: Head) -> bytes:
+        """The request's body. Raises `BodyTooLarge` before it has all been read."""
+        limit = self.server.config.max_body_bytes
+        length = body_length(head.headers)
+        if length is not None and length > limit:
+            raise BodyTooLarge(f"the body has {length} bytes; at most {limit} are taken (maxBodyBytes)")
+        if head.headers.get("expect", "").lower() == "100-continue" and not self._buffer:
+            self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        deadline = time.monotonic() + self.server.config.body_timeout_ms / 1000
+        decoder = Dechunker() if length is None else None
+        pieces, size, data, self._buffer = [], 0, self._buffer, b""
+        while True:
+            try:
+                piece = decoder.feed(data) if decoder else data[:max(0, length) - size]
+            except ValueError as error:
+                raise BadRequest(f"malformed HTTP request: {error}", code="invalid_http") from None
+            pieces.append(piece)
+            size += len(piece)
+            if size > limit:
+                raise BodyTooLarge(f"the body has more than {limit} bytes (maxBodyBytes)")
+            if decoder.done if decoder else size >= length:
+                self._buffer = decoder.rest if decoder else data[len(piece):]
+                self._has_unread_body = False
+                return b"".join(pieces)
+            try:
+                data = self._receive(deadline)
+            except socket.timeout:
+                raise BadRequest("the request's body took too long", code="request_timeout") from None
+            if not data:
+                raise ClientGone
+
+    def _answer(self, head: Head, stamp: Stamp) -> bool:
+        """Answers one request and logs it."""
+        server, started = self.server, time.monotonic()
+        self._has_unread_body = body_length(head.headers) not in (0, -1)
+        client = client_protocol(head)
+        common = {**self._common(stamp), **server.cors(head.headers.get("origin"))}
+        responder = HttpResponder(self.request, head, common, server.config.heartbeat_interval_ms / 1000)
+        exchange = Exchange(client, stamp, head.headers, responder)
+        try:
+            self._dispatch(head, exchange)
+        except (ClientGone, ConnectionError):
+            responder.keep_alive = False
+            exchange.log["gone"] = True
+        except AlreadyAnswered:
+            pass
+        except GatewayError as error:
+            self._send_error(error, exchange)
+        except Exception as error:              # the outermost edge of the request: nothing may end the thread
+            log.error("internal error: %s: %s", type(error).__name__, redact(str(error)))
+            log.debug("where it happened", exc_info=True)
+            self._send_error(GatewayError("internal error; the gateway's log has the details"), exchange)
+        self._log_access(head, exchange, responder, started)
+        if self._has_unread_body:
+            self._linger()
+        return responder.keep_alive and not self._has_unread_body
+
+    def _send_error(self, error: GatewayError, exchange: Exchange) -> None:
+        responder = exchange.responder
+        exchange.log["error"] = redact(error.message)
+        try:
+            if responder.has_begun:
+                responder.write(exchange.client.error_event(error, exchange.stamp.request_id))
+                responder.finish(False)
+                return
+            if self._has_unread_body:
+                responder.keep_alive = False
+            headers = {**exchange.answer_headers, "content-type": "application/json"}
+            if error.retry_after is not None:
+                headers["retry-after"] = str(math.ceil(error.retry_after))
+            if error.retryable is not None:
+                headers["x-should-retry"] = "true" if error.retryable else "false"
+            reply = error.provider_reply
+            if reply:
+                headers["content-type"] = header_text(reply.content_type)
+                responder.send(reply.status, headers, reply.body)
+                return
+            error.message = redact(error.message)
+            status, body = exchange.client.render_error(error, exchange.stamp.request_id)
+            responder.send(status, headers, dumps(body).encode("ascii"))
+        except ClientGone:
+            exchange.log["gone"] = True
+
+    def _log_access(self, head: Head, exchange: Exchange, responder: HttpResponder, started: float) -> None:
+        if not log.isEnabledFor(logging.INFO):
+            return
+        fields = {"kind": "access", "id": exchange.stamp.request_id, "method": head.method,
+                  "url": redact(head.target.partition("?")[0])[:200],
+                  "status": 499 if exchange.log.pop("gone", False) else responder.status,
+                  "durationMs": round((time.monotonic() - started) * 1000, 1), **exchange.log,
+                  "safeHeaders": {name: redact(head.headers[name])[:200] for name in LOGGED_HEADERS
+                                  if name in head.headers}}
+        log.info("access", extra={"fields": fields})
+
+    def _linger(self) -> None:
+        """Lets the answer arrive although the request was not read to its end: closing at once would reset it away."""
+        try:
+            self.request.shutdown(socket.SHUT_WR)
+            deadline = time.monotonic() + self.LINGER_S
+            while time.monotonic() < deadline and self._receive(deadline):
+                pass
+        except OSError:
+            pass
+
+    def _dispatch(self, head: Head, exchange: Exchange) -> None:
+        """Checks who asks, then serves the route."""
+        server, responder = self.server, exchange.responder
+        server.check_host(head)
+        if head.method == "OPTIONS":
+            responder.send(204, {"allow": "GET, POST, HEAD, OPTIONS"}, b"")
+            return
+        server.check_origin(head)
+        server.check_key(head)
+        route = ROUTES.get(head.path) or (ROUTES["/models/*"] if head.path.startswith("/models/") else None)
+        if route is None:
+            raise RouteNotFound(f"no such path: {head.method} {redact(head.path)[:200]}")
+        method = "GET" if head.method == "HEAD" else head.method
+        if method not in route:
+            exchange.answer_headers["allow"] = ", ".join(route)
+            raise MethodNotAllowed(f"{head.path[:200]} takes {' or '.join(route)}, not {head.method}")
+        body = self._read_body(head)
+        route[method](self, head, exchange, body)
+
+    def _complete(self, head: Head, exchange: Exchange, body: bytes) -> None:
+        self.server.gateway.complete(exchange, body)
+
+    def _count_tokens(self, head: Head, exchange: Exchange, body: bytes) -> None:
+        self.server.gateway.count_tokens(exchange, body)
+
+    def _models(self, head: Head, exchange: Exchange, body: bytes) -> None:
+        models, created = self.server.gateway.models(), self.server.started_at
+        if exchange.client is MESSAGES:
+            answer = anthropic_model_page(models, created, head.query)
+        else:
+            answer = {"object": "list", "data": [openai_model(model, created) for model in models]}
+        self._send_json(exchange, answer)
+
+    def _model(self, head: Head, exchange: Exchange, body: bytes) -> None:
+        name = head.path[len("/models/"):]
+        gateway = self.server.gateway
+        listed = {model.full_id: model for model in gateway.models()}
+        model = listed.get(name)
+        if model is None:
+            model = listed.get(gateway.catalogue.resolve(name, gateway.is_usable).full_id)
+        if model is None:
+            raise ModelNotFound(f'no model "{name[:200]}" here; GET /v1/models lists what there is', param="model")
+        shape = anthropic_model if exchange.client is MESSAGES else openai_model
+        self._send_json(exchange, shape(model, self.server.started_at))
+
+    def _healthz(self, head: Head, exchange: Exchange, body: bytes) -> None:
+        uptime = int((self.server.gateway.clock() - self.server.started_at) * 1000)
+        self._send_json(exchange, {"ok": True, "uptimeMs": max(0, uptime)})
+
+    def _health(self, head: Head, exchange: Exchange, body: bytes) -> None:
+        self._send_json(exchange, {"ok": True})
+
+    def _root(self, head: Head, exchange: Exchange, body: bytes) -> None:
+        endpoints = [f"{method} /v1{path}" for path, methods in ROUTES.items() for method in methods
+                     if path not in ("/", "/health", "/healthz")]
+        self._send_json(exchange, {"name": NAME, "version": VERSION, "endpoints": endpoints})
+
+    def _send_json(self, exchange: Exchange, answer: Any) -> None:
+        exchange.responder.send(200, {**exchange.answer_headers, "content-type": "application/json"},
+                                dumps(answer).encode("ascii"))
+
+
+ROUTES: Dict[str, Dict[str, Callable[[Handler, Head, Exchange, bytes], None]]] = {
+    "/chat/completions": {"POST": Handler._complete},
+    "/messages": {"POST": Handler._complete},
+    "/messages/count_tokens": {"POST": Handler._count_tokens},
+    "/models": {"GET": Handler._models},
+    "/models/*": {"GET": Handler._model},
+    "/healthz": {"GET": Handler._healthz},
+    "/health": {"GET": Handler._health},
+    "/": {"GET": Handler._root},
+}
+
+
+def client_protocol(head: Head) -> ClientProtocol:
+    """The dialect in which this client is answered: by path, and where both dialects share one, by its headers."""
+    if head.path.startswith("/messages"):
+        return MESSAGES
+    if head.path.startswith("/models"):
+        headers = head.headers
+        agent = headers.get("user-agent", "").lower()
+        is_anthropic = ("anthropic-version" in headers or "x-api-key" in headers or agent.startswith("claude-")
+                        or "limit" in head.query)
+        return MESSAGES if is_anthropic else CHAT
+    return MESSAGES if "anthropic-version" in head.headers else CHAT
+
+
+def openai_model(model: Model, created: float) -> Dict[str, Any]:
+    """A model in OpenAI's shape, with its limits in tokens where they are known."""
+    return {"id": model.full_id, "object": "model", "created": int(created), "owned_by": model.provider,
+            **present(context_window=model.context_window or None, max_output_tokens=model.max_tokens or None)}
+
+
+def anthropic_model(model: Model, created: float) -> Dict[str, Any]:
+    """A model in Anthropic's shape, with its limits in tokens where they are known."""
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(created))
+    return {"type": "model", "id": model.full_id, "display_name": model.name or model.full_id, "created_at": stamp,
+            **present(max_input_tokens=model.context_window or None, max_tokens=model.max_tokens or None)}
+
+
+def anthropic_model_page(models: Sequence[Model], created: float, query: Mapping[str, str]) -> Dict[str, Any]:
+    """A page of models by Anthropic's `limit`, `after_id` and `before_id`."""
+    limit = query.get("limit", "20")
+    if not re.fullmatch(r"[0-9]{1,4}", limit) or not 1 <= int(limit) <= 1000:
+        raise BadRequest("limit: must be between 1 and 1000", param="limit")
+    ids = [model.full_id for model in models]
+    first, last = 0, len(models)
+    for name in ("after_id", "before_id"):
+        if name in query and query[name] not in ids:
+            raise BadRequest(f"{name}: no such model", param=name)
+    if "after_id" in query:
+        first = ids.index(query["after_id"]) + 1
+    if "before_id" in query:
+        last = ids.index(query["before_id"])
+        first = max(first, last - int(limit))
+    page = list(models[first:last][:int(limit)])
+    has_more = first > 0 if "before_id" in query else first + len(page) < last
+    return {"data": [anthropic_model(model, created) for model in page], "has_more": has_more,
+            "first_id": page[0].full_id if page else None, "last_id": page[-1].full_id if page else None}
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Listens and gives each connection a thread. `with server.busy()` counts the requests under way."""
+
+    daemon_threads = True
+    allow_reuse_address = os.name != "nt"       # on Windows it would let two servers share a port
+    request_queue_size = BACKLOG
+
+    def __init__(self, config: Config, gateway: Gateway) -> None:
+        self.config = config
+        self.gateway = gateway
+        self.started_at = gateway.clock()
+        self.is_stopping = False
+        self._sockets: set[socket.socket] = set()
+        self._active = 0
+        self._changed = threading.Condition()
+        if ":" in config.bind_address:
+            self.address_family = socket.AF_INET6
+        super().__init__((config.bind_address, config.port), Handler)
+        self._assert_bound()
+
+    def server_bind(self) -> None:
+        """Binds without the reverse DNS look-up of the stock server, which may take seconds."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[:2]
+
+    def _assert_bound(self) -> None:
+        bound = str(self.server_address[0])
+        wanted = self.config.bind_address
+        if bound != wanted and not (wanted == "localhost" and bound in LOOPBACK_HOSTS):
+            self.server_close()
+            raise ConfigError(f"bound to {bound} instead of {wanted}")
+
+    @property
+    def url(self) -> str:
+        """The base URL."""
+        host, port = self.server_address[:2]
+        return f"http://[{host}]:{port}" if ":" in str(host) else f"http://{host}:{port}"
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Starts a connection's thread. `threading.Thread.start` waits for the thread to run, which stalls accepting
+        when many clients connect at once; this does not."""
+        import _thread
+        try:
+            _thread.start_new_thread(self.process_request_thread, (request, client_address))
+        except RuntimeError:
+            log.error("no more threads; a connection was refused")
+            self.shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Logs what ended a connection's thread; the stock server prints a traceback."""
+        error = sys.exc_info()[1]
+        log.error("connection ended by %s: %s", type(error).__name__, redact(str(error)))
+        log.debug("where it happened", exc_info=True)
+
+    def track(self, sock: socket.socket, is_open: bool) -> None:
+        """Keeps the set of open connections."""
+        with self._changed:
+            (self._sockets.add if is_open else self._sockets.discard)(sock)
+
+    def busy(self) -> Server:
+        """For `with`: a request is under way."""
+        return self
+
+    def __enter__(self) -> Server:
+        with self._changed:
+            self._active += 1
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        with self._changed:
+            self._active -= 1
+            self._changed.notify_all()
+
+    def stop(self, grace_s: float) -> None:
+        """Stops accepting, lets what is under way finish within the grace time, then ends it with an error that its
+        client can read."""
+        self.is_stopping = True
+        self.shutdown()
+        self.server_close()
+        if not self._wait_idle(grace_s):
+            self.gateway.stop(ShuttingDown("the gateway is stopping"))
+            self._wait_idle(2.0)
+        with self._changed:
+            for sock in self._sockets:
+                try:
+                    sock.shutdown(socket.SHUT_RDWR)
+                except OSError:
+                    pass
+        self.gateway.transport.close()
+
+    def _wait_idle(self, limit_s: float) -> bool:
+        with self._changed:
+            return self._changed.wait_for(lambda: self._active == 0, limit_s)
+
+    def check_host(self, head: Head) -> None:
+        """On a loopback address only loopback names are taken, so that no web page gets here by a DNS name of its own."""
+        host = head.headers.get("host")
+        if host is None or not self.config.is_loopback:
+            return
+        name = re.sub(r":\d*$", "", host.strip()).rstrip(".").lower().strip("[]")
+        if name not in LOOPBACK_HOSTS:
+            raise Forbidden("the Host header does not name this machine's loopback address", code="invalid_host")
+
+    def check_origin(self, head: Head) -> None:
+        """A page in a browser may only use the gateway when its origin is listed, or local."""
+        origin = head.headers.get("origin")
+        if origin and not self.cors(origin) and not _LOCAL_ORIGIN.fullmatch(origin.lower()):
+            raise Forbidden("this origin is not in allowedOrigins", code="invalid_origin")
+
+    def cors(self, origin: Optional[str]) -> Dict[str, str]:
+        """The CORS headers for a page of a listed origin."""
+        allowed = self.config.allowed_origins
+        if not origin or not (origin in allowed or "*" in allowed):
+            return {}
+        return {"access-control-allow-origin": "*" if "*" in allowed else header_text(origin), "vary": "origin",
+                "access-control-expose-headers": "x-request-id, request-id, retry-after, x-pigateway-lane, "
+                "x-pigateway-dropped, x-pigateway-model", **_CORS_HEADERS}
+
+    def check_key(self, head: Head) -> None:
+        """The client's key, where one is demanded; compared in constant time."""
+        wanted = self.config.api_key
+        if not wanted or (self.config.is_loopback and not self.config.require_key_on_loopback):
+            return
+        scheme, _, bearer = head.headers.get("authorization", "").partition(" ")
+        given = [head.headers.get("x-api-key", ""), head.headers.get("x-goog-api-key", ""),
+                 bearer.strip() if scheme.lower() == "bearer" else ""]
+        if not any([hmac.compare_digest(key.encode("utf-8"), wanted.encode("utf-8")) for key in given]):
+            raise Unauthorized("missing or wrong API key for this gateway" if any(given) else
+                               "no API key: send it as Authorization: Bearer or x-api-key")
+
+
+# ======================================================================================================================
+# §14 Configuration and CLI
+# ======================================================================================================================
+
+
+@dataclass(frozen=True)
+class Config:
+    """The effective configuration; see `OPTIONS` for the names in files, variables and flags."""
+
+    port: int = 4000
+    bind_address: str = "127.0.0.1"
+    api_key: Optional[str] = field(default=None, repr=False)
+    auth_dir: Optional[str] = None
+    log_level: str = "info"
+    expose_oauth_subscriptions: Optional[bool] = None
+    require_key_on_loopback: bool = False
+    allowed_origins: Tuple[str, ...] = ()
+    model_allowlist: Optional[Tuple[str, ...]] = None
+    model_denylist: Tuple[str, ...] = ()
+    force_abort_timeout_ms: int = 5000
+    heartbeat_interval_ms: int = 15000
+    strict: bool = False
+    demo: bool = False
+    demo_delay_ms: int = 20
+    max_body_bytes: int = 16 * MIB
+    body_timeout_ms: int = 120_000
+    connect_timeout_ms: int = 10_000
+    first_byte_timeout_ms: int = 600_000
+    idle_timeout_ms: int = 300_000
+    ca_bundle: Optional[str] = None
+    pid_file: Optional[str] = None
+    sources: Tuple[str, ...] = ()
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can connect."""
+        return self.bind_address in LOOPBACK_HOSTS
+
+    @property
+    def exposes_subscriptions(self) -> bool:
+        """Whether subscriptions are served: on loopback always, elsewhere only when asked for."""
+        return self.is_loopback or bool(self.expose_oauth_subscriptions)
+
+
+class Option(NamedTuple):
+    """A configuration key: its kind and range, the variable and the flag that also set it. `own` keys are ours; pi-gateway
+    refuses a gateway.json that has them, so people who run both put them into pigateway.json."""
+
+    key: str
+    kind: str
+    env: str = ""
+    flag: str = ""
+    low: Optional[int] = None
+    high: Optional[int] = None
+    choices: Tuple[str, ...] = ()
+    help: str = ""
+    own: bool = False
+
+    @property
+    def attribute(self) -> str:
+        """The field of `Config`."""
+        return re.sub("OA_uth", "oauth", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", self.key)).replace(
+            "OAuth", "oauth").lower()
+
+
+OPTIONS = (
+    Option("port", "integer", "PI_GATEWAY_PORT", "--port", 0, 65535, help="port to listen on, 0 = any free one"),
+    Option("bindAddress", "string", "PI_GATEWAY_BIND", "--bind", help="address to listen on; others than loopback "
+           "need an apiKey"),
+    Option("apiKey", "string", "PI_GATEWAY_API_KEY"),
+    Option("authDir", "string", "PI_GATEWAY_AUTH_DIR", "--auth-dir", help="folder of auth.json and models.json"),
+    Option("allowedOrigins", "list", flag="--allow-origin", help="web origin that may call from a browser, * = any"),
+    Option("logLevel", "string", "PI_GATEWAY_LOG_LEVEL", "--log-level", choices=("debug", "info", "warn", "error"),
+           help="debug, info, warn or error"),
+    Option("modelAllowlist", "list", flag="--model-allowlist", help="only offer this model: provider/id or bare id"),
+    Option("modelDenylist", "list", flag="--model-denylist", help="never offer this model"),
+    Option("exposeOAuthSubscriptions", "boolean", "PI_GATEWAY_EXPOSE_OAUTH", "--expose-oauth-subscriptions",
+           help="offer personal subscriptions on other than loopback addresses too"),
+    Option("requireKeyOnLoopback", "boolean", flag="--require-key-on-loopback", help="demand the apiKey on loopback too"),
+    Option("forceAbortTimeoutMs", "integer", low=100),
+    Option("heartbeatIntervalMs", "integer", low=1000),
+    Option("strict", "boolean", flag="--strict", help="answer 400 instead of leaving out what a model cannot take",
+           own=True),
+    Option("demo", "boolean", flag="--demo", help="list the built-in demo model beside others", own=True),
+    Option("demoDelayMs", "integer", flag="--demo-delay-ms", low=0, high=60_000,
+           help="pause between two words of the demo model", own=True),
+    Option("maxBodyBytes", "integer", low=1024, own=True),
+    Option("bodyTimeoutMs", "integer", low=100, own=True),
+    Option("connectTimeoutMs", "integer", low=100, own=True),
+    Option("firstByteTimeoutMs", "integer", low=100, own=True),
+    Option("idleTimeoutMs", "integer", low=100, own=True),
+    Option("caBundle", "string", own=True),
+    Option("pidFile", "string", flag="--pid-file", help="lock file, for several gateways on one machine", own=True),
+)
+_OPTION_KINDS: Dict[str, Tuple[Callable[[Any], bool], str]] = {
+    "integer": (_KINDS["an integer"], "an integer"), "string": (_KINDS["a string"], "a string"),
+    "boolean": (_KINDS["a boolean"], "true or false"),
+    "list": (lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value),
+             "an array of strings")}
+
+
+def check_option(option: Option, value: Any, where: str) -> Any:
+    """A configuration value, checked; lists become tuples. Raises `ConfigError` naming file or variable, and key."""
+    fits, kind = _OPTION_KINDS[option.kind]
+    shown = REDACTED if option.key == "apiKey" else repr(value)[:60]
+    if not fits(value):
+        raise ConfigError(f"{where}: {option.key} must be {kind}, not {shown}")
+    if option.choices and value not in option.choices:
+        raise ConfigError(f"{where}: {option.key} must be one of {', '.join(option.choices)}, not {shown}")
+    if (option.low is not None and value < option.low) or (option.high is not None and value > option.high):
+        limits = f"between {option.low} and {option.high}" if option.high is not None else f"at least {option.low}"
+        raise ConfigError(f"{where}: {option.key} must be {limits}, not {shown}")
+    return tuple(value) if option.kind == "list" else value
+
+
+def read_config_file(path: str, is_required: bool) -> Optional[Dict[str, Any]]:
+    """The options of a configuration file by attribute, None when there is no such file and none is needed."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            data = json.load(file)
+    except FileNotFoundError:
+        if is_required:
+            raise ConfigError(f"{path}: no such file") from None
+        return None
+    except OSError as error:
+        raise ConfigError(f"{path}: {describe(error)}") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}: not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
+    except (ValueError, RecursionError):
+        raise ConfigError(f"{path}: not valid JSON") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: must hold a JSON object")
+    options = {option.key: option for option in OPTIONS}
+    values = {}
+    for key, value in data.items():
+        if key not in options:
+            near = difflib.get_close_matches(key, options, 1, 0.0)
+            raise ConfigError(f'{path}: unknown key "{key}"; the nearest valid key is "{near[0]}"')
+        values[options[key].attribute] = check_option(options[key], value, path)
+    return values
+
+
+def read_config_environment(environ: Mapping[str, str]) -> Dict[str, Any]:
+    """The options that variables set, by attribute; empty variables are ignored."""
+    values: Dict[str, Any] = {}
+    for option in OPTIONS:
+        text = environ.get(option.env, "") if option.env else ""
+        if not text:
+            continue
+        value: Any = text
+        if option.kind == "integer":
+            value = int(text) if re.fullmatch(r"\s*-?\d{1,9}\s*", text) else text
+        elif option.kind == "boolean":          # as pi-gateway reads it: exactly "true", everything else is no
+            value = text == "true"
+        elif option.choices:
+            value = text.lower()
+        values[option.attribute] = check_option(option, value, option.env)
+    return values
+
+
+def load_config(environ: Mapping[str, str], flags: Mapping[str, Any] = MappingProxyType({}),
+                extra_file: Optional[str] = None) -> Config:
+    """Defaults < ~/.pi/agent/gateway.json < pigateway.json beside it < `extra_file` < environment < `flags`.
+    Raises `ConfigError`."""
+    folder = os.path.join(home(environ), ".pi", "agent")
+    values: Dict[str, Any] = {}
+    sources = []
+    for path, is_required in ((os.path.join(folder, "gateway.json"), False),
+                              (os.path.join(folder, "pigateway.json"), False), (extra_file, True)):
+        layer = read_config_file(os.path.expanduser(path), is_required) if path else None
+        if layer is not None:
+            values.update(layer)
+            sources.append(path)
+    layer = read_config_environment(environ)
+    if layer:
+        values.update(layer)
+        sources.append("environment")
+    if flags:
+        values.update(flags)
+        sources.append("flags")
+    config = Config(**values, sources=tuple(sources))
+    check_security(config)
+    return config
+
+
+def check_security(config: Config) -> None:
+    """Raises `ConfigError` for what would leave the keys behind this gateway open to others."""
+    if not config.is_loopback and not config.api_key:
+        raise ConfigError(f'listening on {config.bind_address} lets other machines in: set "apiKey" in gateway.json, or '
+                          "PI_GATEWAY_API_KEY")
+    if config.require_key_on_loopback and not config.api_key:
+        raise ConfigError('requireKeyOnLoopback needs a key: set "apiKey" in gateway.json, or PI_GATEWAY_API_KEY')
+
+
+def home(environ: Mapping[str, str]) -> str:
+    """The user's home directory."""
+    return environ.get("HOME") or os.path.expanduser("~")
+
+
+def agent_dir(config: Config, environ: Mapping[str, str]) -> str:
+    """The folder of auth.json and models.json."""
+    chosen = config.auth_dir or environ.get("PI_CODING_AGENT_DIR") or ""
+    return os.path.expanduser(chosen) if chosen else os.path.join(home(environ), ".pi", "agent")
+
+
+def read_models_json(path: str) -> ModelsFile:
+    """models.json, or just the built-in table when there is none. Raises `ConfigError` when it is malformed."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            return read_models_file(json.loads(strip_json_comments(file.read())))
+    except FileNotFoundError:
+        return ModelsFile(dict(PROVIDERS), {}, [])
+    except OSError as error:
+        raise ConfigError(f"{path}: {describe(error)}") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}: not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
+    except (BadRequest, AttributeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: {getattr(error, 'message', 'must hold a JSON object with providers')}") from None
+
+
+def build_gateway(config: Config, environ: Mapping[str, str]) -> Gateway:
+    """A gateway from a configuration and the files it names. Raises `ConfigError`."""
+    folder = agent_dir(config, environ)
+    models_path = os.path.join(folder, "models.json")
+    models = read_models_json(models_path)
+    for problem in models.problems:
+        log.warning("%s: %s (left out)", models_path, problem)
+    catalogue = Catalogue(models.providers, models.custom, config.model_allowlist, config.model_denylist, config.demo)
+    limits = Limits(config.connect_timeout_ms / 1000, config.first_byte_timeout_ms / 1000, config.idle_timeout_ms / 1000)
+    # SSL_CERT_FILE and SSL_CERT_DIR are honoured by OpenSSL itself
+    ca_bundle = config.ca_bundle or (None if environ.get("SSL_CERT_FILE") else environ.get("REQUESTS_CA_BUNDLE")) or None
+    transport = Transport(limits, ca_bundle, config.demo_delay_ms / 1000)
+    return Gateway(config, catalogue, Credentials(os.path.join(folder, "auth.json"), environ), transport)
+
+
+class ServerHandle:
+    """A running server, for programs that embed it: `url`, `host`, `port`, `gateway`; end it with `stop_server`."""
+
+    def __init__(self, server: Server, discovery: Discovery) -> None:
+        self.server = server
+        self.discovery = discovery
+        self.gateway = server.gateway
+        self.host, self.port = server.server_address[:2]
+        self.url = server.url
+
+
+def start_server(config: Optional[Config] = None, environ: Optional[Mapping[str, str]] = None,
+                 **overrides: Any) -> ServerHandle:
+    """Listens in a background thread and returns at once. Without `config` the usual files and variables count;
+    `overrides` are fields of `Config`. No lock file is taken and no signal handler set. Raises `ConfigError`, OSError."""
+    environ = os.environ if environ is None else environ
+    if config is None:
+        config = load_config(environ, overrides)
+    elif overrides:
+        config = replace(config, **overrides)
+    check_security(config)
+    gateway = build_gateway(config, environ)
+    server = Server(config, gateway)
+    discovery = Discovery(gateway)
+    discovery.start()
+    threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
+    return ServerHandle(server, discovery)
+
+
+def stop_server(handle: ServerHandle, grace_s: Optional[float] = None) -> None:
+    """Stops a server; requests under way may finish within the grace time (`force_abort_timeout_ms` by default)."""
+    handle.discovery.stop()
+    config = handle.server.config
+    handle.server.stop(config.force_abort_timeout_ms / 1000 if grace_s is None else grace_s)
+
+
+class AlreadyRunning(Exception):
+    """Another live gateway owns the lock file."""
+
+    def __init__(self, pid: int, path: str) -> None:
+        super().__init__(f"another gateway is running (pid {pid}, {path})")
+
+
+class PidFile:
+    """The lock that pi-gateway takes too: a file with the owner's pid, created exclusively, removed by its owner."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def claim(self) -> None:
+        """Takes the lock. Raises `AlreadyRunning`, OSError."""
+        os.makedirs(os.path.dirname(os.path.abspath(self._path)), mode=0o700, exist_ok=True)
+        for attempt in (1, 2):
+            try:
+                descriptor = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+            except FileExistsError:
+                pid = self.owner()
+                if attempt == 2 or (pid and is_gateway_process(pid)):
+                    raise AlreadyRunning(pid or 0, self._path) from None
+                try:
+                    os.unlink(self._path)
+                except OSError:
+                    pass
+                continue
+            with os.fdopen(descriptor, "w") as file:
+                file.write(f"{os.getpid()}\n")
+            return
+
+    def owner(self) -> Optional[int]:
+        """The pid in the file, None when there is no sensible one. A file still empty is given a moment: its owner has
+        created it and is about to write."""
+        for _ in range(10):
+            try:
+                with open(self._path, encoding="ascii", errors="replace") as file:
+                    text = file.read().strip()
+            except OSError:
+                return None
+            if text:
+                return int(text) if text.isascii() and text.isdigit() and int(text) > 0 else None
+            time.sleep(0.02)
+        return None
+
+    def release(self) -> None:
+        """Gives the lock back, if it is still ours."""
+        if self.owner() == os.getpid():
+            try:
+                os.unlink(self._path)
+            except OSError:
+                pass
+
+
+def is_gateway_process(pid: int) -> bool:
+    """Whether a process is alive and, where that can be told, a gateway rather than one that got its number later."""
+    if os.name == "nt":
+        listing = subprocess.run(["tasklist", "/FI", f"PID eq {pid}", "/NH"], stdout=subprocess.PIPE, check=False)
+        return str(pid).encode() in listing.stdout
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OverflowError:
+        return False
+    except PermissionError:
+        pass
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            command = file.read().lower()
+        return any(word in command for word in (b"gateway", b"python", b"node", b"bun"))
+    except OSError:
+        return True
+
+
+HELP = f"""usage: {NAME}.py [command] [options]
+
+Serve every model you have access to as an OpenAI and an Anthropic API on this machine.
+
+commands:
+  (none)      run the gateway in the foreground; Ctrl-C stops it
+  models      print the models that can be used now and exit (--json for all facts)
+  help        print this page
+  version     print the version
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def format_help(self) -> str:
+        lines = [HELP, "options:"]
+        for option in OPTIONS:
+            if option.flag:
+                name = f"{option.flag} {'N' if option.kind == 'integer' else option.flag.rsplit('-', 1)[-1].upper()}"
+                name = option.flag if option.kind == "boolean" else name
+                lines.append(f"  {name:<30}{option.help}" if len(name) < 29 else f"  {name}\n{'':32}{option.help}")
+        lines += [f"  {'--config PATH':<30}one more configuration file, over the usual ones",
+                  f"  {'--json':<30}with models: print JSON",
+                  "", "Keys: set ANTHROPIC_API_KEY, OPENAI_API_KEY, ... or use ~/.pi/agent/auth.json; the gateway's own key "
+                  "is\napiKey in ~/.pi/agent/gateway.json or PI_GATEWAY_API_KEY, never a flag. Everything else: README.md"]
+        return "\n".join(lines) + "\n"
+
+    def error(self, message: str) -> Any:
+        raise ConfigError(f"{message} (see --help)")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line; flags that also are configuration keys come from `OPTIONS`."""
+    parser = _Parser(prog=f"{NAME}.py", allow_abbrev=False)
+    parser.add_argument("command", nargs="?", choices=("models", "help", "version"))
+    parser.add_argument("--version", "-v", action="store_true")
+    parser.add_argument("--config")
+    parser.add_argument("--json", action="store_true")
+    for option in OPTIONS:
+        if not option.flag:
+            continue
+        if option.kind == "boolean":
+            parser.add_argument(option.flag, dest=option.attribute, action="store_const", const=True)
+            parser.add_argument(option.flag.replace("--", "--no-", 1), dest=option.attribute, action="store_const",
+                                const=False)
+        else:
+            action = "append" if option.kind == "list" else "store"
+            parser.add_argument(option.flag, dest=option.attribute, action=action)
+    return parser
+
+
+def read_flags(arguments: argparse.Namespace) -> Dict[str, Any]:
+    """The options that flags set, by attribute, checked."""
+    values = {}
+    for option in OPTIONS:
+        value = getattr(arguments, option.attribute, None)
+        if value is None or not option.flag:
+            continue
+        if option.kind == "integer":
+            value = int(value) if re.fullmatch(r"-?\d{1,9}", value) else value
+        values[option.attribute] = check_option(option, value, option.flag)
+    return values
+
+
+def refuse_key_flag(argv: Sequence[str]) -> None:
+    """Everybody on the machine can read a process's arguments, so a key is not taken there."""
+    if any(re.match(r"--api-?key(=|$)", argument) for argument in argv):
+        raise ConfigError("--api-key is refused: other users can read the arguments of a process. Set \"apiKey\" in "
+                          "~/.pi/agent/gateway.json, or PI_GATEWAY_API_KEY")
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """The command line. Returns the exit status: 0 done, 1 failure, 2 configuration, 3 another gateway is running."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):      # a legacy code page must not end the program
+            stream.reconfigure(errors="replace")
+    try:
+        refuse_key_flag(argv)
+        parser = build_parser()
+        arguments = parser.parse_args(argv)
+        if arguments.command == "help":
+            parser.print_help()
+            return EXIT_OK
+        if arguments.version or arguments.command == "version":
+            print(NAME, VERSION)
+            return EXIT_OK
+        config = load_config(os.environ, read_flags(arguments), arguments.config)
+        attach_log(config.log_level)
+        if arguments.command == "models":
+            return print_models(build_gateway(config, os.environ), arguments.json)
+        return run(config)
+    except ConfigError as error:
+        print(f"{NAME}: {redact(str(error))}", file=sys.stderr)
+        return EXIT_CONFIG
+    except AlreadyRunning as error:
+        print(f"{NAME}: {error}; stop it first, or use --pid-file for a second one", file=sys.stderr)
+        return EXIT_RUNNING
+    except BrokenPipeError:                     # the reader of our output has seen enough
+        sys.stderr.close()
+        return EXIT_OK
+    except OSError as error:
+        print(f"{NAME}: {describe(error)}", file=sys.stderr)
+        return EXIT_FAILURE
+
+
+def attach_log(level: str) -> None:
+    """Sends log lines of that level and above to standard error."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonFormatter())
+    log.addHandler(handler)
+    log.setLevel({"debug": logging.DEBUG, "info": logging.INFO, "warn": logging.WARNING, "error": logging.ERROR}[level])
+
+
+def print_models(gateway: Gateway, as_json: bool) -> int:
+    """The `models` command."""
+    local = [provider for provider in gateway.catalogue.providers.values() if provider.discover and provider.keyless]
+    if local:                                   # servers of the user's own; others are asked while the gateway runs
+        thread = threading.Thread(target=Discovery(gateway).run, daemon=True)
+        thread.start()
+        thread.join(1.0)
+    models = gateway.models()
+    if as_json:
+        print(json.dumps([{
+            "id": model.full_id, "provider": model.provider, "name": model.name or model.id, "protocol": model.protocol,
+            "contextWindow": model.context_window or None, "maxTokens": model.max_tokens or None,
+            "reasoning": model.reasoning, "input": model.input,
+            "cost": dict(zip(("input", "output", "cacheRead", "cacheWrite"), model.cost)) or None}
+            for model in models], indent=2))
+    else:
+        for model in models:
+            print(f"{model.full_id}\t{model.provider}")
+    return EXIT_OK if models else EXIT_FAILURE
+
+
+def run(config: Config) -> int:
+    """Runs the gateway in the foreground until a signal stops it."""
+    pid_file = PidFile(config.pid_file or os.path.join(home(os.environ), ".pi", "agent", "gateway.pid"))
+    try:
+        pid_file.claim()
+    except OSError as error:                    # a locked-down machine; two gateways then only clash at the port
+        log.warning("no lock file: %s", describe(error))
+    stop_asked = threading.Event()
+
+    def on_signal(number: int, frame: Any) -> None:
+        if stop_asked.is_set():                 # asked twice: now
+            pid_file.release()
+            os._exit(EXIT_OK)
+        stop_asked.set()
+
+    try:
+        for name in ("SIGINT", "SIGTERM", "SIGBREAK", "SIGHUP"):
+            if hasattr(signal, name) and not (name == "SIGHUP" and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN):
+                signal.signal(getattr(signal, name), on_signal)
+        try:
+            handle = start_server(config, os.environ)
+        except OSError as error:
+            print(f"{NAME}: cannot listen on {config.bind_address}:{config.port}: {describe(error)}", file=sys.stderr)
+            return EXIT_FAILURE
+        print_banner(handle)
+        while not stop_asked.wait(0.5):         # in steps, for the sake of Ctrl-C on Windows
+            pass
+        stop_server(handle)
+        return EXIT_OK
+    finally:
+        pid_file.release()
+
+
+def print_banner(handle: ServerHandle) -> None:
+    """What a newcomer needs to see when the gateway has started."""
+    gateway, config = handle.gateway, handle.server.config
+    models = gateway.models()
+    counts: Dict[str, int] = {}
+    for model in models:
+        counts[model.provider] = counts.get(model.provider, 0) + 1
+    asking = [provider.name for provider in gateway.catalogue.providers.values()
+              if provider.discover and gateway.is_usable(provider) and provider.name not in counts]
+    by_provider = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
+    key = "the apiKey" if config.api_key and (not config.is_loopback or config.require_key_on_loopback) else "anything"
+    lines = [f"{NAME} {VERSION} listening on {handle.url}",
+             f"  models             {len(models)} models: {by_provider}" if len(models) != 1 else
+             f"  models             1 model: {models[0].full_id}",
+             f"  OpenAI clients     base URL {handle.url}/v1   API key: {key}",
+             f"  Anthropic clients  base URL {handle.url}      API key: {key}",
+             f"  configuration      {', '.join(config.sources) or 'defaults'}"]
+    if asking:
+        lines.insert(2, f"  asking             {', '.join(asking)} for their lists")
+    if counts == {DEMO: 1} and not asking:
+        lines += ["", "No provider key was found, so only the built-in demo model answers. To use real models, set e.g.",
+                  "ANTHROPIC_API_KEY, OPENAI_API_KEY or OPENROUTER_API_KEY, or add a local server to",
+                  f"{os.path.join(agent_dir(config, os.environ), 'models.json')}, and start again."]
+    if not config.is_loopback:
+        lines.append(f"  note               other machines can connect to {config.bind_address}; they need the apiKey")
+    print("\n".join(lines), flush=True)
+
+
+# ======================================================================================================================
+# §15 Catalogue data
+# ======================================================================================================================
+#
+# Facts about models, one a line: id|context|output|flags|cost|levels|compat|protocol. flags: r reasons, i takes images.
+# cost: USD per million tokens of input, output, cache read, cache write. levels: our level=the provider's word, "-" for
+# a level it lacks. compat: name, !name or name=value over the provider's own. Long lists are discovered, not kept here.
+
+MODELS: Dict[str, str] = {
+"anthropic": """
+claude-fable-5|1000000|128000|ri|10,50,1,12.5|off=- xhigh=xhigh max=max|forceAdaptiveThinking supportsMidConvoSystemMessages supportsMidConvoToolChanges
+claude-fable-5-1|1000000|128000|ri|10,50,0.25,12.5|off=- xhigh=xhigh max=max|forceAdaptiveThinking supportsMidConvoEffort supportsMidConvoSystemMessages supportsMidConvoToolChanges
+claude-fable-5-2|1000000|128000|ri|8,40,0.2,10|off=- xhigh=xhigh max=max|forceAdaptiveThinking supportsMidConvoEffort supportsMidConvoSystemMessages supportsMidConvoToolChanges
+claude-haiku-4-5|200000|64000|ri|1,5,0.1,1.25
+claude-haiku-4-5-20251001|200000|64000|ri|1,5,0.1,1.25
+claude-haiku-5-5|1000000|128000|ri|0.1,0.5,0.01,0.125|minimal=- low=low medium=medium high=high xhigh=xhigh max=max|forceAdaptiveThinking !supportsTemperature supportsMidConvoEffort supportsMidConvoSystemMessages supportsMidConvoToolChanges
+claude-opus-4-5|200000|64000|ri|5,25,0.5,6.25
+claude-opus-4-5-20251101|200000|64000|ri|5,25,0.5,6.25
+claude-opus-4-6|1000000|128000|ri|5,25,0.5,6.25|max=max|forceAdaptiveThinking
+claude-opus-4-7|1000000|128000|ri|5,25,0.5,6.25|xhigh=xhigh max=max|forceAdaptiveThinking !supportsTemperature
+claude-opus-4-8|1000000|128000|ri|5,25,0.5,6.25|xhigh=xhigh max=max|forceAdaptiveThinking !supportsTemperature supportsMidConvoSystemMessages supportsMidConvoToolChanges
+claude-opus-5|1000000|128000|ri|5,25,0.5,6.25|xhigh=xhigh max=max|forceAdaptiveThinking !supportsTemperature supportsMidConvoEffort supportsMidConvoSystemMessages supportsMidConvoToolChanges
+claude-opus-5-5|1000000|128000|ri|4,20,0.2,5|off=- minimal=- low=low medium=medium high=high xhigh=xhigh max=max|forceAdaptiveThinking !supportsTemperature supportsMidConvoEffort supportsMidConvoSystemMessages supportsMidConvoToolChanges
+claude-sonnet-4-5|200000|64000|ri|3,15,0.3,3.75
+claude-sonnet-4-5-20250929|200000|64000|ri|3,15,0.3,3.75
+claude-sonnet-4-6|1000000|128000|ri|3,15,0.3,3.75|max=max|forceAdaptiveThinking
+claude-sonnet-5|1000000|128000|ri|2,10,0.2,2.5|xhigh=xhigh max=max|forceAdaptiveThinking !supportsTemperature
+claude-sonnet-5-5|1000000|128000|ri|2,10,0.1,2.5|off=- minimal=- low=low medium=medium high=high xhigh=xhigh max=max|forceAdaptiveThinking !supportsTemperature supportsMidConvoEffort supportsMidConvoSystemMessages supportsMidConvoToolChanges
+""",
+"openai": """
+chat-latest|400000|128000|ri|5,30,0.5,0
+gpt-4|8192|8192||30,60,0,0
+gpt-4-turbo|128000|4096|i|10,30,0,0
+gpt-4.1|1047576|32768|i|2,8,0.5,0
+gpt-4.1-mini|1047576|32768|i|0.4,1.6,0.1,0
+gpt-4.1-nano|1047576|32768|i|0.1,0.4,0.025,0
+gpt-4o|128000|16384|i|2.5,10,1.25,0
+gpt-4o-2024-05-13|128000|4096|i|5,15,0,0
+gpt-4o-2024-08-06|128000|16384|i|2.5,10,1.25,0
+gpt-4o-2024-11-20|128000|16384|i|2.5,10,1.25,0
+gpt-4o-mini|128000|16384|i|0.15,0.6,0.075,0
+gpt-5|400000|128000|ri|1.25,10,0.125,0|off=- minimal=minimal low=low medium=medium high=high xhigh=- max=-|supportsOpenAIGrammarTools
+gpt-5-chat-latest|128000|16384|i|1.25,10,0.125,0|off=-|supportsOpenAIGrammarTools
+gpt-5-mini|400000|128000|ri|0.25,2,0.025,0|off=- minimal=minimal low=low medium=medium high=high xhigh=- max=-|supportsOpenAIGrammarTools
+gpt-5-nano|400000|128000|ri|0.05,0.4,0.005,0|off=- minimal=minimal low=low medium=medium high=high xhigh=- max=-|supportsOpenAIGrammarTools
+gpt-5-pro|400000|128000|ri|15,120,0,0|off=- minimal=- low=- medium=- high=high xhigh=- max=-|supportsOpenAIGrammarTools
+gpt-5.1|400000|128000|ri|1.25,10,0.125,0|off=none minimal=- low=low medium=medium high=high xhigh=- max=-|supportsOpenAIGrammarTools
+gpt-5.2|400000|128000|ri|1.75,14,0.175,0|off=none minimal=- low=low medium=medium high=high xhigh=xhigh max=-|supportsOpenAIGrammarTools
+gpt-5.2-pro|400000|128000|ri|21,168,0,0|off=- minimal=- low=- medium=medium high=high xhigh=xhigh max=-|supportsOpenAIGrammarTools
+gpt-5.3-codex|400000|128000|ri|1.75,14,0.175,0|off=none minimal=- low=low medium=medium high=high xhigh=xhigh max=-|supportsOpenAIGrammarTools
+gpt-5.3-codex-spark|128000|32000|ri|1.75,14,0.175,0|off=- minimal=- low=low medium=medium high=high xhigh=xhigh max=-|supportsOpenAIGrammarTools
+gpt-5.4|272000|128000|ri|2.5,15,0.25,0|off=none minimal=- low=low medium=medium high=high xhigh=xhigh max=-|supportsOpenAIGrammarTools supportsMidConvoSystemMessages
+gpt-5.4-mini|400000|128000|ri|0.75,4.5,0.075,0|off=none minimal=- low=low medium=medium high=high xhigh=xhigh max=-|supportsOpenAIGrammarTools supportsMidConvoSystemMessages
+gpt-5.4-nano|400000|128000|ri|0.2,1.25,0.02,0|off=none minimal=- low=low medium=medium high=high xhigh=xhigh max=-|supportsOpenAIGrammarTools
+gpt-5.4-pro|1050000|128000|ri|30,180,0,0|off=- minimal=- low=- medium=medium high=high xhigh=xhigh max=-|supportsOpenAIGrammarTools supportsMidConvoSystemMessages
+gpt-5.5|272000|128000|ri|5,30,0.5,0|off=none minimal=- low=low medium=medium high=high xhigh=xhigh max=-|supportsOpenAIGrammarTools supportsMidConvoSystemMessages
+gpt-5.5-pro|1050000|128000|ri|30,180,0,0|off=- minimal=- low=- medium=medium high=high xhigh=xhigh max=-|supportsOpenAIGrammarTools
+gpt-5.6-cyber|400000|128000|ri|12.5,75,1.25,15.625|off=- minimal=- low=low medium=medium high=high xhigh=xhigh max=max|supportsOpenAIGrammarTools supportsExplicitPromptCacheMode
+gpt-5.6-luna|272000|128000|ri|0.2,1.2,0.02,0.25|off=none minimal=- low=low medium=medium high=high xhigh=xhigh max=max|supportsOpenAIGrammarTools supportsAdditionalTools supportsToolSearch supportsMidConvoSystemMessages supportsExplicitPromptCacheMode
+gpt-5.6-sol|272000|128000|ri|4,20,0.4,5|off=none minimal=- low=low medium=medium high=high xhigh=xhigh max=max|supportsOpenAIGrammarTools supportsAdditionalTools supportsToolSearch supportsMidConvoSystemMessages supportsExplicitPromptCacheMode
+gpt-5.6-terra|272000|128000|ri|2,12,0.2,2.5|off=none minimal=- low=low medium=medium high=high xhigh=xhigh max=max|supportsOpenAIGrammarTools supportsAdditionalTools supportsToolSearch supportsMidConvoSystemMessages supportsExplicitPromptCacheMode
+gpt-6-astra|272000|128000|ri|10,50,1,12.5|off=- minimal=- low=low medium=medium high=high xhigh=xhigh max=max|supportsOpenAIGrammarTools supportsAdditionalTools supportsToolSearch supportsMidConvoSystemMessages supportsExplicitPromptCacheMode supportsMidConvoEffort
+gpt-6-luna|272000|128000|ri|0.1,0.5,0.01,0.125|off=none minimal=- low=low medium=medium high=high xhigh=xhigh max=max|supportsOpenAIGrammarTools supportsAdditionalTools supportsToolSearch supportsMidConvoSystemMessages supportsExplicitPromptCacheMode supportsMidConvoEffort
+gpt-6-sol|272000|128000|ri|2,10,0.2,2.5|off=none minimal=- low=low medium=medium high=high xhigh=xhigh max=max|supportsOpenAIGrammarTools supportsAdditionalTools supportsToolSearch supportsMidConvoSystemMessages supportsExplicitPromptCacheMode supportsMidConvoEffort
+gpt-6.1-sol|272000|128000|ri|2,10,0.1,2.5|off=- minimal=- low=low medium=medium high=high xhigh=xhigh max=max|supportsOpenAIGrammarTools supportsAdditionalTools supportsToolSearch supportsMidConvoSystemMessages supportsExplicitPromptCacheMode supportsMidConvoEffort
+gpt-6.1-terra|272000|128000|ri|1,5,0.05,1.25|off=none minimal=- low=low medium=medium high=high xhigh=xhigh max=max|supportsOpenAIGrammarTools supportsAdditionalTools supportsToolSearch supportsMidConvoSystemMessages supportsExplicitPromptCacheMode supportsMidConvoEffort
+gpt-daybreak-blue-latest|1050000|128000|ri|4,20,0.4,5|off=none minimal=- low=low medium=medium high=high xhigh=xhigh max=max|supportsExplicitPromptCacheMode
+gpt-daybreak-red-latest|400000|128000|ri|12.5,75,1.25,15.625|off=none minimal=- low=low medium=medium high=high xhigh=xhigh max=max|supportsExplicitPromptCacheMode
+o1|200000|100000|ri|15,60,7.5,0|off=- minimal=- low=low medium=medium high=high xhigh=- max=-
+o1-pro|200000|100000|ri|150,600,0,0|off=- minimal=- low=low medium=medium high=high xhigh=- max=-
+o3|200000|100000|ri|2,8,0.5,0|off=- minimal=- low=low medium=medium high=high xhigh=- max=-
+o3-mini|200000|100000|r|1.1,4.4,0.55,0|off=- minimal=- low=low medium=medium high=high xhigh=- max=-
+o3-pro|200000|100000|ri|20,80,0,0|off=- minimal=- low=low medium=medium high=high xhigh=- max=-
+o4-mini|200000|100000|ri|1.1,4.4,0.275,0|off=- minimal=- low=low medium=medium high=high xhigh=- max=-
+""",
+"xai": """
+grok-4.3|1000000|30000|ri|1.25,2.5,0.2,0|off=none minimal=- low=low medium=medium high=high xhigh=xhigh max=-
+grok-4.5|500000|500000|ri|2,6,0.3,0|off=- minimal=- low=low medium=medium high=high xhigh=xhigh max=-
+grok-4.6|500000|500000|ri|2,6,0.5,0|off=- minimal=- low=low medium=medium high=high xhigh=xhigh max=-
+grok-4.7|500000|500000|ri|2,6,0.5,0|off=- minimal=- low=low medium=medium high=high xhigh=xhigh max=-
+""",
+"deepseek": """
+deepseek-flash|1000000|384000|ri|0.3,1.2,0.006,0|minimal=- low=low medium=- high=high max=max
+deepseek-v4-pro|1000000|384000|r|1.32,3.96,0.044,0|minimal=- low=- medium=- high=high max=max|supportsMidConvoSystemMessages
+""",
+"moonshotai": """
+kimi-k2.6|262144|262144|ri|0.95,4,0.16,0||!supportsReasoningEffort thinkingFormat=deepseek
+kimi-k2.7-code|262144|262144|ri|0.95,4,0.19,0|off=-|!supportsReasoningEffort thinkingFormat=deepseek
+kimi-k2.7-code-highspeed|262144|262144|ri|1.9,8,0.38,0|off=-|!supportsReasoningEffort thinkingFormat=deepseek
+kimi-k3|1048576|1048576|ri|3,15,0.3,0|off=- minimal=- low=low medium=- high=high xhigh=- max=max|requiresReasoningContentOnAssistantMessages supportsMidConvoToolAdditions
+kimi-k3.1-pro|1048576|1048576|ri|2,10,0.2,0|off=- minimal=- low=low medium=- high=high xhigh=- max=max|requiresReasoningContentOnAssistantMessages supportsMidConvoToolAdditions
+kimi-k3.1-pro-highspeed|1048576|1048576|ri|4,20,0.2,0|off=- minimal=- low=low medium=- high=high xhigh=- max=max|requiresReasoningContentOnAssistantMessages supportsMidConvoToolAdditions
+""",
+"moonshotai-cn": """
+kimi-k2.6|262144|262144|ri|0.9711,4.0337,0.1643,0||!supportsReasoningEffort thinkingFormat=deepseek
+kimi-k2.7-code|262144|262144|ri|0.9711,4.0337,0.1942,0|off=-|!supportsReasoningEffort thinkingFormat=deepseek
+kimi-k2.7-code-highspeed|262144|262144|ri|1.9421,8.0673,0.3884,0|off=-|!supportsReasoningEffort thinkingFormat=deepseek
+kimi-k3|1048576|1048576|ri|3,15,0.3,0|off=- minimal=- low=low medium=- high=high xhigh=- max=max|requiresReasoningContentOnAssistantMessages supportsMidConvoToolAdditions
+kimi-k3.1-pro|1048576|1048576|ri|1.9437,10.1671,0.1944,0|off=- minimal=- low=low medium=- high=high xhigh=- max=max|requiresReasoningContentOnAssistantMessages supportsMidConvoToolAdditions
+kimi-k3.1-pro-highspeed|1048576|1048576|ri|3.8874,20.3342,0.1944,0|off=- minimal=- low=low medium=- high=high xhigh=- max=max|requiresReasoningContentOnAssistantMessages supportsMidConvoToolAdditions
+""",
+"kimi-coding": """
+k3|1048576|131072|ri|3,15,0.3,0|off=- minimal=- low=low medium=- high=high xhigh=- max=max|requiresReasoningContentOnAssistantMessages supportsMidConvoToolAdditions
+k3-256k|262144|131072|ri|3,15,0.3,0|off=- minimal=- low=low medium=- high=high xhigh=- max=max|requiresReasoningContentOnAssistantMessages supportsMidConvoToolAdditions
+k3.1-pro|1048576|131072|ri|2,10,0.2,0|off=- minimal=- low=low medium=- high=high xhigh=- max=max|requiresReasoningContentOnAssistantMessages supportsMidConvoToolAdditions
+k3.1-pro-highspeed|1048576|131072|ri|4,20,0.2,0|off=- minimal=- low=low medium=- high=high xhigh=- max=max|requiresReasoningContentOnAssistantMessages supportsMidConvoToolAdditions
+kimi-for-coding|1048576|32768|ri|0.95,4,0.19,0|off=- minimal=- low=low medium=- high=high xhigh=- max=max|requiresReasoningContentOnAssistantMessages supportsMidConvoToolAdditions
+kimi-for-coding-highspeed|262144|32768|ri|1.9,8,0.38,0|off=-|!supportsReasoningEffort thinkingFormat=deepseek
+""",
+"zai": """
+glm-4.7|204800|131072|r|0.6,2.2,0.11,0||!supportsReasoningEffort
+glm-5-turbo|200000|131072|r|1.2,4,0.24,0||!supportsReasoningEffort
+glm-5.2|1000000|131072|r|1.4,4.4,0.26,0|off=none minimal=- low=- medium=- high=high xhigh=- max=max
+glm-5.2-highspeed|1000000|131072|r||off=none minimal=- low=- medium=- high=high xhigh=- max=max
+glm-5.3|1000000|131072|r|1.4,4.4,0.26,0|off=- minimal=- low=low medium=- high=high xhigh=- max=max
+glm-5.3-flash|1000000|131072|ri|0.15,0.5,0.03,0|off=- minimal=- low=low medium=- high=high xhigh=- max=max
+glm-5.3-highspeed|1000000|131072|r||off=- minimal=- low=low medium=- high=high xhigh=- max=max
+""",
+"zai-coding-cn": """
+glm-4.6v|128000|32768|ri|0.3,0.9,0.05,0||!supportsReasoningEffort
+glm-5.3|1000000|131072|r|1.4,4.4,0.26,0|off=- minimal=- low=low medium=- high=high xhigh=- max=max
+glm-5.3-flash|1000000|131072|ri|0.15,0.5,0.03,0|off=- minimal=- low=low medium=- high=high xhigh=- max=max
+glm-5.3-highspeed|1000000|131072|r||off=- minimal=- low=low medium=- high=high xhigh=- max=max
+""",
+"minimax": """
+MiniMax-M2.7|204800|131072|r|0.3,1.2,0.06,0.375
+MiniMax-M2.7-highspeed|204800|131072|r|0.6,2.4,0.06,0.375
+MiniMax-M3|1000000|524288|ri|0.3,1.2,0.06,0
+MiniMax-M3.1-Flash|1000000|524288|ri|0.15,0.6,0.015,0|off=- minimal=- low=low medium=medium high=high xhigh=xhigh max=max|forceAdaptiveThinking
+""",
+"minimax-cn": """
+MiniMax-M2.7|204800|131072|r|0.3137,1.2549,0.0627,0.3922
+MiniMax-M2.7-highspeed|204800|131072|r|0.6275,2.5098,0.0627,0.3922
+MiniMax-M3|1000000|524288|ri|0.3137,1.2549,0.0627,0
+MiniMax-M3.1-Flash|1000000|524288|ri|0.1494,0.5976,0.0149,0|off=- minimal=- low=low medium=medium high=high xhigh=xhigh max=max|forceAdaptiveThinking
+""",
+"qwen-token-plan": """
+deepseek-v3.2|131072|65536|r|||!supportsReasoningEffort
+deepseek-v4-flash|1000000|384000|r||off=- minimal=- low=- medium=- high=high xhigh=- max=max
+deepseek-v4-flash-0731|1000000|384000|r||off=- minimal=- low=- medium=- high=high xhigh=- max=max
+deepseek-v4-pro|1000000|384000|r||off=- minimal=- low=- medium=- high=high xhigh=- max=max
+deepseek-v4-pro-0813|1000000|384000|r||off=- minimal=- low=- medium=- high=high xhigh=- max=max
+deepseek-v4.1-flash|1000000|384000|ri||off=- minimal=- low=low medium=- high=high xhigh=- max=max
+deepseek-v4.1-flash-1017|1000000|384000|ri||off=- minimal=- low=low medium=- high=high xhigh=- max=max
+glm-5|202752|16384|r||minimal=- low=- medium=- high=high xhigh=- max=max
+glm-5.1|202752|128000|r||minimal=- low=- medium=- high=high xhigh=- max=max
+glm-5.2|1000000|131072|r||off=- minimal=- low=- medium=- high=high xhigh=- max=max
+glm-5.3|1000000|131072|r||off=- minimal=- low=low medium=- high=high xhigh=- max=max
+kimi-k2.5|262144|98304|ri|||!supportsReasoningEffort
+kimi-k2.6|262144|262144|ri|||!supportsReasoningEffort
+kimi-k2.7-code|262144|262144|ri|||!supportsReasoningEffort
+MiniMax-M2.5|196608|32768|r|||!supportsReasoningEffort
+qwen3.6-flash|1000000|65536|ri|||!supportsReasoningEffort
+qwen3.6-plus|1000000|65536|ri|||!supportsReasoningEffort
+qwen3.7-max|1000000|131072|r|||!supportsReasoningEffort
+qwen3.7-plus|1000000|65536|ri|||!supportsReasoningEffort
+qwen3.8-flash|1000000|131072|ri||off=- minimal=- low=low medium=medium high=- xhigh=xhigh max=-
+qwen3.8-max|1000000|131072|ri||off=- minimal=- low=low medium=medium high=- xhigh=xhigh max=-
+""",
+"qwen-token-plan-individual": """
+deepseek-v4-flash-0731|1000000|384000|r||off=- minimal=- low=- medium=- high=high xhigh=- max=max
+deepseek-v4-pro|1000000|384000|r||off=- minimal=- low=- medium=- high=high xhigh=- max=max
+deepseek-v4-pro-0813|1000000|384000|r||off=- minimal=- low=- medium=- high=high xhigh=- max=max
+glm-5.2|1000000|131072|r||off=- minimal=- low=- medium=- high=high xhigh=- max=max
+glm-5.3|1000000|131072|r||off=- minimal=- low=low medium=- high=high xhigh=- max=max
+qwen3.6-flash|1000000|65536|ri|||!supportsReasoningEffort
+qwen3.7-max|1000000|131072|r|||!supportsReasoningEffort
+qwen3.7-plus|1000000|65536|ri|||!supportsReasoningEffort
+qwen3.8-flash|1000000|131072|ri||off=- minimal=- low=low medium=medium high=- xhigh=xhigh max=-
+qwen3.8-max|1000000|131072|ri||off=- minimal=- low=low medium=medium high=- xhigh=xhigh max=-
+""",
+"xiaomi": """
+mimo-v2.6-flash|1048576|131072|ri|0.14,0.28,0.0028,0|off=off minimal=- low=- medium=- high=high xhigh=- max=-
+mimo-v2.6-pro|1048576|131072|ri|0.435,0.87,0.0036,0|off=off minimal=- low=- medium=- high=high xhigh=- max=-
+mimo-v2.6-pro-ultraspeed|1048576|131072|ri|4.35,8.7,0.036,0|off=off minimal=- low=- medium=- high=high xhigh=- max=-
+""",
+"xiaomi-token-plan-ams": """
+mimo-v2.6-flash|1048576|131072|ri||off=off minimal=- low=- medium=- high=high xhigh=- max=-
+mimo-v2.6-pro|1048576|131072|ri||off=off minimal=- low=- medium=- high=high xhigh=- max=-
+""",
+"ant-ling": """
+Ling-2.6-1T|262144|65536||0.06,0.25,0,0
+Ling-2.6-flash|262144|65536||0.01,0.02,0,0
+Ring-2.6-1T|262144|65536|r|0.06,0.25,0,0|off=- minimal=- low=- medium=- high=high xhigh=xhigh
+""",
+"groq": """
+llama-3.1-8b-instant|131072|131072||0.05,0.08,0,0
+llama-3.3-70b-versatile|131072|32768||0.59,0.79,0,0
+openai/gpt-oss-120b|131072|65536|r|0.15,0.6,0.075,0|off=- minimal=- low=low medium=medium high=high xhigh=- max=-
+openai/gpt-oss-20b|131072|65536|r|0.075,0.3,0.0375,0|off=- minimal=- low=low medium=medium high=high xhigh=- max=-
+openai/gpt-oss-safeguard-20b|131072|65536|r|0.075,0.3,0.0375,0|off=- minimal=- low=low medium=medium high=high xhigh=- max=-
+qwen/qwen3.6-27b|131072|16384|ri|0.6,3,0.3,0|off=none minimal=- low=- medium=- high=default xhigh=- max=-
+qwen/qwen3.8-27b|131072|16384|ri|0.8,4,0,0|off=none minimal=- low=low medium=medium high=high xhigh=- max=-
+""",
+"cerebras": """
+gpt-oss-120b|131072|40960|r|0.35,0.75,0.35,0|off=- minimal=- low=low medium=medium high=high xhigh=- max=-
+qwen-3.8-27b|131072|40960|ri|0.99,1.49,0.99,0|off=none minimal=- low=low medium=medium high=high xhigh=- max=-
+""",
+"together": """
+deepseek-ai/DeepSeek-V4-Pro-0813|1048576|384000|r|1.32,3.96,0.13,0|minimal=- low=- medium=- high=high xhigh=-|supportsReasoningEffort
+deepseek-ai/DeepSeek-V4.1-Flash|1048576|384000|ri|0.3,1.2,0.006,0|minimal=- low=- medium=-
+meta-models/Muse-Spark-Open-816B-A42B|1048576|131072|ri|1.25,4.25,0.15,0|minimal=- low=- medium=-
+MiniMaxAI/MiniMax-M3|524288|524288|ri|0.3,1.2,0.06,0|minimal=- low=- medium=-
+moonshotai/Kimi-K3|1048576|131072|ri|3,15,0.3,0|minimal=- low=- medium=-
+moonshotai/Kimi-K3.1-Pro|1048576|131072|ri|2,10,0.2,0|minimal=- low=- medium=-
+nvidia/NVIDIA-Nemotron-3.5-Super-VL|262144|262144|ri|0.15,0.5,0.02,0|minimal=- low=- medium=-
+openai/gpt-oss-120b|131072|131072|r|0.15,0.6,0,0|off=- minimal=- low=low medium=medium high=high xhigh=- max=-|supportsReasoningEffort thinkingFormat=openai
+Qwen/Qwen3.5-9B|262144|65536|ri|0.17,0.25,0,0|minimal=- low=- medium=-
+Qwen/Qwen3.6-Plus|1000000|65536|r|0.5,3,0,0|minimal=- low=- medium=-
+Qwen/Qwen3.7-Max|1000000|131072|r|2.5,7.5,0.5,0|minimal=- low=- medium=-
+reflection/Beam-1.0-501B-A23B|1048576|131072|r|0.4,1.2,0.04,0|minimal=- low=- medium=-
+thinkingmachines/Inkling|524288|131072|ri|1,4.05,0.17,0|minimal=- low=- medium=-
+zai-org/GLM-5.2|1048575|164000|r|1.4,4.4,0.26,0|minimal=- low=- medium=-
+zai-org/GLM-5.3|1048575|262144|r|1.4,4.4,0.26,0|minimal=- low=- medium=-
+zai-org/GLM-5.3-Flash|1048575|400000|ri|0.15,0.5,0.03,0|minimal=- low=- medium=-
+""",
+"fireworks": """
+accounts/fireworks/models/deepseek-v4p1-flash|1000000|384000|ri|0.3,1.2,0.006,0|off=none minimal=- low=low medium=- high=high xhigh=- max=max||anthropic-messages
+accounts/fireworks/models/deepseek-v4p1-flash-1017|1000000|384000|ri|0.3,1.2,0.006,0|off=none minimal=- low=low medium=- high=high xhigh=- max=max||anthropic-messages
+accounts/fireworks/models/ember-1|1048576|131072|ri|3,15,0.3,0|off=none minimal=- low=low medium=medium high=high xhigh=- max=max||anthropic-messages
+accounts/fireworks/models/minimax-m3|512000|512000|r|0.3,1.2,0.06,0|off=- minimal=- low=low medium=medium high=high xhigh=- max=-||anthropic-messages
+accounts/fireworks/models/minimax-m3p1-flash|1000000|512000|ri|0.15,0.6,0.015,0|off=- minimal=- low=low medium=medium high=high xhigh=xhigh max=max||anthropic-messages
+accounts/fireworks/models/muse-spark-open|1048576|131072|ri|1.25,4.25,0.15,0|off=- minimal=- low=low medium=medium high=high xhigh=xhigh max=-||anthropic-messages
+accounts/fireworks/models/qwen3p8-2p4t-a95b|262144|131072|r|2,6,0.25,0|off=none minimal=- low=low medium=medium high=- xhigh=xhigh max=-||anthropic-messages
+accounts/fireworks/models/qwen3p8-max|262144|131072|ri|2,6,0.25,0|off=none minimal=- low=low medium=medium high=- xhigh=xhigh max=-||anthropic-messages
+accounts/fireworks/routers/deepseek-flash-latest|1000000|384000|ri|0.3,1.2,0.006,0|off=none minimal=- low=low medium=- high=high xhigh=- max=max||anthropic-messages
+accounts/fireworks/routers/deepseek-v4p1-flash-1017-spot|1000000|384000|ri|0.21,0.84,0.0042,0|off=none minimal=- low=low medium=- high=high xhigh=- max=max||anthropic-messages
+accounts/fireworks/routers/deepseek-v4p1-flash-1017-ultrafast|1000000|384000|ri|2.4,9.6,0.048,0|off=none minimal=- low=low medium=- high=high xhigh=- max=max||anthropic-messages
+accounts/fireworks/routers/deepseek-v4p1-flash-spot|1000000|384000|ri|0.21,0.84,0.0042,0|off=none minimal=- low=low medium=- high=high xhigh=- max=max||anthropic-messages
+accounts/fireworks/routers/kimi-fast-latest|1048576|131072|ri|4.5,22.5,0.45,0|off=none minimal=- low=low medium=medium high=high xhigh=- max=max||anthropic-messages
+accounts/fireworks/routers/kimi-latest|1048576|131072|ri|3,15,0.3,0|off=none minimal=- low=low medium=medium high=high xhigh=- max=max||anthropic-messages
+accounts/fireworks/routers/minimax-latest|512000|512000|r|0.3,1.2,0.06,0|off=- minimal=- low=low medium=medium high=high xhigh=- max=-||anthropic-messages
+accounts/fireworks/routers/qwen-max-latest|262144|131072|ri|2,6,0.25,0|off=none minimal=- low=low medium=medium high=- xhigh=xhigh max=-||anthropic-messages
+accounts/fireworks/models/glm-5p3|1048573|262144|r|1.4,4.4,0.26,0|off=- minimal=- low=low medium=- high=high xhigh=- max=max
+accounts/fireworks/models/glm-5p3-flash|1048573|131072|ri|0.15,0.5,0.03,0|off=- minimal=- low=low medium=- high=high xhigh=- max=max
+accounts/fireworks/models/kimi-k3|1048576|131072|ri|3,15,0.3,0|off=- minimal=- low=low medium=- high=high xhigh=- max=max|requiresReasoningContentOnAssistantMessages supportsMidConvoSystemMessages supportsMidConvoToolAdditions
+accounts/fireworks/models/kimi-k3p1-pro|1048576|131072|ri|2,10,0.2,0|off=- minimal=- low=low medium=- high=high xhigh=- max=max|requiresReasoningContentOnAssistantMessages supportsMidConvoSystemMessages supportsMidConvoToolAdditions
+accounts/fireworks/routers/glm-5p3-fast|1048572|262144|r|2.1,6.6,0.39,0|off=- minimal=- low=low medium=- high=high xhigh=- max=max
+accounts/fireworks/routers/glm-5p3-spot|1048573|262144|r|0.98,3.08,0.182,0|off=- minimal=- low=low medium=- high=high xhigh=- max=max
+accounts/fireworks/routers/glm-fast-latest|1048572|262144|r|2.1,6.6,0.39,0|off=- minimal=- low=low medium=- high=high xhigh=- max=max
+accounts/fireworks/routers/glm-flash-latest|1048573|131072|ri|0.15,0.5,0.03,0|off=- minimal=- low=low medium=- high=high xhigh=- max=max
+accounts/fireworks/routers/glm-latest|1048573|262144|r|1.4,4.4,0.26,0|off=- minimal=- low=low medium=- high=high xhigh=- max=max
+accounts/fireworks/routers/kimi-k3-fast|1048576|131072|ri|4.5,22.5,0.45,0|off=- minimal=- low=low medium=- high=high xhigh=- max=max|requiresReasoningContentOnAssistantMessages supportsMidConvoSystemMessages supportsMidConvoToolAdditions
+accounts/fireworks/routers/kimi-k3-spot|1048576|131072|ri|2.1,10.5,0.21,0|off=- minimal=- low=low medium=- high=high xhigh=- max=max|requiresReasoningContentOnAssistantMessages supportsMidConvoSystemMessages supportsMidConvoToolAdditions
+""",
+"baseten": """
+deepseek-ai/DeepSeek-V4-Flash-0731|1048576|384000|r|0.13,0.26,0.028,0|off=none minimal=- low=low medium=- high=high xhigh=- max=max
+deepseek-ai/DeepSeek-V4-Pro-0813|1048576|262144|r|1.32,3.96,0.132,0|off=none minimal=- low=low medium=- high=high xhigh=- max=max
+deepseek-ai/DeepSeek-V4.1-Flash|1048576|32768|ri|0.3,1.2,0.007,0|off=none minimal=- low=- medium=- high=high xhigh=- max=max
+deepseek-ai/DeepSeek-V4.1-Flash-1017|1048576|262144|ri|0.3,1.2,0.007,0|off=none minimal=- low=low medium=medium high=high xhigh=- max=max
+deepseek-ai/DeepSeek-V4.1-Flash-1017-Fast|1048576|262144|ri|0.6,2.4,0.014,0|off=none minimal=- low=low medium=medium high=high xhigh=- max=max
+deepseek-ai/DeepSeek-V4.1-Flash-Fast|1048576|32768|ri|0.6,2.4,0.014,0|off=none minimal=- low=- medium=- high=high xhigh=- max=max
+moonshotai/Kimi-K3|1048576|262144|ri|3,15,0.3,0|off=none minimal=- low=low medium=- high=high xhigh=- max=max
+moonshotai/Kimi-K3.1-Pro|1000000|262144|ri|2,10,0.2,0||!supportsReasoningEffort
+nvidia/NVIDIA-Nemotron-3-Ultra-550B-A55B|202800|202800|r|0.6,2.4,0.12,0|off=none minimal=- low=- medium=- high=high xhigh=- max=-
+openai/gpt-oss-120b|128072|128072|r|0.1,0.5,0.1,0|off=none minimal=minimal low=low medium=medium high=high xhigh=xhigh max=max
+zai-org/GLM-5.2|1048576|262144|r|1.4,4.4,0.14,0|off=none minimal=- low=- medium=- high=high xhigh=- max=max|thinkingFormat=baseten chatTemplateArgs={"enable_thinking":{"$var":"thinking.enabled"}}
+zai-org/GLM-5.2-Fast|1048576|262144|r|2.1,6.6,0.21,0|off=none minimal=- low=- medium=- high=high xhigh=- max=max|thinkingFormat=baseten chatTemplateArgs={"enable_thinking":{"$var":"thinking.enabled"}}
+zai-org/GLM-5.3|1048576|262144|ri|1.4,4.4,0.14,0|off=- minimal=- low=low medium=- high=high xhigh=- max=max
+zai-org/GLM-5.3-Fast|1048576|262144|ri|2.1,6.6,0.21,0|off=- minimal=- low=low medium=- high=high xhigh=- max=max
+zai-org/GLM-5.3-Flash|1048576|131072|ri|0.15,0.5,0.03,0|off=- minimal=- low=low medium=- high=high xhigh=- max=max
+""",
+"nvidia": """
+deepseek-ai/deepseek-v4.1-flash|1000000|384000|ri||minimal=- low=- medium=- high=high max=max|requiresReasoningContentOnAssistantMessages thinkingFormat=deepseek
+google/diffusiongemma-26b-a4b-it|250000|32768|ri
+google/gemma-3-12b-it|131072|16384|i
+google/gemma-3-4b-it|131072|16384|i
+meta/llama-3.2-90b-vision-instruct|128000|8192|i
+meta/muse-glimmer-30b|131072|131072|ri
+minimaxai/minimax-m3.1-flash|262144|262144|ri
+mistralai/mistral-7b-instruct-v0.3|65536|65536
+moonshotai/kimi-k2.6|262144|262144|ri
+nvidia/cosmos-reason2-8b|131072|16384|ri
+nvidia/llama-3.1-nemotron-70b-instruct|128000|8192
+nvidia/llama-3.1-nemotron-ultra-253b-v1|128000|16384|r
+nvidia/nemotron-3-nano-omni-30b-a3b-reasoning|256000|65536|ri
+nvidia/nemotron-3-ultra-550b-a55b|1000000|65536|r
+nvidia/nemotron-3.5-lightning-30b-a3b|262144|262144|r
+nvidia/nemotron-3.5-super-vl-120b-a12b|1048576|8192|ri
+openai/gpt-oss-20b|131072|32768|r
+poolside/laguna-xs-2.1|262144|16384|r
+stepfun-ai/step-5-preview|1048576|1048576|ri
+z-ai/glm-5.3-flash|1000000|131072|ri
+""",
+"cloudflare-workers-ai": """
+@cf/deepseek-ai/deepseek-v4-flash-0731|1048576|1048576|r|0.44,1.32,0.014,0|minimal=- low=- medium=- high=high max=max|requiresReasoningContentOnAssistantMessages thinkingFormat=deepseek
+@cf/deepseek-ai/deepseek-v4-pro-0813|1048576|1048576|r|1.32,3.96,0.044,0|minimal=- low=- medium=- high=high max=max|requiresReasoningContentOnAssistantMessages thinkingFormat=deepseek
+@cf/deepseek-ai/deepseek-v4.1-flash-1017|1048576|1048576|ri|0.3,1.2,0.006,0|minimal=- low=- medium=- high=high max=max|requiresReasoningContentOnAssistantMessages thinkingFormat=deepseek
+@cf/google/gemma-4-26b-a4b-it|256000|16384|ri|0.1,0.3,0.05,0
+@cf/ibm-granite/granite-4.0-h-micro|131000|131000||0.017,0.112,0,0
+@cf/meta/llama-3.3-70b-instruct-fp8-fast|24000|24000||0.293,2.253,0,0
+@cf/meta/llama-4-scout-17b-16e-instruct|131000|16384|i|0.27,0.85,0,0
+@cf/mistralai/mistral-small-3.1-24b-instruct|128000|128000|i|0.351,0.555,0,0
+@cf/moonshotai/kimi-k2.6|262144|256000|ri|0.95,4,0.16,0|off=none minimal=- low=- medium=- high=high xhigh=- max=-
+@cf/moonshotai/kimi-k2.7-code|262144|262144|ri|0.95,4,0.19,0
+@cf/nvidia/nemotron-3-120b-a12b|256000|256000|r|0.5,1.5,0,0|off=- minimal=- low=low medium=- high=high xhigh=- max=-
+@cf/openai/gpt-oss-120b|128000|16384|r|0.35,0.75,0,0|off=- minimal=- low=low medium=medium high=high xhigh=- max=-
+@cf/openai/gpt-oss-20b|128000|16384|r|0.2,0.3,0,0|off=- minimal=- low=low medium=medium high=high xhigh=- max=-
+@cf/qwen/qwen3-30b-a3b-fp8|32768|32768|r|0.0509,0.335,0,0
+@cf/qwen/qwen3.8-27b|262144|262144|ri|0.45,3.2,0.05,0|off=- minimal=- low=low medium=medium high=- xhigh=xhigh max=-
+@cf/zai-org/glm-4.7-flash|131072|131072|r|0.0605,0.4,0,0
+@cf/zai-org/glm-5.2|262144|256000|r|1.4,4.4,0.26,0|off=none minimal=- low=- medium=- high=high xhigh=- max=max
+@cf/zai-org/glm-5.3|1048576|1048576|r|1.4,4.4,0.26,0|off=- minimal=- low=low medium=- high=high xhigh=- max=max
+@cf/zai-org/glm-5.3-flash|1048576|1048576|ri|0.15,0.5,0.03,0|off=- minimal=- low=low medium=- high=high xhigh=- max=max
+""",
+"cloudflare-ai-gateway": """
+claude-fable-5|1000000|128000|ri|10,50,1,12.5|off=- xhigh=xhigh max=max|forceAdaptiveThinking|anthropic-messages
+claude-fable-5-1|1000000|128000|ri|10,50,0.25,12.5|off=- xhigh=xhigh max=max|forceAdaptiveThinking|anthropic-messages
+claude-haiku-4-5|200000|64000|ri|1,5,0.1,1.25|||anthropic-messages
+claude-haiku-5-5|1000000|128000|ri|0.1,0.5,0.01,0.125|xhigh=xhigh max=max|forceAdaptiveThinking !supportsTemperature|anthropic-messages
+claude-opus-4-5|200000|64000|ri|5,25,0.5,6.25|||anthropic-messages
+claude-opus-4-6|1000000|128000|ri|5,25,0.5,6.25|max=max|forceAdaptiveThinking|anthropic-messages
+claude-opus-4-7|1000000|128000|ri|5,25,0.5,6.25|xhigh=xhigh max=max|forceAdaptiveThinking !supportsTemperature|anthropic-messages
+claude-opus-4-8|1000000|128000|ri|5,25,0.5,6.25|xhigh=xhigh max=max|forceAdaptiveThinking !supportsTemperature|anthropic-messages
+claude-opus-5|1000000|128000|ri|5,25,0.5,6.25|xhigh=xhigh max=max|forceAdaptiveThinking !supportsTemperature|anthropic-messages
+claude-opus-5-5|1000000|128000|ri|4,20,0.2,5|xhigh=xhigh max=max|forceAdaptiveThinking !supportsTemperature|anthropic-messages
+claude-sonnet-4-5|200000|64000|ri|3,15,0.3,3.75|||anthropic-messages
+claude-sonnet-4-6|1000000|128000|ri|3,15,0.3,3.75|max=max|forceAdaptiveThinking|anthropic-messages
+claude-sonnet-5|1000000|128000|ri|2,10,0.2,2.5|xhigh=xhigh max=max|forceAdaptiveThinking !supportsTemperature|anthropic-messages
+claude-sonnet-5-5|1000000|128000|ri|2,10,0.1,2.5|xhigh=xhigh max=max|forceAdaptiveThinking !supportsTemperature|anthropic-messages
+workers-ai/@cf/deepseek-ai/deepseek-v4-flash-0731|1048576|1048576|r|0.44,1.32,0.014,0|minimal=- low=- medium=- high=high max=max|!supportsLongCacheRetention requiresReasoningContentOnAssistantMessages thinkingFormat=deepseek
+workers-ai/@cf/deepseek-ai/deepseek-v4-pro-0813|1048576|1048576|r|1.32,3.96,0.044,0|minimal=- low=- medium=- high=high max=max|!supportsLongCacheRetention requiresReasoningContentOnAssistantMessages thinkingFormat=deepseek
+workers-ai/@cf/deepseek-ai/deepseek-v4.1-flash-1017|1048576|1048576|ri|0.3,1.2,0.006,0|minimal=- low=- medium=- high=high max=max|!supportsLongCacheRetention requiresReasoningContentOnAssistantMessages thinkingFormat=deepseek
+workers-ai/@cf/google/gemma-4-26b-a4b-it|256000|16384|ri|0.1,0.3,0.05,0||!supportsLongCacheRetention
+workers-ai/@cf/ibm-granite/granite-4.0-h-micro|131000|131000||0.017,0.112,0,0||!supportsLongCacheRetention
+workers-ai/@cf/meta/llama-3.3-70b-instruct-fp8-fast|24000|24000||0.293,2.253,0,0||!supportsLongCacheRetention
+workers-ai/@cf/meta/llama-4-scout-17b-16e-instruct|131000|16384|i|0.27,0.85,0,0||!supportsLongCacheRetention
+workers-ai/@cf/mistralai/mistral-small-3.1-24b-instruct|128000|128000|i|0.351,0.555,0,0||!supportsLongCacheRetention
+workers-ai/@cf/moonshotai/kimi-k2.6|262144|256000|ri|0.95,4,0.16,0||!supportsLongCacheRetention
+workers-ai/@cf/moonshotai/kimi-k2.7-code|262144|262144|ri|0.95,4,0.19,0||!supportsLongCacheRetention
+workers-ai/@cf/nvidia/nemotron-3-120b-a12b|256000|256000|r|0.5,1.5,0,0||!supportsLongCacheRetention
+workers-ai/@cf/openai/gpt-oss-120b|128000|16384|r|0.35,0.75,0,0||!supportsLongCacheRetention
+workers-ai/@cf/openai/gpt-oss-20b|128000|16384|r|0.2,0.3,0,0||!supportsLongCacheRetention
+workers-ai/@cf/qwen/qwen3-30b-a3b-fp8|32768|32768|r|0.0509,0.335,0,0||!supportsLongCacheRetention
+workers-ai/@cf/qwen/qwen3.8-27b|262144|262144|ri|0.45,3.2,0.05,0||!supportsLongCacheRetention
+workers-ai/@cf/zai-org/glm-4.7-flash|131072|131072|r|0.0605,0.4,0,0||!supportsLongCacheRetention
+workers-ai/@cf/zai-org/glm-5.2|262144|256000|r|1.4,4.4,0.26,0||!supportsLongCacheRetention
+workers-ai/@cf/zai-org/glm-5.3|1048576|1048576|r|1.4,4.4,0.26,0||!supportsLongCacheRetention
+workers-ai/@cf/zai-org/glm-5.3-flash|1048576|1048576|ri|0.15,0.5,0.03,0||!supportsLongCacheRetention
+""",
+"opencode": """
+claude-fable-5|1000000|128000|ri|10,50,1,12.5|off=- xhigh=xhigh max=max|forceAdaptiveThinking supportsMidConvoSystemMessages|anthropic-messages
+claude-fable-5-1|1000000|128000|ri|10,50,0.25,12.5|off=- xhigh=xhigh max=max|forceAdaptiveThinking supportsMidConvoSystemMessages supportsMidConvoEffort|anthropic-messages
+claude-fable-5-2|1000000|128000|ri|8,40,0.2,10|off=- xhigh=xhigh max=max|forceAdaptiveThinking supportsMidConvoSystemMessages supportsMidConvoEffort|anthropic-messages
+claude-haiku-4-5|200000|64000|ri|1,5,0.1,1.25|||anthropic-messages
+claude-haiku-5-5|1000000|128000|ri|0.1,0.5,0.01,0.125|xhigh=xhigh max=max|forceAdaptiveThinking !supportsTemperature supportsMidConvoSystemMessages supportsMidConvoEffort|anthropic-messages
+claude-opus-4-5|200000|64000|ri|5,25,0.5,6.25|||anthropic-messages
+claude-opus-4-6|1000000|128000|ri|5,25,0.5,6.25|max=max|forceAdaptiveThinking|anthropic-messages
+claude-opus-4-7|1000000|128000|ri|5,25,0.5,6.25|xhigh=xhigh max=max|forceAdaptiveThinking !supportsTemperature|anthropic-messages
+claude-opus-4-8|1000000|128000|ri|5,25,0.5,6.25|xhigh=xhigh max=max|forceAdaptiveThinking !supportsTemperature supportsMidConvoSystemMessages|anthropic-messages
+claude-opus-5|1000000|128000|ri|5,25,0.5,6.25|xhigh=xhigh max=max|forceAdaptiveThinking !supportsTemperature supportsMidConvoSystemMessages supportsMidConvoEffort|anthropic-messages
+claude-opus-5-5|1000000|128000|ri|4,20,0.2,5|off=- xhigh=xhigh max=max|forceAdaptiveThinking !supportsTemperature supportsMidConvoSystemMessages supportsMidConvoEffort|anthropic-messages
+claude-sonnet-4-5|200000|64000|ri|3,15,0.3,3.75|||anthropic-messages
+claude-sonnet-4-6|1000000|64000|ri|3,15,0.3,3.75|max=max|forceAdaptiveThinking|anthropic-messages
+claude-sonnet-5|1000000|128000|ri|2,10,0.2,2.5|xhigh=xhigh max=max|forceAdaptiveThinking !supportsTemperature|anthropic-messages
+claude-sonnet-5-5|1000000|128000|ri|2,10,0.1,2.5|off=- xhigh=xhigh max=max|forceAdaptiveThinking !supportsTemperature supportsMidConvoSystemMessages supportsMidConvoEffort|anthropic-messages
+qwen3.5-plus|262144|65536|ri|0.2,1.2,0.02,0.25|||anthropic-messages
+qwen3.6-plus|262144|65536|ri|0.5,3,0.05,0.625|||anthropic-messages
+qwen3.8-flash|1000000|131072|ri|0.15,0.47,0.016,0.2||allowEmptySignature|anthropic-messages
+beam-free|1048576|131072|r||off=- minimal=- low=low medium=medium high=high xhigh=xhigh max=max
+big-pickle|200000|32000|r
+deepseek-v4-pro|1000000|384000|r|1.74,3.48,0.145,0|off=- minimal=- low=- medium=- high=high xhigh=- max=max|!supportsLongCacheRetention requiresReasoningContentOnAssistantMessages
+deepseek-v4.1-flash|1000000|384000|ri|0.3,1.2,0.006,0|off=- minimal=- low=low medium=- high=high xhigh=- max=max|!supportsLongCacheRetention requiresReasoningContentOnAssistantMessages
+deepseek-v4.1-flash-free|200000|32000|ri||off=- minimal=- low=low medium=- high=high xhigh=- max=max|requiresReasoningContentOnAssistantMessages
+flint-40b-free|262144|65536|r||off=- minimal=- low=low medium=medium high=high xhigh=xhigh max=max
+glm-5|204800|131072|r|1,3.2,0.2,0
+glm-5.1|204800|131072|r|1.4,4.4,0.26,0
+glm-5.2|1000000|131072|r|1.4,4.4,0.26,0|off=- minimal=- low=- medium=- high=high xhigh=- max=max
+glm-5.3|1000000|131072|r|1.4,4.4,0.26,0|off=- minimal=- low=low medium=- high=high xhigh=- max=max
+glm-5.3-flash|1000000|131072|ri|0.15,0.5,0.03,0|off=- minimal=- low=low medium=- high=high xhigh=- max=max
+glm-5.3-flash-free|200000|32000|ri||off=- minimal=- low=low medium=- high=high xhigh=- max=max
+iceman-free|262144|131072|r
+inkling-2-small-free|1048576|131072|ri||off=none minimal=minimal low=low medium=medium high=high xhigh=- max=max
+kimi-k2.5|262144|65536|ri|0.6,3,0.1,0||!supportsLongCacheRetention
+kimi-k2.6|262144|65536|ri|0.95,4,0.16,0||thinkingFormat=deepseek !supportsReasoningEffort !supportsLongCacheRetention
+kimi-k2.7-code|262144|262144|ri|0.95,4,0.19,0
+kimi-k3|1048576|131072|ri|3,15,0.3,3|off=- minimal=- low=low medium=- high=high xhigh=- max=max|supportsMidConvoSystemMessages supportsMidConvoToolAdditions
+longcat-2.5-free|1000000|262144|ri
+mimo-v2.6-flash-free|200000|32000|ri
+minimax-m2.5|204800|131072|r|0.3,1.2,0.06,0
+minimax-m2.7|204800|131072|r|0.3,1.2,0.06,0||!supportsLongCacheRetention
+minimax-m3|512000|128000|ri|0.3,1.2,0.06,0
+minimax-m3.1-flash-free|1000000|512000|ri||off=- minimal=- low=low medium=medium high=high xhigh=xhigh max=max
+mistral-large-4|524288|262144|ri|0.68,2.09,0.07,0|off=none minimal=- low=- medium=- high=high xhigh=- max=-
+nemotron-3.5-lightning-free|262144|262144|r
+nemotron-3.5-super-vl-free|1048576|131072|ri||off=none minimal=minimal low=low medium=medium high=high xhigh=xhigh max=-
+qwen3.8-max|262144|131072|ri|2,6,0.25,2.5|off=- minimal=- low=low medium=medium high=- xhigh=xhigh max=-
+""",
+"opencode-go": """
+claude-haiku-5-5|1000000|128000|ri|0.1,0.5,0.01,0.125|xhigh=xhigh max=max|forceAdaptiveThinking !supportsTemperature supportsMidConvoEffort|anthropic-messages
+minimax-m3|1000000|131072|ri|0.3,1.2,0.06,0|||anthropic-messages
+qwen3.7-plus|1000000|65536|ri|0.4,1.6,0.04,0.5|||anthropic-messages
+qwen3.8-flash|1000000|131072|ri|0.15,0.47,0.016,0.2||allowEmptySignature|anthropic-messages
+qwen3.8-max|1000000|131072|ri|2,6,0.25,2.5|||anthropic-messages
+beam-free|1048576|131072|r||off=- minimal=- low=low medium=medium high=high xhigh=xhigh max=max
+deepseek-v4-pro|1000000|384000|r|0.66,1.98,0.022,0|minimal=- low=- medium=- high=high max=max|requiresReasoningContentOnAssistantMessages thinkingFormat=deepseek
+deepseek-v4.1-flash|1000000|384000|ri|0.15,0.6,0.003,0|off=- minimal=- low=low medium=- high=high xhigh=- max=max|requiresReasoningContentOnAssistantMessages thinkingFormat=deepseek
+glm-5.2|1000000|131072|r|1.4,4.4,0.26,0|off=- minimal=- low=- medium=- high=high xhigh=- max=max
+glm-5.3|1000000|131072|r|1.4,4.4,0.26,0|off=- minimal=- low=low medium=- high=high xhigh=- max=max
+glm-5.3-flash|1000000|131072|ri|0.15,0.5,0.03,0|off=- minimal=- low=low medium=- high=high xhigh=- max=max
+hy3|256000|128000|r|0.14,0.58,0.035,0|off=none minimal=- low=low medium=- high=high xhigh=- max=-
+hy4|1048576|65536|ri|0.834,2.501,0.042,0|off=none minimal=- low=- medium=- high=high xhigh=- max=-
+hy4-preview|1024000|64000|r|0.834,2.501,0.042,0|off=none minimal=- low=- medium=- high=high xhigh=- max=-
+iceman-contributor-free|262144|131072|r
+kimi-k2.7-code|262144|262144|ri|0.95,4,0.19,0
+kimi-k3|1048576|131072|ri|3,15,0.3,3|off=- minimal=- low=- medium=- high=- xhigh=- max=max|supportsMidConvoSystemMessages supportsMidConvoToolAdditions
+kimi-k3.1-pro|1048576|131072|ri|2,10,0.2,2|off=- minimal=- low=low medium=- high=high xhigh=- max=max|supportsMidConvoSystemMessages supportsMidConvoToolAdditions
+longcat-2.0|1000000|131072|r|0.3,1.2,0.006,0
+longcat-2.5-free|1000000|262144|ri
+mimo-v2.5|1000000|128000|ri|0.14,0.28,0.0028,0
+mimo-v2.5-pro|1048576|128000|r|0.435,0.87,0.003625,0
+mimo-v2.6-flash|1048576|131072|ri|0.14,0.28,0.0028,0
+mimo-v2.6-pro|1048576|131072|ri|0.435,0.87,0.003625,0
+minimax-m3.1-flash|1000000|512000|ri|0.15,0.6,0.015,0|off=- minimal=- low=low medium=medium high=high xhigh=xhigh max=max
+step-5-preview|1000000|65536|ri|1,2.7,0.1,0|off=- minimal=- low=low medium=medium high=high xhigh=- max=-
+""",
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
