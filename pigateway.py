@@ -2378,7 +2378,7 @@ STATUS_BY_KIND = {
     "insufficient_quota": 402, "overloaded_error": 529, "server_is_overloaded": 503, "service_unavailable_error": 503,
     "timeout_error": 504}
 _OVERFLOW = re.compile("|".join((
-    r"prompt (?:is )?too long", r"prompt exceeds max length", r"exceeded (?:max )?context length", r"request_too_large",
+    r"prompt (?:is )?too long", r"prompt exceeds max length", r"exceeded (?:max )?context length",
     r"input is too long for requested model", r"exceeds the context window", r"context[_ ]length[_ ]exceeded",
     r"maximum context length", r"context window exceed", r"input token count.*exceeds the maximum",
     r"maximum prompt length is \d+", r"reduce the length of the messages", r"maximum allowed input length",
@@ -5123,7 +5123,6 @@ class Discovery:
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
         self._stopped = threading.Event()
-        self._poked = threading.Event()
 
     def start(self) -> None:
         """Starts the thread, if there is anybody to ask."""
