@@ -40,6 +40,7 @@ from __future__ import annotations
 import argparse
 import base64
 import binascii
+import contextlib
 import dataclasses
 import difflib
 import email.utils
@@ -1344,7 +1345,7 @@ class OpenAIChat(ClientProtocol):
         model = required(data, "model", "a string")
         turns = self._messages(required(data, "messages", "an array"), notes)
         leading = next((place for place, turn in enumerate(turns) if turn.role != "system"), len(turns))
-        reasoning, reasoning_fields = self._reasoning(data)
+        reasoning, reasoning_fields = self.reasoning(data)
         tools = self._tools(data, notes)
         tool_choice, tools = self._tool_choice(data, tools)
         extra = {}
@@ -1386,7 +1387,7 @@ class OpenAIChat(ClientProtocol):
                             optional(inner, "name", "a string", path) or "output",
                             optional(inner, "strict", "a boolean", path))
 
-    def _reasoning(self, data: Dict[str, Any]) -> Tuple[Optional[Reasoning], List[str]]:
+    def reasoning(self, data: Dict[str, Any]) -> Tuple[Optional[Reasoning], List[str]]:
         """How hard to think, in any of the spellings in use, and the names of the fields that said so."""
         effort = data.get("reasoning_effort")
         if isinstance(effort, str) and effort.lower() in LEVEL_ALIASES:
@@ -1900,7 +1901,7 @@ class AnthropicClient(ClientProtocol):
             return ()
         if isinstance(value, str):
             return (Text(value),)
-        blocks = self._content(value, "system", notes)
+        blocks = self.content(value, "system", notes)
         return tuple(block for block in blocks if isinstance(block, Text))
 
     def _messages(self, items: Sequence[Any], notes: Notes) -> List[Message]:
@@ -1916,7 +1917,7 @@ class AnthropicClient(ClientProtocol):
             if content is None:
                 where = f"{path}.content"
                 raise BadRequest(f"{where}: Field required", code="missing_required_parameter", param=where)
-            parts = self._content(content, f"{path}.content", notes)
+            parts = self.content(content, f"{path}.content", notes)
             results = tuple(part for part in parts if isinstance(part, ToolResult))
             rest = tuple(part for part in parts if not isinstance(part, ToolResult))
             if results:
@@ -1925,7 +1926,8 @@ class AnthropicClient(ClientProtocol):
                 messages.append(Message(role, rest))
         return messages
 
-    def _content(self, content: Any, path: str, notes: Notes) -> Tuple[Part, ...]:
+    def content(self, content: Any, path: str, notes: Notes) -> Tuple[Part, ...]:
+        """A string or an array of blocks as parts."""
         if isinstance(content, str):
             return (Text(content),) if content else ()
         if not isinstance(content, list):
@@ -1971,7 +1973,7 @@ class AnthropicClient(ClientProtocol):
         if kind == "text":
             return [*heading, Text(required(source, "data", "a string", where))]
         if kind == "content":
-            return [*heading, *self._content(source.get("content") or "", f"{where}.content", notes)]
+            return [*heading, *self.content(source.get("content") or "", f"{where}.content", notes)]
         if kind == "base64":
             payload = check_base64(required(source, "data", "a string", where), f"{where}.data")
             return [*heading[1:], Document(source.get("media_type") or "application/pdf", payload, name=title)]
@@ -1983,7 +1985,7 @@ class AnthropicClient(ClientProtocol):
 
     def _search_result(self, block: Dict[str, Any], path: str, notes: Notes) -> List[Part]:
         heading = " ".join(str(block[name]) for name in ("title", "source") if isinstance(block.get(name), str))
-        return [Text(heading), *self._content(block.get("content") or "", f"{path}.content", notes)]
+        return [Text(heading), *self.content(block.get("content") or "", f"{path}.content", notes)]
 
     def _thinking(self, block: Dict[str, Any], path: str, notes: Notes) -> List[Part]:
         signature, maker = unseal(optional(block, "signature", "a string", path), self.name)
@@ -1999,7 +2001,7 @@ class AnthropicClient(ClientProtocol):
 
     def _tool_result(self, block: Dict[str, Any], path: str, notes: Notes) -> List[Part]:
         content = block.get("content")
-        parts = () if content is None else self._content(content, f"{path}.content", notes)
+        parts = () if content is None else self.content(content, f"{path}.content", notes)
         return [ToolResult(required(block, "tool_use_id", "a string", path), parts,
                            bool(optional(block, "is_error", "a boolean", path)))]
 
@@ -2369,7 +2371,7 @@ class UpstreamProtocol:
 
 ERROR_BY_STATUS: Dict[int, Type[GatewayError]] = {
     400: BadRequest, 401: CredentialRefused, 402: QuotaExceeded, 403: Forbidden, 404: ModelNotFound,
-    408: UpstreamTimeout, 409: Conflict, 413: BodyTooLarge, 422: BadRequest, 429: RateLimited, 503: Overloaded,
+    405: UpstreamError, 408: UpstreamTimeout, 409: Conflict, 413: BodyTooLarge, 422: BadRequest, 429: RateLimited, 503: Overloaded,
     504: UpstreamTimeout, 529: Overloaded}
 # Errors inside a stream come without a status of their own.
 STATUS_BY_KIND = {
@@ -2525,21 +2527,10 @@ class OpenAICompletions(UpstreamProtocol):
         if request.tools:
             body.update(present(tool_choice=self._tool_choice(request.tool_choice),
                                 parallel_tool_calls=request.parallel_tools))
-        return self._call(self.adapt(body, request.reasoning, model)[0], request, model, credential)
+        return self.post(self.adapt(body, request.reasoning, model)[0], request, model, credential)
 
-    def native_call(self, request: Request, model: Model, credential: Credential) -> Tuple[Call, List[str]]:
-        """The client's own body, field for field, edited only where a compat flag demands it."""
-        body = {**request.data, "model": model.id}
-        reasoning = request.reasoning
-        if reasoning is not None and (model.reasoning is not None or model.level):
-            for name in OpenAIChat()._reasoning(body)[1]:
-                del body[name]
-        else:
-            reasoning = None
-        body, dropped = self.adapt(body, reasoning, model)
-        return self._call(body, request, model, credential), dropped
-
-    def _call(self, body: Dict[str, Any], request: Request, model: Model, credential: Credential) -> Call:
+    def post(self, body: Dict[str, Any], request: Request, model: Model, credential: Credential) -> Call:
+        """The call that sends a finished body."""
         headers = {**session_headers(request, model),
                    **authorization(model, credential, model.flag("auth", "bearer"))}
         return Call("POST", join_url(model.base_url, "/chat/completions"), headers, dumps(body).encode("ascii"))
@@ -2624,27 +2615,9 @@ class OpenAICompletions(UpstreamProtocol):
         """`body` as this host wants it, by the model's compat flags, and the names of fields that had to go."""
         dropped = []
         body = {**body, "messages": adapt_messages(body["messages"], model)}
-        limit = body.pop("max_tokens", None) if body.get("max_completion_tokens") is None else (
-            body.pop("max_tokens", None), body.pop("max_completion_tokens"))[1]
-        if limit is not None:
-            limit_field = model.flag("maxTokensField", "max_completion_tokens")
-            body[limit_field] = fit_max_tokens(limit, model)
-        if body.get("stream"):
-            if model.flag("supportsUsageInStreaming", True):
-                body["stream_options"] = {**(body.get("stream_options") or {}), "include_usage": True}
-            else:
-                body.pop("stream_options", None)
-        else:
-            body.pop("stream_options", None)
-        for name in ("tools", "functions"):     # OpenAI: 400 for an empty array
-            if body.get(name) == []:
-                del body[name]
-        if not body.get("tools"):
-            body.pop("tool_choice", None)
-            if model.flag("requiresToolsWithToolHistory") and any(m.get("role") == "tool" for m in body["messages"]):
-                body["tools"] = []
-        elif model.flag("zaiToolStream"):
-            body["tool_stream"] = True
+        adapt_limit(body, model)
+        adapt_stream(body, model)
+        adapt_tools(body, model)
         if not model.flag("supportsStore", True) and body.pop("store", None):
             dropped.append("store")
         if reasoning:
@@ -2692,6 +2665,33 @@ SESSION_HEADERS = {"openai": ("session_id", "x-client-request-id", "x-session-af
                    "openai-nosession": ("x-client-request-id", "x-session-affinity"), "openrouter": ("x-session-id",)}
 
 
+def adapt_limit(body: Dict[str, Any], model: Model) -> None:
+    """The output limit under the one name that the host knows, within what the model can."""
+    old, new = body.pop("max_tokens", None), body.pop("max_completion_tokens", None)
+    limit = fit_max_tokens(old if new is None else new, model)
+    body.update(present(**{model.flag("maxTokensField", "max_completion_tokens"): limit}))
+
+
+def adapt_stream(body: Dict[str, Any], model: Model) -> None:
+    """Usage is always asked for, for the log; the client sees it only if it asked itself."""
+    options = body.pop("stream_options", None) or {}
+    if body.get("stream") and model.flag("supportsUsageInStreaming", True):
+        body["stream_options"] = {**options, "include_usage": True}
+
+
+def adapt_tools(body: Dict[str, Any], model: Model) -> None:
+    """No empty arrays and no choice without tools, which OpenAI answers with 400."""
+    for name in ("tools", "functions"):
+        if body.get(name) == []:
+            del body[name]
+    if body.get("tools"):
+        body.update(present(tool_stream=True if model.flag("zaiToolStream") else None))
+        return
+    body.pop("tool_choice", None)
+    if model.flag("requiresToolsWithToolHistory") and any(m.get("role") == "tool" for m in body["messages"]):
+        body["tools"] = []
+
+
 def adapt_messages(messages: Sequence[Dict[str, Any]], model: Model) -> List[Dict[str, Any]]:
     """Chat messages as the host wants them, by its compat flags."""
     names = {}
@@ -2736,6 +2736,54 @@ def mark_cache(body: Dict[str, Any]) -> None:
         body["tools"] = [*body["tools"][:-1], {**body["tools"][-1], **mark}]
 
 
+class Thought(NamedTuple):
+    """What a host is to be told about thinking: whether, the level's word (and the word for off), whether the catalogue
+    maps the level, the effort field if the host takes one, the budget in tokens."""
+
+    is_on: bool
+    word: Optional[str]
+    word_off: Optional[str]
+    is_mapped: bool
+    effort: Dict[str, Any]
+    budget: Optional[int]
+
+    @property
+    def switch(self) -> Dict[str, str]:
+        """The switch of DeepSeek's form."""
+        return {"type": "enabled" if self.is_on else "disabled"}
+
+    @property
+    def either(self) -> Optional[str]:
+        """The word for what it is, on or off."""
+        return self.word if self.is_on else self.word_off
+
+
+def _template_fields(name: str, flag: str, has_effort: bool) -> Callable[[Thought, Model], Dict[str, Any]]:
+    def fields(thought: Thought, model: Model) -> Dict[str, Any]:
+        filled = fill_templates(model.flag(flag, {}), thought)
+        return {**({name: filled} if filled else {}), **(thought.effort if has_effort else {})}
+    return fields
+
+
+# thinkingFormat → the request fields that say it. An absent word means that the host has none: then nothing is sent.
+THINKING_FORMATS: Dict[str, Callable[[Thought, Model], Dict[str, Any]]] = {
+    "openai": lambda t, model: t.effort if t.is_on else (
+        {"reasoning_effort": t.word_off} if model.thinking_levels.get("off") else {}),
+    "openrouter": lambda t, model: {"reasoning": {"effort": t.either}},
+    "deepseek": lambda t, model: {"thinking": t.switch, **t.effort},
+    "zai": lambda t, model: {"thinking": {**t.switch, "clear_thinking": False} if t.is_on else t.switch,
+                             **(t.effort if t.is_mapped else {})},
+    "qwen": lambda t, model: {"enable_thinking": t.is_on, **t.effort},
+    "qwen-chat-template": lambda t, model: {"chat_template_kwargs": {"enable_thinking": t.is_on,
+                                                                     "preserve_thinking": True}},
+    "chat-template": _template_fields("chat_template_kwargs", "chatTemplateKwargs", has_effort=False),
+    "baseten": _template_fields("chat_template_args", "chatTemplateArgs", has_effort=True),
+    "together": lambda t, model: {"reasoning": {"enabled": t.is_on}, **t.effort},
+    "string-thinking": lambda t, model: {"thinking": t.either},
+    "ant-ling": lambda t, model: {"reasoning": {"effort": t.word}} if t.is_on and t.is_mapped else {},
+}
+
+
 def thinking_fields(reasoning: Reasoning, model: Model) -> Dict[str, Any]:
     """The request fields by which a host of the model's `thinkingFormat` is told how hard to think."""
     level = fit_level(reasoning.level, model)
@@ -2743,49 +2791,25 @@ def thinking_fields(reasoning: Reasoning, model: Model) -> Dict[str, Any]:
         return {}
     is_on = level != "off"
     word = model.thinking_levels.get(level, level)
-    effort = {"reasoning_effort": word} if is_on and model.flag("supportsReasoningEffort", True) else {}
-    word_off = model.thinking_levels.get("off", "none")
-    form = model.flag("thinkingFormat", "openai")
-    if form == "openai":
-        off = {"reasoning_effort": word_off} if isinstance(model.thinking_levels.get("off"), str) else {}
-        fields = effort if is_on else off
-    elif form == "openrouter":
-        fields = {"reasoning": {"effort": word if is_on else word_off}}
-    elif form == "deepseek":
-        fields = {"thinking": {"type": "enabled" if is_on else "disabled"}, **effort}
-    elif form == "zai":
-        switch = {"type": "enabled", "clear_thinking": False} if is_on else {"type": "disabled"}
-        fields = {"thinking": switch, **(effort if level in model.thinking_levels else {})}
-    elif form == "qwen":
-        fields = {"enable_thinking": is_on, **effort}
-    elif form == "qwen-chat-template":
-        fields = {"chat_template_kwargs": {"enable_thinking": is_on, "preserve_thinking": True}}
-    elif form in ("chat-template", "baseten"):
-        name = "chat_template_kwargs" if form == "chat-template" else "chat_template_args"
-        variables = {"thinking.enabled": is_on, "thinking.effort": word if is_on else None,
-                     "thinking.budget": (reasoning.budget or LEVEL_BUDGETS.get(level)) if is_on else None}
-        templates = model.flag("chatTemplateKwargs" if form == "chat-template" else "chatTemplateArgs", {})
-        filled = fill_templates(templates, variables, is_on)
-        fields = {**({name: filled} if filled else {}), **(effort if form == "baseten" else {})}
-    elif form == "together":
-        fields = {"reasoning": {"enabled": is_on}, **effort}
-    elif form == "string-thinking":
-        fields = {"thinking": word if is_on else word_off}
-    else:                                       # ant-ling: only levels that the catalogue maps
-        fields = {"reasoning": {"effort": word}} if is_on and level in model.thinking_levels else {}
-    budget_field = model.flag("thinkingTokenBudgetField")
-    if is_on and budget_field and model.flag("supportsThinkingTokenBudget"):
-        fields[budget_field] = reasoning.budget or LEVEL_BUDGETS[level]
+    has_effort = is_on and model.flag("supportsReasoningEffort", True)
+    thought = Thought(is_on, word, model.thinking_levels.get("off", "none"), level in model.thinking_levels,
+                      {"reasoning_effort": word} if has_effort else {},
+                      (reasoning.budget or LEVEL_BUDGETS[level]) if is_on else None)
+    fields = THINKING_FORMATS[model.flag("thinkingFormat", "openai")](thought, model)
+    if is_on and model.flag("thinkingTokenBudgetField") and model.flag("supportsThinkingTokenBudget"):
+        fields = {**fields, model.flag("thinkingTokenBudgetField"): thought.budget}
     return fields
 
 
-def fill_templates(templates: Mapping[str, Any], variables: Mapping[str, Any], is_on: bool) -> Dict[str, Any]:
+def fill_templates(templates: Mapping[str, Any], thought: Thought) -> Dict[str, Any]:
     """models.json chatTemplateKwargs: plain values, and {"$var": name, "omitWhenOff": bool} replaced by the variable."""
+    variables = {"thinking.enabled": thought.is_on, "thinking.effort": thought.word if thought.is_on else None,
+                 "thinking.budget": thought.budget}
     filled = {}
     for name, value in templates.items():
         if not isinstance(value, dict) or "$var" not in value:
             filled[name] = value
-        elif is_on or not value.get("omitWhenOff"):
+        elif thought.is_on or not value.get("omitWhenOff"):
             filled.update(present(**{name: variables.get(value["$var"])}))
     return filled
 
@@ -3030,7 +3054,7 @@ class AnthropicMessages(UpstreamProtocol):
         if credential.kind == "oauth":
             system.insert(0, {"type": "text", "text": OAUTH_IDENTITY})
         max_tokens = request.max_tokens or model.max_tokens or DEFAULT_MAX_TOKENS
-        thinking, effort, max_tokens = self._thinking(request, model, max_tokens)
+        thinking, effort, max_tokens = self.thinking(request, model, max_tokens)
         config = present(effort=effort, format=self._format(request.output))
         body = present(
             model=model.id, max_tokens=max_tokens, messages=messages, system=system or None,
@@ -3043,36 +3067,6 @@ class AnthropicMessages(UpstreamProtocol):
         body.update(model.sampling)
         headers = self.headers(model, credential, {})
         return Call("POST", join_url(model.base_url, "/v1/messages"), headers, dumps(body).encode("ascii"))
-
-    def native_call(self, request: Request, model: Model, credential: Credential, path: str = "/v1/messages") -> Call:
-        """The client's own bytes with the model's name put in, and nothing else touched, unless the conversation holds
-        thinking that Claude did not make (a change of model), or the credential demands its identity."""
-        body = splice_model(request.body, request.data, model.id)
-        foreign = any(isinstance(part, Thinking) and not self.replays(part, model)
-                      for message in request.messages for part in message.parts)
-        needs_identity = credential.kind == "oauth" and OAUTH_IDENTITY.encode() not in request.body
-        if foreign or needs_identity or model.level:
-            data = {**request.data, "model": model.id}
-            if foreign:
-                data["messages"] = [self._without_foreign(message, model) for message in data["messages"]]
-            if needs_identity:
-                data["system"] = [{"type": "text", "text": OAUTH_IDENTITY}, *system_blocks(data.get("system"))]
-            if model.level:
-                thinking, effort, limit = self._thinking(request, model, request.max_tokens or DEFAULT_MAX_TOKENS)
-                data.update(present(thinking=thinking, max_tokens=limit if request.max_tokens else None))
-                if effort:
-                    data["output_config"] = {**as_dict(data.get("output_config")), "effort": effort}
-            body = dumps(data).encode("ascii")
-        headers = self.headers(model, credential, request.headers)
-        return Call("POST", join_url(model.base_url, path), headers, body)
-
-    def _without_foreign(self, message: Dict[str, Any], model: Model) -> Dict[str, Any]:
-        content = message.get("content")
-        if not isinstance(content, list):
-            return message
-        kept = [block for block in content if block.get("type") not in ("thinking", "redacted_thinking")
-                or all(self.replays(part, model) for part in MESSAGES._content([block], "", Notes()))]
-        return {**message, "content": kept or [{"type": "text", "text": "…"}]}
 
     def headers(self, model: Model, credential: Credential, client: Mapping[str, str]) -> Dict[str, str]:
         """Request headers; those of the client that the protocol defines are carried."""
@@ -3159,7 +3153,7 @@ class AnthropicMessages(UpstreamProtocol):
     def _format(self, output: Optional[OutputFormat]) -> Optional[Dict[str, Any]]:
         return {"type": "json_schema", "schema": output.schema} if output and output.schema is not None else None
 
-    def _thinking(self, request: Request, model: Model, max_tokens: int,
+    def thinking(self, request: Request, model: Model, max_tokens: int,
                   ) -> Tuple[Optional[Dict[str, Any]], Optional[str], int]:
         """(thinking, effort, max_tokens). A budget comes on top of what was asked for the answer, within the model's
         limit; where too little is left for both, thinking stays off."""
@@ -3377,7 +3371,7 @@ class Lane:
     def __init__(self, client: ClientProtocol, upstream: UpstreamProtocol, request: Request, model: Model,
                  stamp: Stamp) -> None:
         self.client = client
-        self.upstream = upstream
+        self.upstream: Any = upstream           # a native lane knows which one it is
         self.request = request
         self.model = model
         self.stamp = stamp
@@ -3529,8 +3523,40 @@ class AnthropicLane(NativeLane):
     path = "/v1/messages"
 
     def call(self, credential: Credential) -> Tuple[Call, List[str]]:
-        """See `Lane.call`."""
-        return self.upstream.native_call(self.request, self.model, credential, self.path), []
+        """The client's own bytes with the model's name put in and nothing else touched, unless the conversation holds
+        thinking that Claude did not make (after a change of model), or the credential or the model's name demand more."""
+        request, model = self.request, self.model
+        has_foreign = any(isinstance(part, Thinking) and not self.upstream.replays(part, model)
+                          for message in request.messages for part in message.parts)
+        lacks_identity = credential.kind == "oauth" and OAUTH_IDENTITY.encode() not in request.body
+        if has_foreign or lacks_identity or model.level:
+            body = dumps(self._edited(has_foreign, lacks_identity)).encode("ascii")
+        else:
+            body = splice_model(request.body, request.data, model.id)
+        headers = self.upstream.headers(model, credential, request.headers)
+        return Call("POST", join_url(model.base_url, self.path), headers, body), []
+
+    def _edited(self, has_foreign: bool, lacks_identity: bool) -> Dict[str, Any]:
+        request, model = self.request, self.model
+        data = {**request.data, "model": model.id}
+        if has_foreign:
+            data["messages"] = [self._without_foreign(message) for message in data["messages"]]
+        if lacks_identity:
+            data["system"] = [{"type": "text", "text": OAUTH_IDENTITY}, *system_blocks(data.get("system"))]
+        if model.level:
+            thinking, effort, limit = self.upstream.thinking(request, model, request.max_tokens or DEFAULT_MAX_TOKENS)
+            data.update(present(thinking=thinking, max_tokens=limit if request.max_tokens else None))
+            if effort:
+                data["output_config"] = {**as_dict(data.get("output_config")), "effort": effort}
+        return data
+
+    def _without_foreign(self, message: Dict[str, Any]) -> Dict[str, Any]:
+        content = message.get("content")
+        if not isinstance(content, list):
+            return message
+        kept = [block for block in content if block.get("type") not in ("thinking", "redacted_thinking")
+                or all(self.upstream.replays(part, self.model) for part in MESSAGES.content([block], "", Notes()))]
+        return {**message, "content": kept or [{"type": "text", "text": "…"}]}
 
     def relay_event(self, name: str, text: str) -> bytes:
         """See `NativeLane.relay_event`."""
@@ -3602,8 +3628,15 @@ class ChatLane(NativeLane):
         self._raw_usage: Optional[Dict[str, Any]] = None
 
     def call(self, credential: Credential) -> Tuple[Call, List[str]]:
-        """See `Lane.call`."""
-        return self.upstream.native_call(self.request, self.model, credential)
+        """The client's own body, field for field, edited only where a compat flag demands it."""
+        request, model = self.request, self.model
+        body = {**request.data, "model": model.id}
+        reasoning = request.reasoning if model.reasoning is not None or model.level else None
+        if reasoning:                           # the host's own way of saying it replaces the client's
+            for name in CHAT.reasoning(body)[1]:
+                del body[name]
+        body, dropped = self.upstream.adapt(body, reasoning, model)
+        return self.upstream.post(body, request, model, credential), dropped
 
     def relay_event(self, name: str, text: str) -> bytes:
         """See `NativeLane.relay_event`."""
@@ -4968,8 +5001,8 @@ class Gateway:
             try:
                 self._run(lane, credential, exchange)
                 return
-            except (RouteNotFound, ModelNotFound, MethodNotAllowed, UpstreamProtocolError):
-                pass                            # a host that speaks Messages but does not count
+            except (ModelNotFound, UpstreamError):
+                exchange.log.pop("error", None)     # a host that speaks Messages need not count
         answer = dumps({"input_tokens": estimate_tokens(request)}).encode("ascii")
         exchange.responder.send(200, {**exchange.answer_headers, "content-type": "application/json"}, answer)
 
@@ -5652,19 +5685,17 @@ class Server(http.server.ThreadingHTTPServer):
         with self._changed:
             (self._sockets.add if is_open else self._sockets.discard)(sock)
 
-    def busy(self) -> Server:
+    @contextlib.contextmanager
+    def busy(self) -> Iterator[None]:
         """For `with`: a request is under way."""
-        return self
-
-    def __enter__(self) -> Server:
         with self._changed:
             self._active += 1
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        with self._changed:
-            self._active -= 1
-            self._changed.notify_all()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._active -= 1
+                self._changed.notify_all()
 
     def stop(self, grace_s: float) -> None:
         """Stops accepting, lets what is under way finish within the grace time, then ends it with an error that its
@@ -6057,16 +6088,14 @@ def is_gateway_process(pid: int) -> bool:
         return str(pid).encode() in listing.stdout
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OverflowError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         pass
     try:
         with open(f"/proc/{pid}/cmdline", "rb") as file:
             command = file.read().lower()
-        return any(word in command for word in (b"gateway", b"python", b"node", b"bun"))
+        return b"gateway" in command or os.path.basename(sys.argv[0]).lower().encode() in command
     except OSError:
         return True
 
