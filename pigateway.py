@@ -366,11 +366,14 @@ class Document:
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A call that the model asks for. `arguments` is JSON text exactly as the model wrote it, valid or not."""
+    """A call that the model asks for. `arguments` is JSON text exactly as the model wrote it, valid or not; `signature`
+    and `maker` are as in `Thinking`, for providers that seal calls too."""
 
     id: str
     name: str
     arguments: str = ""
+    signature: Optional[str] = None
+    maker: str = ""
 
 
 @dataclass(frozen=True)
@@ -616,17 +619,18 @@ class Model:
 
 @dataclass(frozen=True)
 class Credential:
-    """What authorises a call: kind is api_key, oauth or none."""
+    """What authorises a call: kind is api_key, oauth or none. `parts` are its further pieces by name, where a provider
+    wants more than one (key pairs, projects, regions)."""
 
     kind: str = "none"
     token: str = field(default="", repr=False)
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
-    account: str = field(default="", repr=False)
+    parts: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @property
     def secrets(self) -> List[str]:
         """Every value that must not show up in a log or an error."""
-        return [value for value in (self.token, *self.headers.values()) if value]
+        return [value for value in (self.token, *self.headers.values(), *self.parts.values()) if len(value) >= 8]
 
 
 class Call(NamedTuple):
@@ -2339,6 +2343,7 @@ class UpstreamProtocol:
     """A dialect that providers speak: requests to calls, answers to events."""
 
     name = ""
+    stream_type = "text/event-stream"       # content type by which a streamed answer is told from a whole one
 
     def carries(self, model: Model) -> FrozenSet[str]:
         """Which of `OPTIONAL_FIELDS` a request to this model can hold; "json_object" for free-form JSON mode."""
@@ -2355,6 +2360,10 @@ class UpstreamProtocol:
     def build(self, request: Request, model: Model, credential: Credential) -> Call:
         """The call for a normalised request."""
         raise NotImplementedError
+
+    def sign(self, call: Call, credential: Credential, now: float) -> Call:
+        """The call with what depends on the moment of sending."""
+        return call
 
     def reader(self, model: Model, stamp: Stamp) -> Reader:
         """A fresh reader for one answer."""
@@ -5045,7 +5054,7 @@ class Gateway:
                                            if CARRIED_TO_CLIENT.fullmatch(name))
             if response.status >= 400 or response.status < 200 or response.status in range(300, 400):
                 raise self._refusal(lane, response, credential)
-            is_stream = "event-stream" in response.headers.get("content-type", "")
+            is_stream = lane.upstream.stream_type in response.headers.get("content-type", "")
             if isinstance(lane, NativeLane) and is_stream != lane.request.stream:
                 # the provider chose the other form: only the representation can turn one into the other
                 lane = TranslatedLane(lane.client, lane.upstream, lane.request, lane.model, lane.stamp)
@@ -5058,7 +5067,7 @@ class Gateway:
 
     def _open(self, lane: Lane, call: Call, scope: Scope, credential: Credential, exchange: Exchange) -> Response:
         try:
-            return self.transport.open(call, scope)
+            return self.transport.open(lane.upstream.sign(call, credential, self.clock()), scope)
         except GatewayError as error:
             error.message = redact(error.message, credential.secrets)
             if not exchange.responder.has_begun:
