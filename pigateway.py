@@ -100,6 +100,7 @@ KEEP_ALIVE_S = 75.0               # an idle client connection is closed after th
 HEAD_TIMEOUT_S = 30.0             # from the first byte of a request to the end of its head
 POOL_IDLE_S = 55.0                # below the 60 s after which common servers close an idle connection
 POOL_PER_HOST = 64
+RECORD_TIMEOUT_S = 30.0           # to send a request over TLS, or to receive the rest of a TLS record
 DRAIN_S = 0.05                    # wait for the end of a provider's answer whose last event has been seen
 COMMAND_TIMEOUT_S = 10.0          # a "!command" that prints a key
 COMMAND_CACHE_S = 300.0
@@ -4483,6 +4484,7 @@ class Scope:
         self.on_beat = on_beat
         self._cancelled: Optional[GatewayError] = None
         self._upstream: Optional[socket.socket] = None
+        self._poller: Optional[Poller] = None
 
     def attach(self, upstream: Optional[socket.socket]) -> None:
         """Names the socket that `cancel` is to cut off."""
@@ -4507,23 +4509,26 @@ class Scope:
     def wait(self, upstream: Optional[socket.socket], limit_s: float) -> bool:
         """Waits until `upstream` can be read; False when that takes `limit_s`. Raises `ClientGone`, or what `cancel` was
         given."""
-        deadline = time.monotonic() + limit_s
-        beat = time.monotonic() + self._heartbeat_s
+        if self._poller is None or self._poller.first is not upstream:
+            self._poller = Poller(upstream, self._client)
+        now = time.monotonic()
+        deadline, beat = now + limit_s, now + self._heartbeat_s
         while True:
-            self.check()
+            if self._cancelled is not None:
+                raise self._cancelled
+            ready = self._poller.wait(min(deadline, beat) - now)
+            if upstream in ready and upstream is not None:
+                self.check()
+                return True
+            if ready:
+                self._check_client()
+                self._poller = Poller(upstream, self._client)
             now = time.monotonic()
             if now >= deadline:
                 return False
             if now >= beat:
                 self.on_beat()
                 beat = now + self._heartbeat_s
-            watched = [sock for sock in (upstream, self._client) if sock is not None]
-            ready = wait_readable(watched, min(deadline, beat) - now)
-            if upstream is not None and upstream in ready:
-                self.check()
-                return True
-            if self._client in ready:
-                self._check_client()
 
     def _check_client(self) -> None:
         """Tells a client that left from one that already sends its next request (no longer watched then)."""
@@ -4536,18 +4541,46 @@ class Scope:
         raise ClientGone
 
 
-def wait_readable(socks: Sequence[socket.socket], timeout_s: float) -> List[socket.socket]:
-    """Those of `socks` that have data or an end to read, after at most `timeout_s`."""
-    if not hasattr(select, "poll"):             # Windows
-        if not socks:
+class Poller:
+    """Waits for one or two sockets to become readable. `poll` where there is one, since `select` ends at descriptor 1024;
+    made once for many waits."""
+
+    def __init__(self, first: Optional[socket.socket], second: Optional[socket.socket] = None) -> None:
+        self.first = first
+        self._socks = [sock for sock in (first, second) if sock is not None]
+        self._poll = select.poll() if hasattr(select, "poll") else None
+        if self._poll:
+            for sock in self._socks:
+                self._poll.register(sock, select.POLLIN)
+
+    def wait(self, timeout_s: float) -> List[socket.socket]:
+        """The sockets that have data or an end to read, after at most `timeout_s`."""
+        timeout_s = max(0.0, timeout_s)
+        if self._poll:
+            ready = [fd for fd, _ in self._poll.poll(timeout_s * 1000)]
+            return [sock for sock in self._socks if sock.fileno() in ready] if ready else []
+        if not self._socks:                     # Windows cannot select nothing
             time.sleep(timeout_s)
             return []
-        return select.select(socks, [], [], max(0.0, timeout_s))[0]
-    poll = select.poll()
-    for sock in socks:
-        poll.register(sock, select.POLLIN)
-    ready = {fd for fd, _ in poll.poll(max(0.0, timeout_s) * 1000)}
-    return [sock for sock in socks if sock.fileno() in ready]
+        return list(select.select(self._socks, [], [], timeout_s)[0])
+
+
+def send_all(sock: socket.socket, data: bytes, timeout_s: float) -> None:
+    """Sends everything on a non-blocking socket; raises OSError, `socket.timeout` when the other side takes nothing for
+    that long. A socket with a timeout of its own would ask the system twice for every send."""
+    view = memoryview(data)
+    while view:
+        try:
+            view = view[sock.send(view):]
+        except BlockingIOError:
+            if hasattr(select, "poll"):
+                poll = select.poll()
+                poll.register(sock, select.POLLOUT)
+                is_ready = bool(poll.poll(timeout_s * 1000))
+            else:
+                is_ready = bool(select.select([], [sock], [], timeout_s)[1])
+            if not is_ready:
+                raise socket.timeout("the other side reads nothing") from None
 
 
 class Limits(NamedTuple):
@@ -4639,20 +4672,27 @@ class Connection:
         self._pool = pool
         self._key = key
         self.sock: socket.socket = opened.sock
+        self._is_tls = hasattr(self.sock, "pending")
+        self.sock.settimeout(RECORD_TIMEOUT_S if self._is_tls else 0)
         self.idle_since = 0.0
 
     def send(self, data: bytes, timeout_s: float) -> None:
         """Sends everything."""
-        self.sock.settimeout(timeout_s)
-        self.sock.sendall(data)
+        if self._is_tls:
+            self.sock.sendall(data)
+        else:
+            send_all(self.sock, data, timeout_s)
 
     def receive(self, scope: Scope, limit_s: float) -> bytes:
         """What has arrived, b"" at the end; waits for it. Raises `UpstreamTimeout`."""
-        pending = getattr(self.sock, "pending", None)       # TLS: bytes already decrypted do not show on the socket
-        if not (pending and pending()) and not scope.wait(self.sock, limit_s):
+        # TLS: bytes that are already decrypted do not show on the socket
+        is_waiting = self._is_tls and self.sock.pending()  # type: ignore[attr-defined]
+        if not is_waiting and not scope.wait(self.sock, limit_s):
             raise UpstreamTimeout(f"the provider sent nothing for {limit_s:g} seconds")
         try:
             return self.sock.recv(RECEIVE_BYTES)
+        except BlockingIOError:                 # woken for nothing
+            return self.receive(scope, limit_s)
         except socket.timeout:
             raise UpstreamTimeout("the provider stopped in the middle of a TLS record") from None
         except OSError as error:
@@ -4661,7 +4701,7 @@ class Connection:
 
     def is_stale(self) -> bool:
         """Whether the other side has closed it, or sent what nobody asked for."""
-        return bool(wait_readable([self.sock], 0))
+        return bool(Poller(self.sock).wait(0))
 
     def release(self, is_reusable: bool) -> None:
         """Back to the pool, or closed."""
@@ -5295,8 +5335,7 @@ class HttpResponder(Responder):
 
     def _send(self, data: bytes) -> None:
         try:
-            self._sock.settimeout(self.SEND_TIMEOUT_S)
-            self._sock.sendall(data)
+            send_all(self._sock, data, self.SEND_TIMEOUT_S)
         except OSError:
             self.keep_alive = False
             raise ClientGone from None
@@ -5350,6 +5389,8 @@ class Handler(socketserver.BaseRequestHandler):
         self.server.track(self.request, True)
         try:
             self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self.request.setblocking(False)
+            self._poller = Poller(self.request)
             while not self.server.is_stopping and self._serve_one():
                 pass
         except (OSError, ClientGone):
@@ -5365,6 +5406,8 @@ class Handler(socketserver.BaseRequestHandler):
         except BadRequest as error:
             responder = HttpResponder(self.request, None, self._common(stamp), 0)
             status, body = CHAT.render_error(error, stamp.request_id)
+            log.info("access", extra={"fields": {"kind": "access", "id": stamp.request_id, "status": status,
+                                                 "error": error.message}})
             responder.send(status, {"content-type": "application/json"}, dumps(body).encode("ascii"))
             self._linger()
             return False
@@ -5377,8 +5420,13 @@ class Handler(socketserver.BaseRequestHandler):
         return {"x-request-id": stamp.request_id, "request-id": stamp.request_id}
 
     def _receive(self, deadline: float) -> bytes:
-        self.request.settimeout(max(0.01, deadline - time.monotonic()))
-        return self.request.recv(RECEIVE_BYTES)
+        """What the client sent next, b"" when it has closed. Raises `socket.timeout`."""
+        while True:
+            try:
+                return self.request.recv(RECEIVE_BYTES)
+            except BlockingIOError:
+                if not self._poller.wait(deadline - time.monotonic()):
+                    raise socket.timeout("the client sends nothing") from None
 
     def _read_head(self) -> Optional[Head]:
         """The next request's head, None when the client is done or idle for too long."""
@@ -5417,7 +5465,7 @@ class Handler(socketserver.BaseRequestHandler):
         if length is not None and length > limit:
             raise BodyTooLarge(f"the body has {length} bytes; at most {limit} are taken (maxBodyBytes)")
         if head.headers.get("expect", "").lower() == "100-continue" and not self._buffer:
-            self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+            send_all(self.request, b"HTTP/1.1 100 Continue\r\n\r\n", HEAD_TIMEOUT_S)
         deadline = time.monotonic() + self.server.config.body_timeout_ms / 1000
         decoder = Dechunker() if length is None else None
         pieces, size, data, self._buffer = [], 0, self._buffer, b""
@@ -6294,7 +6342,7 @@ def print_banner(handle: ServerHandle) -> None:
              f"  Anthropic clients  base URL {handle.url}      API key: {key}",
              f"  configuration      {', '.join(config.sources) or 'defaults'}"]
     if asking:
-        lines.insert(2, f"  asking             {', '.join(asking)} for their lists")
+        lines.insert(2, f"  asking             {', '.join(asking)}; what they offer is listed when they answer")
     if counts == {DEMO: 1} and not asking:
         lines += ["", "No provider key was found, so only the built-in demo model answers. To use real models, set e.g.",
                   "ANTHROPIC_API_KEY, OPENAI_API_KEY or OPENROUTER_API_KEY, or add a local server to",
