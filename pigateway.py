@@ -953,10 +953,7 @@ def normalise(request: Request, model: Model, upstream: UpstreamProtocol, names:
     if request.output and request.output.schema is None and "json_object" not in carried:
         refused.append((names.get("output", "output"),
                         f"{model.full_id} has no free-form JSON mode; give a JSON schema instead"))
-    if request.images and model.input is not None and "image" not in model.input:
-        refused.append((request.images[0], f"{model.full_id} does not take images"))
-    for path, reason in refused:
-        raise BadRequest(f"{path}: {reason}", code="unsupported_parameter", param=path)
+    refuse(refused)
     if request.reasoning and request.reasoning.level == "off" and "reasoning" in missing:
         missing.remove("reasoning")         # a model that cannot think does not think
         request = replace(request, reasoning=None)
@@ -964,6 +961,12 @@ def normalise(request: Request, model: Model, upstream: UpstreamProtocol, names:
     request = replace(request, **{name: () if name == "stop" else None for name in missing})
     request = fit_history(request, model, upstream)
     return replace(request, max_tokens=fit_max_tokens(request.max_tokens, model)), dropped
+
+
+def refuse(refused: Sequence[Tuple[str, str]]) -> None:
+    """Raises `BadRequest` for the first of these (path, reason), if there is one."""
+    for path, reason in refused:
+        raise BadRequest(f"{path}: {reason}", code="unsupported_parameter", param=path)
 
 
 def fit_max_tokens(asked: Optional[int], model: Model) -> Optional[int]:
@@ -3813,7 +3816,7 @@ def demo_reply(request: Request) -> Reply:
     said = " ".join(part.text for part in _flat_parts(last.parts) if isinstance(part, Text)).strip()
     pictures = sum(isinstance(part, Image) for part in _flat_parts(last.parts))
     if request.reasoning and request.reasoning.level != "off":
-        parts.append(Thinking(f"The last message has {len(said.split())} words. I am to repeat them."))
+        parts.append(Thinking(f"I am to repeat what was said last. Words: {len(said.split())}."))
     tool = None if last.role == "tool" else _demo_tool(request, said)
     if tool is not None:
         arguments = json_text(example_value(tool.schema, tool.schema))
@@ -3895,6 +3898,7 @@ def example_value(schema: Any, root: Mapping[str, Any], depth: int = 0) -> Any:
 def demo_stream(body: bytes, stamp: Stamp) -> Tuple[str, List[bytes]]:
     """The built-in model as an OpenAI-compatible server: (content type, the pieces of the answer)."""
     request = CHAT.parse(parse_json_object(body))
+    refuse(request.refused)
     reply = demo_reply(request)
     if not request.stream:
         return "application/json", [dumps(CHAT.render(request, reply, stamp)).encode("ascii")]
@@ -4374,7 +4378,7 @@ class Credentials:
         """The credential for a call. Raises `Unauthorized`, code no_credentials, that says what to set."""
         entry = as_dict(self._auth.read().get(provider.name))
         token, kind = self._token(provider, entry)
-        if not token and not provider.keyless:
+        if not token and (not provider.keyless or provider.api_key or entry.get("key")):
             raise Unauthorized(self._advice(provider, entry), code="no_credentials", param="model")
         headers = {name: self._header(provider, name, value, entry)
                    for name, value in {**provider.headers, **model.headers}.items()}
@@ -5036,6 +5040,8 @@ class Gateway:
         model, credential = self._resolve(request, exchange)
         if model.level:
             request = replace(request, reasoning=Reasoning(model.level))
+        if request.images and model.input is not None and "image" not in model.input:
+            refuse([(request.images[0], f"{model.full_id} does not take images")])
         upstream = UPSTREAM_PROTOCOLS[model.protocol]
         lane = choose_lane(exchange.client, upstream, request)(exchange.client, upstream, request, model, exchange.stamp)
         self._run(lane, credential, exchange)
@@ -5571,13 +5577,14 @@ class Handler(socketserver.BaseRequestHandler):
             return
         server.check_origin(head)
         server.check_key(head)
+        shown = redact(head.target.partition("?")[0])[:200]
         route = ROUTES.get(head.path) or (ROUTES["/models/*"] if head.path.startswith("/models/") else None)
         if route is None:
-            raise RouteNotFound(f"no such path: {head.method} {redact(head.path)[:200]}")
+            raise RouteNotFound(f"no such path: {head.method} {shown}")
         method = "GET" if head.method == "HEAD" else head.method
         if method not in route:
             exchange.answer_headers["allow"] = ", ".join(route)
-            raise MethodNotAllowed(f"{head.path[:200]} takes {' or '.join(route)}, not {head.method}")
+            raise MethodNotAllowed(f"{shown} takes {' or '.join(route)}, not {head.method}")
         body = self._read_body(head)
         route[method](self, head, exchange, body)
 
@@ -5599,10 +5606,8 @@ class Handler(socketserver.BaseRequestHandler):
         name = head.path[len("/models/"):]
         gateway = self.server.gateway
         listed = {model.full_id: model for model in gateway.models()}
-        model = listed.get(name)
-        if model is None:
-            model = listed.get(gateway.catalogue.resolve(name, gateway.is_usable).full_id)
-        if model is None:
+        model = listed.get(name) or gateway.catalogue.resolve(name, gateway.is_usable)
+        if not gateway.is_usable(gateway.catalogue.providers[model.provider]):
             raise ModelNotFound(f'no model "{name[:200]}" here; GET /v1/models lists what there is', param="model")
         shape = anthropic_model if exchange.client is MESSAGES else openai_model
         self._send_json(exchange, shape(model, self.server.started_at))
@@ -5615,7 +5620,7 @@ class Handler(socketserver.BaseRequestHandler):
         self._send_json(exchange, {"ok": True})
 
     def _root(self, head: Head, exchange: Exchange, body: bytes) -> None:
-        endpoints = [f"{method} /v1{path}" for path, methods in ROUTES.items() for method in methods
+        endpoints = [f"{method} /v1{path}".replace("*", "{id}") for path, methods in ROUTES.items() for method in methods
                      if path not in ("/", "/health", "/healthz")]
         self._send_json(exchange, {"name": NAME, "version": VERSION, "endpoints": endpoints})
 
@@ -5991,7 +5996,7 @@ def load_config(environ: Mapping[str, str], flags: Mapping[str, Any] = MappingPr
         sources.append("environment")
     if flags:
         values.update(flags)
-        sources.append("flags")
+        sources.append("command line")
     config = Config(**values, sources=tuple(sources))
     check_security(config)
     return config
@@ -6169,16 +6174,23 @@ commands:
 """
 
 
+METAVARS = {"--bind": "ADDRESS", "--auth-dir": "PATH", "--allow-origin": "ORIGIN", "--log-level": "LEVEL",
+            "--model-allowlist": "MODEL", "--model-denylist": "MODEL", "--pid-file": "PATH"}
+
+
 class _Parser(argparse.ArgumentParser):
     def format_help(self) -> str:
         lines = [HELP, "options:"]
         for option in OPTIONS:
             if option.flag:
-                name = f"{option.flag} {'N' if option.kind == 'integer' else option.flag.rsplit('-', 1)[-1].upper()}"
+                name = f"{option.flag} {METAVARS.get(option.flag, 'N')}"
                 name = option.flag if option.kind == "boolean" else name
                 lines.append(f"  {name:<30}{option.help}" if len(name) < 29 else f"  {name}\n{'':32}{option.help}")
         lines += [f"  {'--config PATH':<30}one more configuration file, over the usual ones",
                   f"  {'--json':<30}with models: print JSON",
+                  f"  {'--version, --help':<30}print the version, or this page",
+                  "", "--allow-origin, --model-allowlist and --model-denylist may be repeated; --no-strict and the like turn a\n"
+                  "switch off that a file turned on.",
                   "", "Keys: set ANTHROPIC_API_KEY, OPENAI_API_KEY, ... or use ~/.pi/agent/auth.json; the gateway's own key "
                   "is\napiKey in ~/.pi/agent/gateway.json or PI_GATEWAY_API_KEY, never a flag. Everything else: README.md"]
         return "\n".join(lines) + "\n"
@@ -6272,12 +6284,14 @@ def attach_log(level: str) -> None:
 
 def print_models(gateway: Gateway, as_json: bool) -> int:
     """The `models` command."""
-    local = [provider for provider in gateway.catalogue.providers.values() if provider.discover and provider.keyless]
-    if local:                                   # servers of the user's own; others are asked while the gateway runs
-        thread = threading.Thread(target=Discovery(gateway).run, daemon=True)
-        thread.start()
-        thread.join(1.0)
+    thread = threading.Thread(target=Discovery(gateway).run, daemon=True)
+    thread.start()
+    thread.join(1.0)
     models = gateway.models()
+    silent = [provider.name for provider in gateway.catalogue.providers.values() if provider.discover
+              and gateway.is_usable(provider) and not gateway.catalogue.is_discovered(provider)]
+    if silent:
+        print(f"{NAME}: no list from {', '.join(silent)} within a second", file=sys.stderr)
     if as_json:
         print(json.dumps([{
             "id": model.full_id, "provider": model.provider, "name": model.name or model.id, "protocol": model.protocol,
@@ -6334,12 +6348,13 @@ def print_banner(handle: ServerHandle) -> None:
     asking = [provider.name for provider in gateway.catalogue.providers.values()
               if provider.discover and gateway.is_usable(provider) and provider.name not in counts]
     by_provider = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
+    url = re.sub(r"//(0\.0\.0\.0|\[::\])", "//<address of this machine>", handle.url)
     key = "the apiKey" if config.api_key and (not config.is_loopback or config.require_key_on_loopback) else "anything"
     lines = [f"{NAME} {VERSION} listening on {handle.url}",
              f"  models             {len(models)} models: {by_provider}" if len(models) != 1 else
              f"  models             1 model: {models[0].full_id}",
-             f"  OpenAI clients     base URL {handle.url}/v1   API key: {key}",
-             f"  Anthropic clients  base URL {handle.url}      API key: {key}",
+             f"  OpenAI clients     base URL {url}/v1   API key: {key}",
+             f"  Anthropic clients  base URL {url}      API key: {key}",
              f"  configuration      {', '.join(config.sources) or 'defaults'}"]
     if asking:
         lines.insert(2, f"  asking             {', '.join(asking)}; what they offer is listed when they answer")
