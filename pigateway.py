@@ -1224,9 +1224,9 @@ def join_path(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-def objects(items: Sequence[Any], path: str) -> Iterator[Tuple[str, Dict[str, Any]]]:
-    """(path, item) for each item of an array of objects."""
-    for index, item in enumerate(items):
+def objects(items: Any, path: str) -> Iterator[Tuple[str, Dict[str, Any]]]:
+    """(path, item) for each item of an array of objects; nothing for null."""
+    for index, item in enumerate([] if items is None else check(items, "an array", path)):
         where = f"{path}[{index}]"
         yield where, check(item, "an object", where)
 
@@ -1421,7 +1421,7 @@ class OpenAIChat(ClientProtocol):
 
     def _tools(self, data: Dict[str, Any], notes: Notes) -> List[Tool]:
         tools = []
-        for path, item in objects(data.get("tools") or [], "tools"):
+        for path, item in objects(data.get("tools"), "tools"):
             kind = item.get("type", "function")
             if kind == "function":
                 tools.append(self._function(required(item, "function", "an object", path), f"{path}.function"))
@@ -1429,7 +1429,7 @@ class OpenAIChat(ClientProtocol):
                 tools.append(self._custom_tool(required(item, "custom", "an object", path), f"{path}.custom"))
             else:
                 notes.lose(path)
-        for path, item in objects(data.get("functions") or [], "functions"):
+        for path, item in objects(data.get("functions"), "functions"):
             tools.append(self._function(item, path))
         return tools
 
@@ -1468,10 +1468,15 @@ class OpenAIChat(ClientProtocol):
         if kind != "allowed_tools":
             raise BadRequest(f"{path}.type: must be function, custom or allowed_tools", param=f"{path}.type")
         allowed = required(value, "allowed_tools", "an object", path)
-        names = {(item.get(item.get("type", "")) or item).get("name")
-                 for _, item in objects(allowed.get("tools") or [], f"{path}.allowed_tools.tools")}
+        names = [self._allowed_name(item, where)
+                 for where, item in objects(allowed.get("tools"), f"{path}.allowed_tools.tools")]
         mode = "required" if allowed.get("mode") == "required" else "auto"
         return ToolChoice(mode), [tool for tool in tools if tool.name in names]
+
+    def _allowed_name(self, item: Dict[str, Any], path: str) -> str:
+        kind = optional(item, "type", "a string", path) or "function"
+        inner = optional(item, kind, "an object", path)
+        return required(inner or item, "name", "a string", join_path(path, kind) if inner else path)
 
     def _messages(self, items: Sequence[Any], notes: Notes) -> List[Message]:
         if not items:
@@ -1507,7 +1512,7 @@ class OpenAIChat(ClientProtocol):
             parts.append(Text(item["refusal"]))
         if item.get("audio") is not None:
             notes.lose(f"{path}.audio")
-        for where, call in objects(optional(item, "tool_calls", "an array", path) or [], f"{path}.tool_calls"):
+        for where, call in objects(item.get("tool_calls"), f"{path}.tool_calls"):
             parts.append(self._call(call, where))
         legacy = optional(item, "function_call", "an object", path)
         if legacy:
@@ -1518,7 +1523,7 @@ class OpenAIChat(ClientProtocol):
 
     def _thinking(self, item: Dict[str, Any], path: str) -> List[Part]:
         parts: List[Part] = []
-        for where, detail in objects(item.get("reasoning_details") or [], f"{path}.reasoning_details"):
+        for where, detail in objects(item.get("reasoning_details"), f"{path}.reasoning_details"):
             sealed = detail.get("data") or detail.get("signature")
             signature, maker = unseal(sealed if isinstance(sealed, str) else None, self.name)
             if signature and maker != self.name:
@@ -1777,6 +1782,9 @@ MESSAGES_KNOWN = frozenset({
 MESSAGES_DEFAULTS: Dict[str, Any] = {"service_tier": "auto", "top_p": 1, "betas": []}
 MESSAGES_REFUSALS = {"mcp_servers": "MCP servers run on Anthropic's side only", "container":
                      "containers exist on Anthropic's side only"}
+# Claude Code's first system block: accounting for Anthropic. It differs from request to request, which would keep every
+# other provider from ever finding the prompt in its cache, so it only goes to Anthropic (where bodies pass as they are).
+BILLING_LINE = "x-anthropic-billing-header:"
 # Tools that the client itself runs and whose schema only Claude models know; the other schema-less tools run at Anthropic.
 CLIENT_TOOLS = ("bash_", "text_editor_", "computer_", "memory_", "browser_toolset_")
 
@@ -1823,7 +1831,7 @@ class AnthropicClient(ClientProtocol):
             model=model, messages=tuple(messages), system=system, tools=tuple(tools), tool_choice=tool_choice,
             parallel_tools=parallel, max_tokens=optional(data, "max_tokens", "an integer"),
             temperature=optional(data, "temperature", "a number", "", 0, 2),
-            top_p=None if data.get("top_p") == 1 else optional(data, "top_p", "a number", "", 0, 1),
+            top_p=self._top_p(optional(data, "top_p", "a number", "", 0, 1)),
             top_k=optional(data, "top_k", "an integer", "", 0),
             stop=self._stop(optional(data, "stop_sequences", "an array") or []),
             reasoning=self._reasoning(optional(data, "thinking", "an object"), config),
@@ -1848,6 +1856,9 @@ class AnthropicClient(ClientProtocol):
 
     def _stop(self, texts: List[Any]) -> Tuple[str, ...]:
         return tuple(check(text, "a string", f"stop_sequences[{index}]") for index, text in enumerate(texts))
+
+    def _top_p(self, value: Optional[float]) -> Optional[float]:
+        return None if value == 1 else value    # all of it is what "not said" means
 
     def _reasoning(self, thinking: Optional[Dict[str, Any]], config: Dict[str, Any]) -> Optional[Reasoning]:
         effort = optional(config, "effort", "a string", "output_config")
@@ -1910,7 +1921,7 @@ class AnthropicClient(ClientProtocol):
         if isinstance(value, str):
             return (Text(value),)
         blocks = self.content(value, "system", notes)
-        return tuple(block for block in blocks if isinstance(block, Text))
+        return tuple(block for block in blocks if isinstance(block, Text) and not block.text.startswith(BILLING_LINE))
 
     def _messages(self, items: Sequence[Any], notes: Notes) -> List[Message]:
         if not items:
@@ -2278,6 +2289,23 @@ class Assembler:
         return [self.end(key) for key in list(self._open)]
 
 
+class Mender:
+    """Joins surrogate pairs whose halves come in two pieces of a text, and leaves out halves that stay alone. `key` tells
+    texts that grow side by side apart."""
+
+    def __init__(self) -> None:
+        self._halves: Dict[Any, str] = {}
+
+    def mend(self, key: Any, text: str) -> str:
+        """The piece as it can be written; the very same string when there is nothing to mend."""
+        if not self._halves and (text.isascii() or not _SURROGATE.search(text)):
+            return text
+        text = self._halves.pop(key, "") + text
+        if "\ud800" <= text[-1:] <= "\udbff":
+            self._halves[key], text = text[-1], text[:-1]
+        return clean_text(text)
+
+
 class Settled:
     """Keeps a reader's promises for it: exactly one `Done` or `Failed`, last; nothing malformed gets through; a stop with
     tool calls is a tool_use; text has no halves of surrogate pairs, even when a pair is split between two events."""
@@ -2285,7 +2313,7 @@ class Settled:
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
         self._has_call = False
-        self._halves: Dict[int, str] = {}
+        self._mender = Mender()
         self.finished = False
 
     def feed(self, data: bytes) -> List[Event]:
@@ -2316,10 +2344,9 @@ class Settled:
             for event in read():
                 kind = type(event)
                 if kind is PartDelta:
-                    if not event.text.isascii():
-                        event = self._mend(event)
-                    if event.text:
-                        out.append(event)
+                    text = self._mender.mend(event.index, event.text)
+                    if text:
+                        out.append(event if text is event.text else PartDelta(event.index, text))
                     continue
                 if kind is PartStart and isinstance(event.part, ToolCall):
                     self._has_call = True
@@ -2335,12 +2362,6 @@ class Settled:
             reason = f"the provider's answer is malformed ({type(error).__name__})"
             return out + self._finish(Failed(UpstreamProtocolError(reason)))
         return out
-
-    def _mend(self, event: PartDelta) -> PartDelta:
-        text = self._halves.pop(event.index, "") + event.text
-        if "\ud800" <= text[-1:] <= "\udbff":
-            self._halves[event.index], text = text[-1], text[:-1]
-        return event._replace(text=clean_text(text))
 
 
 class UpstreamProtocol:
@@ -2572,7 +2593,7 @@ class OpenAICompletions(UpstreamProtocol):
     def _assistant(self, message: Message, model: Model) -> List[Dict[str, Any]]:
         text = "".join(part.text for part in message.parts if isinstance(part, Text))
         thinking = [part for part in message.parts if isinstance(part, Thinking)]
-        calls = [{"id": self._call_id(part.id, model), "type": "function",
+        calls = [{"id": chat_call_id(part.id), "type": "function",
                   "function": {"name": part.name, "arguments": part.arguments or "{}"}}
                  for part in message.parts if isinstance(part, ToolCall)]
         details = [json.loads(part.signature) for part in thinking if part.signature and part.maker == self.name]
@@ -2585,10 +2606,6 @@ class OpenAICompletions(UpstreamProtocol):
             reasoning_content=plain if plain and model.flag("requiresReasoningContentOnAssistantMessages") else None))
         return [out] if text or calls or details else []
 
-    def _call_id(self, call_id: str, model: Model) -> str:
-        # OpenAI: a tool_call_id has 40 characters at most; other hosts take what they gave
-        return fit_id(call_id, 40) if model.provider == OPENAI or len(call_id) > 64 or "|" in call_id else call_id
-
     def _results(self, message: Message) -> List[Dict[str, Any]]:
         """Tool messages, and behind all of them one user message with their images, which a tool message cannot hold."""
         out, images = [], []
@@ -2599,8 +2616,8 @@ class OpenAICompletions(UpstreamProtocol):
             shown = [part for part in result.parts if isinstance(part, (Image, Document))]
             if result.is_error and not text.lower().startswith("error"):
                 text = f"Error: {text}"
-            out.append({"role": "tool", "tool_call_id": result.call_id if len(result.call_id) <= 40
-                        else fit_id(result.call_id, 40), "content": text or (IMAGE_NOTE if shown else EMPTY_RESULT)})
+            out.append({"role": "tool", "tool_call_id": chat_call_id(result.call_id),
+                        "content": text or (IMAGE_NOTE if shown else EMPTY_RESULT)})
             images.extend(shown)
         if images:
             parts: List[Part] = [Text("Images from the tool results above:"), *images]
@@ -2651,7 +2668,9 @@ class OpenAICompletions(UpstreamProtocol):
         return ChatReader(model, stamp)
 
 
-OPENAI = "openai"       # the one provider whose own limits, not just flags, the Chat builder knows: 40-character ids
+def chat_call_id(call_id: str) -> str:
+    """A tool call's id as hosts of this dialect take it: OpenAI allows 40 characters, others take what they gave."""
+    return fit_id(call_id, 40) if len(call_id) > 40 or "|" in call_id else call_id
 
 
 def chat_system(texts: Iterable[str]) -> Dict[str, Any]:
@@ -2771,17 +2790,22 @@ class Thought(NamedTuple):
         return self.word if self.is_on else self.word_off
 
 
+def _effort_or_off(thought: Thought, model: Model) -> Dict[str, Any]:
+    """The effort; off only where the catalogue has a word for it."""
+    is_mapped_off = not thought.is_on and bool(model.thinking_levels.get("off"))
+    return {"reasoning_effort": thought.word_off} if is_mapped_off else thought.effort
+
+
 def _template_fields(name: str, flag: str, has_effort: bool) -> Callable[[Thought, Model], Dict[str, Any]]:
     def fields(thought: Thought, model: Model) -> Dict[str, Any]:
         filled = fill_templates(model.flag(flag, {}), thought)
-        return {**({name: filled} if filled else {}), **(thought.effort if has_effort else {})}
+        return {**({name: filled} if filled else {}), **(_effort_or_off(thought, model) if has_effort else {})}
     return fields
 
 
 # thinkingFormat → the request fields that say it. An absent word means that the host has none: then nothing is sent.
 THINKING_FORMATS: Dict[str, Callable[[Thought, Model], Dict[str, Any]]] = {
-    "openai": lambda t, model: t.effort if t.is_on else (
-        {"reasoning_effort": t.word_off} if model.thinking_levels.get("off") else {}),
+    "openai": _effort_or_off,
     "openrouter": lambda t, model: {"reasoning": {"effort": t.either}},
     "deepseek": lambda t, model: {"thinking": t.switch, **t.effort},
     "zai": lambda t, model: {"thinking": {**t.switch, "clear_thinking": False} if t.is_on else t.switch,
@@ -2827,6 +2851,22 @@ def fill_templates(templates: Mapping[str, Any], thought: Thought) -> Dict[str, 
     return filled
 
 
+class CallIds:
+    """The ids of one answer's tool calls: made up where a host gives none, made different where it gives one twice."""
+
+    def __init__(self, stamp: Stamp) -> None:
+        self._made = f"call_{stamp.id}"
+        self._used: set[str] = set()
+
+    def fresh(self, call_id: str) -> str:
+        """The id to use for a call that came with `call_id`, which may be empty."""
+        fresh = call_id or self._made
+        while fresh in self._used:
+            fresh = f"{call_id or self._made}_{len(self._used)}"
+        self._used.add(fresh)
+        return fresh
+
+
 class ChatReader(Reader):
     """chat.completion.chunk events → events. Tool calls stay open until the finish reason, because their fragments may
     take turns; text and thinking end when something else begins."""
@@ -2840,8 +2880,9 @@ class ChatReader(Reader):
         self._usage = Usage()
         self._details: List[Dict[str, Any]] = []
         self._calls: Dict[Any, Dict[str, str]] = {}
+        self._newest: Dict[Any, Any] = {}
         self._last_call: Any = None
-        self._call_ids: set[str] = set()
+        self._call_ids = CallIds(stamp)
         self._refused = False
 
     def on_event(self, name: str, text: str) -> Iterator[Event]:
@@ -2914,7 +2955,7 @@ class ChatReader(Reader):
             yield from self._write(Thinking, thinking)
         content = delta.get("content")
         if isinstance(content, list):           # Mistral's shape
-            content = "".join(part.get("text", "") for part in content if as_dict(part).get("type") == "text")
+            content = join_text_parts(content)
         if content:
             yield from self._write(Text, content)
         if delta.get("refusal"):
@@ -2944,7 +2985,7 @@ class ChatReader(Reader):
             for kind in (Thinking, Text):
                 if kind in self._parts:
                     yield self._end(kind)
-            yield self._parts.start(key, ToolCall(self._fresh_id(state["id"]), state["name"]))
+            yield self._parts.start(key, ToolCall(self._call_ids.fresh(state["id"]), state["name"]))
             if state["held"]:
                 yield self._parts.delta(key, state["held"])
             return
@@ -2961,20 +3002,13 @@ class ChatReader(Reader):
     def _call_key(self, call: Dict[str, Any], function: Dict[str, Any]) -> Any:
         """By index, else by id; some servers number every call 0 and only the id tells that a new one begins."""
         index, call_id = call.get("index"), call.get("id")
-        key = index if index is not None else call_id if call_id else self._last_call
+        place = index if index is not None else call_id if call_id else self._last_call
+        key = self._newest.get(place, place)
         known = self._calls.get(key)
         if known and known["id"] and call_id and call_id != known["id"] and function.get("name"):
-            key = (key, call_id)
-        self._last_call = key
+            key = self._newest[place] = (place, call_id)
+        self._last_call = place
         return key
-
-    def _fresh_id(self, call_id: str) -> str:
-        """The call's own id, made up when it is missing and made different when it was used before."""
-        fresh = call_id or f"call_{self._stamp.id}"
-        while fresh in self._call_ids:
-            fresh = f"{call_id or 'call_' + self._stamp.id}_{len(self._call_ids)}"
-        self._call_ids.add(fresh)
-        return fresh
 
     def _end(self, key: Any) -> PartEnd:
         signature = None
@@ -2991,6 +3025,11 @@ class ChatReader(Reader):
             self._details = []
             yield self._parts.start("sealed", sealed)
         yield from self._parts.end_all()
+
+
+def join_text_parts(parts: List[Any]) -> str:
+    """The text of content that came as an array of parts."""
+    return "".join(part.get("text") or "" for part in map(as_dict, parts) if part.get("type") == "text")
 
 
 def read_chat_usage(usage: Dict[str, Any]) -> Usage:
@@ -3529,6 +3568,18 @@ class NativeLane(Lane):
         """One event for the client."""
         raise NotImplementedError
 
+    def whole(self, body: bytes) -> bytes:
+        """See `Lane.whole`."""
+        try:
+            return self.relay_whole(body, parse_answer(body))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            log.debug("malformed provider answer", exc_info=True)
+            raise UpstreamProtocolError(f"the provider's answer is malformed ({type(error).__name__})") from None
+
+    def relay_whole(self, body: bytes, data: Dict[str, Any]) -> bytes:
+        """A whole answer, as bytes and parsed, for the client."""
+        raise NotImplementedError
+
 
 class AnthropicLane(NativeLane):
     """Anthropic to Anthropic: every event's data as it came; only the model's name is put back."""
@@ -3594,9 +3645,8 @@ class AnthropicLane(NativeLane):
         lines = "".join(f"data: {line}\n" for line in text.split("\n"))
         return f"event: {name}\n{lines}\n".encode("utf-8")
 
-    def whole(self, body: bytes) -> bytes:
-        """See `Lane.whole`."""
-        data = parse_answer(body)
+    def relay_whole(self, body: bytes, data: Dict[str, Any]) -> bytes:
+        """See `NativeLane.relay_whole`."""
         if not isinstance(data.get("content"), list):
             raise stream_error(data) if data.get("error") else UpstreamProtocolError(
                 "the provider's answer has no content")
@@ -3611,9 +3661,9 @@ class CountLane(AnthropicLane):
 
     path = "/v1/messages/count_tokens"
 
-    def whole(self, body: bytes) -> bytes:
-        """See `Lane.whole`."""
-        if not isinstance(parse_answer(body).get("input_tokens"), int):
+    def relay_whole(self, body: bytes, data: Dict[str, Any]) -> bytes:
+        """See `NativeLane.relay_whole`."""
+        if not isinstance(data.get("input_tokens"), int):
             raise UpstreamProtocolError("the provider's answer has no input_tokens")
         self.started = self.finished = True
         return body
@@ -3637,6 +3687,9 @@ class ChatLane(NativeLane):
         self._envelope: Dict[str, Any] = {}
         self._roles: set[int] = set()
         self._calls: Dict[Tuple[int, int], Dict[str, Any]] = {}
+        self._newest: Dict[Tuple[int, Any], int] = {}
+        self._call_ids = CallIds(self.stamp)
+        self._mender = Mender()
         self._finished_choices: set[int] = set()
         self._raw_usage: Optional[Dict[str, Any]] = None
 
@@ -3686,53 +3739,70 @@ class ChatLane(NativeLane):
         reason = choice.setdefault("finish_reason", None)
         if reason in CHAT_FAILURES:
             raise UpstreamError(f"the provider stopped: {reason}")
-        if index not in self._roles:
-            self._roles.add(index)
-            choice["delta"] = delta = {"role": "assistant", "content": "", **present(**delta)}
-        else:
-            delta.pop("role", None)
-        rename_reasoning(delta)
-        if delta.get("tool_calls"):
-            delta["tool_calls"] = [call for call in map(functools.partial(self._mend_call, index), delta["tool_calls"])
-                                   if call]
-            if not delta["tool_calls"]:
-                del delta["tool_calls"]
-        elif "tool_calls" in delta:
-            del delta["tool_calls"]
-        if reason and index in self._finished_choices:
-            choice["finish_reason"] = reason = None
+        self._mend_delta(index, delta)
+        has_content = any(value not in (None, "", []) for name, value in delta.items() if name != "role")
+        if index in self._finished_choices:
+            choice["finish_reason"] = None
+            return has_content
         if reason:
             self._finished_choices.add(index)
             if reason == "stop" and any(place == index for place, _ in self._calls):
                 choice["finish_reason"] = "tool_calls"
             self.stop_reason = choice["finish_reason"]
-        if reason or any(value not in (None, "", []) for name, value in delta.items() if name != "role"):
-            self.started = True
+        self.started = self.started or bool(reason) or has_content
+        if index not in self._roles:
+            self._roles.add(index)
+            choice["delta"] = {"role": "assistant", "content": "", **present(**delta)}
         return True
+
+    def _mend_delta(self, index: int, delta: Dict[str, Any]) -> None:
+        delta.pop("role", None)
+        rename_reasoning(delta)
+        if isinstance(delta.get("content"), list):
+            delta["content"] = join_text_parts(delta["content"])
+        for name in ("content", "reasoning_content", "refusal"):
+            if isinstance(delta.get(name), str):
+                delta[name] = self._mender.mend((index, name), delta[name])
+        calls = [self._mend_call(index, call) for call in delta.pop("tool_calls", None) or ()]
+        if any(calls):
+            delta["tool_calls"] = [call for call in calls if call]
 
     def _mend_call(self, choice_index: int, call: Dict[str, Any]) -> Dict[str, Any]:
         """One tool-call fragment: id, type and name in the first only, and no first before the name is known."""
-        place = call.get("index")
-        if place is None:                       # hosts that leave it out send a call whole, or one after the other
-            known = len([1 for choice, _ in self._calls if choice == choice_index])
-            place = call["index"] = known if call.get("id") or not known else known - 1
         function = as_dict(call.get("function"))
-        state = self._calls.setdefault((choice_index, place), {"sent": False, "held": ""})
+        place = self._call_place(choice_index, call, function)
+        state = self._calls.setdefault((choice_index, place), {"sent": False, "held": "", "id": "", "name": ""})
+        call = {**call, "index": place}
+        if isinstance(function.get("arguments"), str):
+            function["arguments"] = self._mender.mend((choice_index, place, "arguments"), function["arguments"])
         if state["sent"]:
             call = {name: value for name, value in call.items() if name not in ("id", "type")}
             if "function" in call:
                 call["function"] = {name: value for name, value in function.items() if name != "name"}
             return call
-        state.update(present(id=call.get("id"), name=function.get("name")))
-        if call.get("type", "function") == "function" and not state.get("name"):
+        state.update(id=call.get("id") or state["id"], name=function.get("name") or state["name"])
+        if (call.get("type") or "function") == "function" and not state["name"]:
             state["held"] += function.get("arguments") or ""
             return {}
         state["sent"] = True
-        call = {"id": state.get("id") or f"call_{self.stamp.id}_{place}", "type": "function", **present(**call)}
+        call = {"type": "function", **present(**call), "id": self._call_ids.fresh(state["id"])}
         if call["type"] == "function":
             arguments = state["held"] + (function.get("arguments") or "")
             call["function"] = {**function, "name": state["name"], "arguments": arguments}
         return call
+
+    def _call_place(self, choice_index: int, call: Dict[str, Any], function: Dict[str, Any]) -> int:
+        """The call's own index; the next free one for hosts that give none, or the same to every call (see
+        `ChatReader`)."""
+        given, call_id = call.get("index"), call.get("id")
+        known = sum(choice == choice_index for choice, _ in self._calls)
+        if given is None:
+            return known if call_id or not known else known - 1
+        place = self._newest.get((choice_index, given), given)
+        state = self._calls.get((choice_index, place))
+        if state and state["id"] and call_id and call_id != state["id"] and function.get("name"):
+            place = self._newest[choice_index, given] = known
+        return place
 
     def _ended(self) -> bytes:
         if self._finished_choices or (self.started and not self.model.flag("supportsFinishReason", True)):
@@ -3754,9 +3824,8 @@ class ChatLane(NativeLane):
                 out += self._event({**self._envelope, "choices": []}, self._raw_usage)
         return out + b"data: [DONE]\n\n"
 
-    def whole(self, body: bytes) -> bytes:
-        """See `Lane.whole`."""
-        data = parse_answer(body)
+    def relay_whole(self, body: bytes, data: Dict[str, Any]) -> bytes:
+        """See `NativeLane.relay_whole`."""
         choices = data.get("choices")
         if not isinstance(choices, list) or not choices:
             raise stream_error(data) if data.get("error") else UpstreamProtocolError(
@@ -3764,24 +3833,32 @@ class ChatLane(NativeLane):
         for place, choice in enumerate(choices):
             choice.setdefault("index", place)
             choice.setdefault("logprobs", None)
-            message = choice["message"] = {"role": "assistant", "content": None, "refusal": None, **choice["message"]}
-            rename_reasoning(message)
-            if not message.get("tool_calls"):
-                message.pop("tool_calls", None)
-                message["content"] = message["content"] or ""
-            elif choice.get("finish_reason") == "stop":
-                choice["finish_reason"] = "tool_calls"
-            for number, call in enumerate(message.get("tool_calls") or ()):
-                call.setdefault("type", "function")
-                call["id"] = call.get("id") or f"call_{self.stamp.id}_{number}"
-            choice["finish_reason"] = choice.get("finish_reason") or "stop"
+            self._mend_message(choice)
         usage = as_dict(data.get("usage"))
         data.update(id=chat_id(data.get("id") or "", self.stamp), object="chat.completion", model=self.request.model,
                     created=data.get("created") or self.stamp.created, usage=usage or chat_usage(Usage()),
                     system_fingerprint=data.get("system_fingerprint") or FINGERPRINT)
         self.started = self.finished = True
         self.usage, self.stop_reason = read_chat_usage(usage), choices[0]["finish_reason"]
-        return dumps(data).encode("ascii")
+        return dumps(clean_strings(data)).encode("ascii")
+
+    def _mend_message(self, choice: Dict[str, Any]) -> None:
+        message = choice["message"] = {"role": "assistant", "content": None, "refusal": None, **choice["message"]}
+        reason = choice["finish_reason"] = choice.get("finish_reason") or "stop"
+        if reason in CHAT_FAILURES:
+            raise UpstreamError(f"the provider stopped: {reason}")
+        rename_reasoning(message)
+        if isinstance(message["content"], list):
+            message["content"] = join_text_parts(message["content"])
+        if not message.get("tool_calls"):
+            message.pop("tool_calls", None)
+            message["content"] = message["content"] or ""
+            return
+        if reason == "stop":
+            choice["finish_reason"] = "tool_calls"
+        for call in message["tool_calls"]:
+            call.setdefault("type", "function")
+            call["id"] = self._call_ids.fresh(call.get("id") or "")
 
 
 def rename_reasoning(delta: Dict[str, Any]) -> None:
@@ -4275,20 +4352,46 @@ def _read_model(provider: Provider, item: Dict[str, Any], path: str, known: Opti
     if protocol not in UPSTREAM_PROTOCOLS:
         raise BadRequest(f"{path}.api: {protocol!r} is not supported; known: {', '.join(UPSTREAM_PROTOCOLS)}")
     base = known or unlisted_model(provider, fields["id"])
-    cost = as_dict(fields["cost"])
+    _check_model(fields, path)
     compat = dict(base.compat)
     for key, value in (fields["compat"] or {}).items():
         compat[key] = {**as_dict(compat.get(key)), **value} if key in _NESTED_COMPAT else value
-    prices = tuple(float(cost.get(key, 0)) for key in ("input", "output", "cacheRead", "cacheWrite")) if cost else None
+    levels = {**base.thinking_levels, **(fields["thinkingLevelMap"] or {})}
     return replace(
         base, protocol=protocol, compat=compat, headers={**base.headers, **(fields["headers"] or {})},
         base_url=fields["baseUrl"] or provider.endpoints.get(protocol) or base.base_url, sampling={
             **base.sampling, **(fields["samplingParams"] or {})},
-        **present(name=fields["name"], reasoning=fields["reasoning"], cost=prices,
-                  thinking_levels=fields["thinkingLevelMap"],
+        thinking_levels=levels, cost=_read_cost(fields["cost"], base.cost, path),
+        **present(name=fields["name"], reasoning=fields["reasoning"],
                   context_window=fields["contextWindow"] and int(fields["contextWindow"]),
                   max_tokens=fields["maxTokens"] and int(fields["maxTokens"]),
                   input=fields["input"] and tuple(fields["input"])))
+
+
+def _check_model(fields: Mapping[str, Any], path: str) -> None:
+    """What the kinds in `_MODEL_KEYS` leave open."""
+    texts = {**{f"headers.{name}": text for name, text in (fields["headers"] or {}).items()},
+             **{f"input[{index}]": word for index, word in enumerate(fields["input"] or ())},
+             **{f"thinkingLevelMap.{level}": word for level, word in (fields["thinkingLevelMap"] or {}).items()
+                if word is not None}}
+    for name, text in texts.items():
+        check(text, "a string", f"{path}.{name}")
+    for name in _NESTED_COMPAT:
+        optional(fields["compat"] or {}, name, "an object", f"{path}.compat")
+    if fields["baseUrl"]:
+        check_url(fields["baseUrl"], f"{path}.baseUrl")
+
+
+def _read_cost(cost: Optional[Dict[str, Any]], base: Tuple[float, ...], path: str) -> Tuple[float, ...]:
+    """Prices over those that are known, field by field."""
+    if cost is None:
+        return base
+    known = dict(zip(COST_FIELDS, base))
+    prices = {name: optional(cost, name, "a number", f"{path}.cost", 0) for name in COST_FIELDS}
+    return tuple(float(known.get(name, 0) if prices[name] is None else prices[name]) for name in COST_FIELDS)
+
+
+COST_FIELDS = ("input", "output", "cacheRead", "cacheWrite")
 
 
 # ======================================================================================================================
@@ -6297,7 +6400,7 @@ def print_models(gateway: Gateway, as_json: bool) -> int:
             "id": model.full_id, "provider": model.provider, "name": model.name or model.id, "protocol": model.protocol,
             "contextWindow": model.context_window or None, "maxTokens": model.max_tokens or None,
             "reasoning": model.reasoning, "input": model.input,
-            "cost": dict(zip(("input", "output", "cacheRead", "cacheWrite"), model.cost)) or None}
+            "cost": dict(zip(COST_FIELDS, model.cost)) or None}
             for model in models], indent=2))
     else:
         for model in models:
