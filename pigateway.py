@@ -131,7 +131,7 @@ log.addHandler(logging.NullHandler())
 #
 #   GatewayError            500   message, code, param, retry_after (seconds)
 #   ├─ BadRequest           400   ← ContextOverflow 400, ModelNotFound 404, RouteNotFound 404, MethodNotAllowed 405,
-#   │                               Conflict 409, BodyTooLarge 413
+#   │                               Conflict 409, BodyTooLarge 413, HeadTooLarge 431
 #   ├─ Unauthorized         401   the client's key for us, or no key of ours for the provider
 #   ├─ Forbidden            403   a host, an origin or a subscription that may not be used; a provider's own 403
 #   ├─ ShuttingDown         503   this process is stopping
@@ -207,6 +207,12 @@ class BodyTooLarge(BadRequest):
     """The body is over our limit, or over the provider's."""
 
     status, code = 413, "request_body_too_large"
+
+
+class HeadTooLarge(BadRequest):
+    """The request line and headers are over our limit."""
+
+    status, code = 431, "headers_too_large"
 
 
 class Unauthorized(GatewayError):
@@ -3339,6 +3345,9 @@ class AnthropicReader(Reader):
         self._usage.update((name, value) for name, value in as_dict(usage).items() if value is not None)
 
     def _block_start(self, data: Dict[str, Any]) -> Iterator[Event]:
+        if not self._started:                   # llama.cpp leaves message_start out when its first token is half a character
+            self._started = True
+            yield Start()
         key, block = data["index"], data["content_block"]
         kind = block["type"]
         if kind == "text":
@@ -3432,6 +3441,7 @@ class Lane:
         self.error: Optional[GatewayError] = None
         self.usage = Usage()
         self.stop_reason = ""
+        self.secrets: Sequence[str] = ()        # what a provider may not quote to the client
 
     def call(self, credential: Credential) -> Tuple[Call, List[str]]:
         """The call, and the client's names of what it leaves out."""
@@ -3454,6 +3464,7 @@ class Lane:
         if self.finished:
             return b""
         self.finished, self.error = True, error
+        error.message = redact(error.message, self.secrets)
         return self.client.error_event(error, self.stamp.request_id)
 
 
@@ -3496,6 +3507,7 @@ class TranslatedLane(Lane):
         for event in events:
             if isinstance(event, Failed):
                 self.error = event.error
+                self.error.message = redact(self.error.message, self.secrets)
             elif isinstance(event, Done):
                 self.usage, self.stop_reason = event.usage, event.stop_reason
             if not isinstance(event, (Start, Failed)):
@@ -3531,6 +3543,7 @@ class NativeLane(Lane):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._splitter = EventSplitter()
+        self._opened = False
 
     def feed(self, data: bytes) -> bytes:
         """See `Lane.feed`."""
@@ -3626,13 +3639,18 @@ class AnthropicLane(NativeLane):
         """See `NativeLane.relay_event`."""
         data = loads(text)
         name = name or data["type"]             # SDKs skip events without a name
+        opening = b""
+        if name == "content_block_start" and not self._opened:      # see AnthropicReader
+            opening = MESSAGES.writer(self.request, self.stamp).write([Start()])
+        self._opened = self._opened or name in ("message_start", "content_block_start")
         if name == "message_start":
             self.usage = read_anthropic_usage(as_dict(data["message"].get("usage")))
             text = restore_model(text, data["message"].get("model"), self.request.model)
         elif name == "error":
             if not self.started:
                 raise stream_error(data)
-            self.finished, self.error = True, stream_error(data)
+            text = redact(text, self.secrets)
+            self.finished, self.error = True, stream_error(loads(text))
         elif name == "message_delta":
             usage = as_dict(data.get("usage"))
             later = read_anthropic_usage(usage)
@@ -3643,7 +3661,7 @@ class AnthropicLane(NativeLane):
         if name not in ("message_start", "ping"):
             self.started = True
         lines = "".join(f"data: {line}\n" for line in text.split("\n"))
-        return f"event: {name}\n{lines}\n".encode("utf-8")
+        return opening + f"event: {name}\n{lines}\n".encode("utf-8")
 
     def relay_whole(self, body: bytes, data: Dict[str, Any]) -> bytes:
         """See `NativeLane.relay_whole`."""
@@ -4740,6 +4758,7 @@ class Response:
             elif self._length is not None and self._length >= 0:
                 data = data[:self._length]
                 self._length -= len(data)
+                self._complete = self._length == 0
             return self._inflate.decompress(data) if self._inflate else data
         except (ValueError, zlib.error) as error:
             raise UpstreamProtocolError(f"the provider's answer is malformed: {error}") from None
@@ -4862,9 +4881,8 @@ class Pool:
 
 def describe(error: BaseException) -> str:
     """An operating-system error in words, without numbers or paths."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return str(error) or type(error).__name__
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return re.sub(r"^\[[A-Z0-9_: ]*\] | \(_ssl\.c:\d+\)", "", text) or type(error).__name__
 
 
 class PooledHandler(urllib.request.BaseHandler):
@@ -4926,13 +4944,17 @@ class PooledHandler(urllib.request.BaseHandler):
         host = getattr(request, "_tunnel_host", None) or urllib.parse.urlsplit(request.full_url).netloc.rpartition("@")[2]
         lines = [f"{request.get_method()} {request.selector} HTTP/1.1", f"Host: {host}"]
         for name, value in {**request.unredirected_hdrs, **request.headers}.items():
-            if re.search(r"[\r\n\0]", value):
-                raise BadRequest(f"the header {name} has a line break in it")
+            if not _HEADER_LINE.fullmatch(f"{name}: {value}".encode("latin-1", "replace")):
+                raise BadRequest(f"the header {name!r} cannot be sent: it has a line break or another stray character")
             if name.lower() != "proxy-authorization" or not getattr(request, "_tunnel_host", None):
                 lines.append(f"{name}: {value}")
         if request.data is not None:
             lines.append(f"Content-Length: {len(request.data)}")
-        return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+        try:
+            return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+        except UnicodeEncodeError:
+            raise Unauthorized("a header or key for the provider has a character that HTTP cannot carry",
+                               code="no_credentials") from None
 
     def _exchange(self, connection: Connection, message: bytes, scope: Scope) -> Response:
         try:
@@ -4972,7 +4994,7 @@ class PooledHandler(urllib.request.BaseHandler):
         try:
             start, headers = parse_head(head)
             body_length(headers)
-            if not re.match(r"HTTP/1\.[01] \d{3}", start):
+            if not re.match(r"HTTP/1\.[01] \d{3}(?: |$)", start):
                 raise ValueError("not HTTP/1.1")
             return start, headers
         except ValueError as error:
@@ -5161,8 +5183,11 @@ class Gateway:
                 return
             except (ModelNotFound, UpstreamError):
                 exchange.log.pop("error", None)     # a host that speaks Messages need not count
+        exchange.log["lane"] = TranslatedLane.name
+        headers = {"content-type": "application/json", "x-pigateway-lane": TranslatedLane.name,
+                   "x-pigateway-model": header_text(model.full_id)}
         answer = dumps({"input_tokens": estimate_tokens(request)}).encode("ascii")
-        exchange.responder.send(200, {**exchange.answer_headers, "content-type": "application/json"}, answer)
+        exchange.responder.send(200, headers, answer)
 
     def _resolve(self, request: Request, exchange: Exchange) -> Tuple[Model, Credential]:
         model = self.catalogue.resolve(request.model, self.is_usable)
@@ -5175,6 +5200,7 @@ class Gateway:
         return replace(model, base_url=self.credentials.fill(model.base_url, provider), headers={}), credential
 
     def _run(self, lane: Lane, credential: Credential, exchange: Exchange) -> None:
+        lane.secrets = credential.secrets
         call, dropped = lane.call(credential)
         dropped = list(dict.fromkeys(dropped))
         if dropped and (self.config.strict or exchange.headers.get("x-pigateway-strict") in ("1", "true")):
@@ -5207,6 +5233,7 @@ class Gateway:
             if isinstance(lane, NativeLane) and is_stream != lane.request.stream:
                 # the provider chose the other form: only the representation can turn one into the other
                 lane = TranslatedLane(lane.client, lane.upstream, lane.request, lane.model, lane.stamp)
+                lane.secrets = credential.secrets
             self._carry(lane, response, is_stream, exchange)
         except GatewayError as error:
             error.message = redact(error.message, credential.secrets)
@@ -5384,6 +5411,7 @@ class Head(NamedTuple):
     headers: Dict[str, str]
 
 
+_BARE_LF = re.compile(rb"(?<!\r)\n")
 _REQUEST_LINE = re.compile(r"([A-Z]{1,20}) (\S+) HTTP/1\.([01])")
 # A browser page may not reach this server unless listed, but applications with an embedded browser may.
 _LOCAL_ORIGIN = re.compile(r"(?:https?://(?:localhost|127\.0\.0\.1|\[::1\])(?::\d+)?|"
@@ -5407,8 +5435,8 @@ def parse_request_head(data: bytes) -> Head:
         raise ValueError("no Host header")
     if "transfer-encoding" in headers and minor == 0:
         raise ValueError("Transfer-Encoding in HTTP/1.0")
-    split = urllib.parse.urlsplit(target)
-    path = urllib.parse.unquote(split.path, errors="replace").rstrip("/")
+    split = urllib.parse.urlsplit(re.sub(r"^/{2,}", "/", target))
+    path = urllib.parse.unquote(split.path, errors="replace").replace("//", "/").rstrip("/")
     while path.startswith("/v1/") or path == "/v1":        # also /v1/v1: base URLs get pasted with and without it
         path = path[3:]
     query = dict(urllib.parse.parse_qsl(split.query))
@@ -5557,8 +5585,10 @@ class Handler(socketserver.BaseRequestHandler):
             if not started:
                 deadline = time.monotonic() + HEAD_TIMEOUT_S
             self._buffer += data
+            if b"\r\n\r\n" not in self._buffer and _BARE_LF.search(self._buffer.lstrip(b"\r\n")):
+                raise BadRequest("malformed HTTP request: lines must end in CRLF", code="invalid_http")
         if not 0 <= end <= MAX_HEAD_BYTES:
-            raise BadRequest("the request's head is too long", code="headers_too_large")
+            raise HeadTooLarge("the request's head is too long")
         data, self._buffer = self._buffer[:end], self._buffer[end + 4:]
         try:
             head = parse_request_head(data)
@@ -6040,7 +6070,7 @@ def read_config_file(path: str, is_required: bool) -> Optional[Dict[str, Any]]:
     try:
         with open(path, encoding="utf-8-sig") as file:
             data = json.load(file)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         if is_required:
             raise ConfigError(f"{path}: no such file") from None
         return None
@@ -6130,7 +6160,7 @@ def read_models_json(path: str) -> ModelsFile:
     try:
         with open(path, encoding="utf-8-sig") as file:
             return read_models_file(json.loads(strip_json_comments(file.read())))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return ModelsFile(dict(PROVIDERS), {}, [])
     except OSError as error:
         raise ConfigError(f"{path}: {describe(error)}") from None
@@ -6292,10 +6322,11 @@ class _Parser(argparse.ArgumentParser):
         lines += [f"  {'--config PATH':<30}one more configuration file, over the usual ones",
                   f"  {'--json':<30}with models: print JSON",
                   f"  {'--version, --help':<30}print the version, or this page",
-                  "", "--allow-origin, --model-allowlist and --model-denylist may be repeated; --no-strict and the like turn a\n"
-                  "switch off that a file turned on.",
-                  "", "Keys: set ANTHROPIC_API_KEY, OPENAI_API_KEY, ... or use ~/.pi/agent/auth.json; the gateway's own key "
-                  "is\napiKey in ~/.pi/agent/gateway.json or PI_GATEWAY_API_KEY, never a flag. Everything else: README.md"]
+                  "", "--allow-origin, --model-allowlist and --model-denylist may be repeated. --no-strict and its\n"
+                  "like turn a switch off that a file turned on.",
+                  "", "Keys: set ANTHROPIC_API_KEY, OPENAI_API_KEY, ... or use ~/.pi/agent/auth.json. The gateway's\n"
+                  "own key is apiKey in ~/.pi/agent/gateway.json or PI_GATEWAY_API_KEY, never a flag.\n"
+                  "Everything else: README.md"]
         return "\n".join(lines) + "\n"
 
     def error(self, message: str) -> Any:
