@@ -20,7 +20,7 @@ Contents (`grep -n '^# §' pigateway.py`):
 One request in twelve steps:
 
      1. `Server` accepts; one thread owns the connection. `Handler` reads the head and gives the request an id.
-     2. Method and path pick a `ClientProtocol` from `ROUTES`; the client's key is checked; the body is read, bounded.
+     2. Method and path pick a handler from `ROUTES` and a `ClientProtocol`; key checked, body read, bounded.
      3. `client.parse(data)` makes a `Request`; a bad shape is a `BadRequest` that names the field.
      4. `catalogue.resolve(name)` finds the `Model`: provider, protocol, limits, compat flags.
      5. `credentials.get(provider)` finds the `Credential`.
@@ -33,7 +33,8 @@ One request in twelve steps:
     12. The response goes back to the pool or is closed; one access line is logged.
 
 To add a provider that speaks a known protocol: one row in `PROVIDERS` (§9) and its lines in `MODELS` (§15).
-To add a wire format: one class in §7 or §8, one entry in its registry, one transcript in the tests.
+To add a wire format: one class in §8 and its entry in `UPSTREAM_PROTOCOLS`, or one in §7 and its path in `ROUTES`;
+one transcript in the tests.
 """
 from __future__ import annotations
 
@@ -41,7 +42,6 @@ import argparse
 import base64
 import binascii
 import contextlib
-import dataclasses
 import difflib
 import email.utils
 import functools
@@ -100,13 +100,12 @@ KEEP_ALIVE_S = 75.0               # an idle client connection is closed after th
 HEAD_TIMEOUT_S = 30.0             # from the first byte of a request to the end of its head
 POOL_IDLE_S = 55.0                # below the 60 s after which common servers close an idle connection
 POOL_PER_HOST = 64
-RECORD_TIMEOUT_S = 30.0           # to send a request over TLS, or to receive the rest of a TLS record
 DRAIN_S = 0.05                    # wait for the end of a provider's answer whose last event has been seen
 COMMAND_TIMEOUT_S = 10.0          # a "!command" that prints a key
 COMMAND_CACHE_S = 300.0
 DISCOVERY_S = 300.0               # refresh of a server's own model list
 DISCOVERY_RETRY_S = 15.0
-DISCOVERY_TIMEOUT_S = 5.0
+DISCOVERY_TIMEOUT_S = 10.0        # for all servers together
 
 EXIT_OK, EXIT_FAILURE, EXIT_CONFIG, EXIT_RUNNING = 0, 1, 2, 3
 
@@ -441,7 +440,7 @@ class OutputFormat(NamedTuple):
 class Request:
     """What the client asked for. `extra` holds fields that only its own protocol knows, `lost` the paths of what the
     representation cannot hold, `refused` those (path, reason) whose loss would change the answer: all three matter only
-    when the request is translated. `images` are the paths of its images. `data`, `body` and `headers` are the request
+    when the request is translated. `images` are the paths of its images, `session` is what the client calls the conversation. `data`, `body` and `headers` are the request
     as it came, for the native lane."""
 
     model: str
@@ -470,6 +469,7 @@ class Request:
     lost: Tuple[str, ...] = ()
     refused: Tuple[Tuple[str, str], ...] = ()
     images: Tuple[str, ...] = ()
+    session: str = ""
     data: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
     body: bytes = field(default=b"", repr=False, compare=False)
     headers: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
@@ -1187,6 +1187,11 @@ class Notes:
             self.lost.append(path)
 
 
+def missing_field(path: str) -> BadRequest:
+    """The error for a field that must be there."""
+    return BadRequest(f"{path}: Field required", code="missing_required_parameter", param=path)
+
+
 _KINDS: Dict[str, Callable[[Any], bool]] = {
     "a string": lambda value: isinstance(value, str),
     "an integer": lambda value: isinstance(value, int) and not isinstance(value, bool),
@@ -1220,8 +1225,7 @@ def optional(data: Mapping[str, Any], name: str, kind: str, path: str = "", low:
 def required(data: Mapping[str, Any], name: str, kind: str, path: str = "", low: Optional[float] = None) -> Any:
     """The checked field; a `BadRequest` when it is absent or null."""
     if data.get(name) is None:
-        where = join_path(path, name)
-        raise BadRequest(f"{where}: Field required", code="missing_required_parameter", param=where)
+        raise missing_field(join_path(path, name))
     return check(data[name], kind, join_path(path, name), low)
 
 
@@ -1507,8 +1511,7 @@ class OpenAIChat(ClientProtocol):
 
     def _user(self, item: Dict[str, Any], path: str, notes: Notes) -> Message:
         if item.get("content") is None:
-            raise BadRequest(f"{path}.content: Field required", code="missing_required_parameter",
-                             param=f"{path}.content")
+            raise missing_field(f"{path}.content")
         return Message("user", self._content(item, path, notes))
 
     def _assistant(self, item: Dict[str, Any], path: str, notes: Notes) -> Message:
@@ -1592,7 +1595,7 @@ class OpenAIChat(ClientProtocol):
         if isinstance(value, str):
             value = {"url": value}
         elif value is None:
-            raise BadRequest(f"{where}: Field required", code="missing_required_parameter", param=where)
+            raise missing_field(where)
         url = required(check(value, "an object", where), "url", "a string", where)
         detail = optional(value, "detail", "a string", where)
         if not url.startswith("data:"):
@@ -1785,7 +1788,7 @@ MESSAGES_CHOICES = {"auto": "auto", "any": "required", "none": "none", "tool": "
 MESSAGES_KNOWN = frozenset({
     "model", "messages", "max_tokens", "system", "tools", "tool_choice", "thinking", "output_config", "output_format",
     "temperature", "top_p", "top_k", "stop_sequences", "stream", "metadata", "thread"})
-MESSAGES_DEFAULTS: Dict[str, Any] = {"service_tier": "auto", "top_p": 1, "betas": []}
+MESSAGES_DEFAULTS: Dict[str, Any] = {"service_tier": "auto"}
 MESSAGES_REFUSALS = {"mcp_servers": "MCP servers run on Anthropic's side only", "container":
                      "containers exist on Anthropic's side only"}
 # Claude Code's first system block: accounting for Anthropic. It differs from request to request, which would keep every
@@ -1940,8 +1943,7 @@ class AnthropicClient(ClientProtocol):
                                  param=f"{path}.role")
             content = item.get("content")
             if content is None:
-                where = f"{path}.content"
-                raise BadRequest(f"{where}: Field required", code="missing_required_parameter", param=where)
+                raise missing_field(f"{path}.content")
             parts = self.content(content, f"{path}.content", notes)
             results = tuple(part for part in parts if isinstance(part, ToolResult))
             rest = tuple(part for part in parts if not isinstance(part, ToolResult))
@@ -2213,7 +2215,6 @@ class MessagesWriter(Writer):
 
 CHAT = OpenAIChat()
 MESSAGES = AnthropicClient()
-CLIENT_PROTOCOLS: Dict[str, ClientProtocol] = {protocol.name: protocol for protocol in (CHAT, MESSAGES)}
 
 
 # ======================================================================================================================
@@ -2312,6 +2313,10 @@ class Mender:
         return clean_text(text)
 
 
+# What code that walks JSON of the wrong shape raises.
+MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError)
+
+
 class Settled:
     """Keeps a reader's promises for it: exactly one `Done` or `Failed`, last; nothing malformed gets through; a stop with
     tool calls is a tool_use; text has no halves of surrogate pairs, even when a pair is split between two events."""
@@ -2328,11 +2333,14 @@ class Settled:
 
     def end(self) -> List[Event]:
         """See `Reader.end`."""
-        return self._settle(self._reader.end)
+        return self._last(self._settle(self._reader.end))
 
     def whole(self, body: Dict[str, Any]) -> List[Event]:
         """See `Reader.whole`."""
-        return self._settle(lambda: self._reader.whole(body))
+        return self._last(self._settle(lambda: self._reader.whole(body)))
+
+    def _last(self, events: List[Event]) -> List[Event]:
+        return events + self.fail(UpstreamProtocolError("the provider's answer ended early"))
 
     def fail(self, error: GatewayError) -> List[Event]:
         """The connection broke; of no account when the terminal event has been seen."""
@@ -2363,7 +2371,7 @@ class Settled:
                 out.append(event)
         except GatewayError as error:
             return out + self._finish(Failed(error))
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
+        except MALFORMED as error:
             log.debug("malformed provider answer", exc_info=True)
             reason = f"the provider's answer is malformed ({type(error).__name__})"
             return out + self._finish(Failed(UpstreamProtocolError(reason)))
@@ -2413,6 +2421,8 @@ ERROR_BY_STATUS: Dict[int, Type[GatewayError]] = {
     400: BadRequest, 401: CredentialRefused, 402: QuotaExceeded, 403: Forbidden, 404: ModelNotFound,
     405: UpstreamError, 408: UpstreamTimeout, 409: Conflict, 413: BodyTooLarge, 422: BadRequest, 429: RateLimited, 503: Overloaded,
     504: UpstreamTimeout, 529: Overloaded}
+# Our codes for a provider's refusals, where they differ from our own refusals of the same kind.
+PROVIDER_CODES: Dict[Type[GatewayError], str] = {Forbidden: "upstream_forbidden", BodyTooLarge: "request_too_large"}
 # Errors inside a stream come without a status of their own.
 STATUS_BY_KIND = {
     "invalid_request_error": 400, "authentication_error": 401, "billing_error": 402, "permission_error": 403,
@@ -2441,15 +2451,9 @@ def upstream_error(status: int, message: str, kind: str = "", code: str = "", re
         return ContextOverflow(message)
     if status == 429 and _QUOTA_WORDS.search(text):
         return QuotaExceeded(message, retry_after=retry_after)
-    fallback = BadRequest if 400 <= status < 500 else UpstreamError
-    error_class = ERROR_BY_STATUS.get(status, fallback)
-    if error_class is BadRequest:
-        return BadRequest(message, code=code or "invalid_request")
-    if error_class is Forbidden:
-        return Forbidden(message, code="upstream_forbidden")
-    if error_class is BodyTooLarge:
-        return BodyTooLarge(message, code="request_too_large")
-    return error_class(message, retry_after=retry_after)
+    error_class = ERROR_BY_STATUS.get(status, BadRequest if 400 <= status < 500 else UpstreamError)
+    code = (code or "invalid_request") if error_class is BadRequest else PROVIDER_CODES.get(error_class, "")
+    return error_class(message, code=code or None, retry_after=retry_after)
 
 
 def stream_error(body: Mapping[str, Any]) -> GatewayError:
@@ -2691,12 +2695,10 @@ def data_url(part: Union[Image, Document]) -> str:
 
 def session_headers(request: Request, model: Model) -> Dict[str, str]:
     """Headers that keep one conversation on one machine of the host, when the client names its session."""
-    session = (request.headers.get("x-session-id") or request.headers.get("x-claude-code-session-id")
-               or request.data.get("prompt_cache_key"))
-    if not isinstance(session, str) or not model.flag("sendSessionAffinityHeaders"):
+    if not request.session or not model.flag("sendSessionAffinityHeaders"):
         return {}
     names = SESSION_HEADERS[model.flag("sessionAffinityFormat", "openai")]
-    return {name: re.sub(r"[^\x21-\x7e]", "", session)[:64] for name in names}
+    return {name: re.sub(r"[^\x21-\x7e]", "", request.session)[:64] for name in names}
 
 
 SESSION_HEADERS = {"openai": ("session_id", "x-client-request-id", "x-session-affinity"),
@@ -3059,7 +3061,8 @@ OAUTH_MARK = "sk-ant-oat"           # Claude subscription tokens; the API takes 
 OAUTH_BETAS = "claude-code-20250219,oauth-2025-04-20"
 OAUTH_IDENTITY = "You are Claude Code, Anthropic's official CLI for Claude."
 OAUTH_AGENT = "claude-cli/2.1.322"
-CARRIED_TO_PROVIDER = ("anthropic-version", "anthropic-beta", "openai-beta", "openai-organization", "openai-project")
+CARRIED_TO_ANTHROPIC = ("anthropic-version", "anthropic-beta")     # end-to-end headers of the protocol
+CARRIED_TO_OPENAI = ("openai-beta", "openai-organization", "openai-project")
 
 
 class AnthropicMessages(UpstreamProtocol):
@@ -3130,7 +3133,7 @@ class AnthropicMessages(UpstreamProtocol):
         """Request headers; those of the client that the protocol defines are carried."""
         scheme = model.flag("auth") or ("bearer" if credential.kind == "oauth" else "x-api-key")
         headers = {"anthropic-version": ANTHROPIC_VERSION, **authorization(model, credential, scheme)}
-        headers.update((name, client[name]) for name in CARRIED_TO_PROVIDER if name in client)
+        headers.update((name, client[name]) for name in CARRIED_TO_ANTHROPIC if name in client)
         if credential.kind == "oauth":
             betas = headers.get("anthropic-beta")
             headers.update({"user-agent": OAUTH_AGENT, "x-app": "cli",
@@ -3572,7 +3575,7 @@ class NativeLane(Lane):
                     break
         except GatewayError as error:
             out.append(self.fail(error))
-        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        except MALFORMED as error:
             log.debug("malformed provider event", exc_info=True)
             out.append(self.fail(UpstreamProtocolError(f"the provider's stream is malformed ({type(error).__name__})")))
         return b"".join(out)
@@ -3585,7 +3588,7 @@ class NativeLane(Lane):
         """See `Lane.whole`."""
         try:
             return self.relay_whole(body, parse_answer(body))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except MALFORMED as error:
             log.debug("malformed provider answer", exc_info=True)
             raise UpstreamProtocolError(f"the provider's answer is malformed ({type(error).__name__})") from None
 
@@ -3720,7 +3723,9 @@ class ChatLane(NativeLane):
             for name in CHAT.reasoning(body)[1]:
                 del body[name]
         body, dropped = self.upstream.adapt(body, reasoning, model)
-        return self.upstream.post(body, request, model, credential), dropped
+        call = self.upstream.post(body, request, model, credential)
+        carried = {name: request.headers[name] for name in CARRIED_TO_OPENAI if name in request.headers}
+        return call._replace(headers={**carried, **call.headers}), dropped
 
     def relay_event(self, name: str, text: str) -> bytes:
         """See `NativeLane.relay_event`."""
@@ -4156,8 +4161,8 @@ def unlisted_model(provider: Provider, model_id: str, **facts: Any) -> Model:
 
 
 class Catalogue:
-    """The known models by provider, and the way from a name to one of them. `discover` swaps in a provider's own list;
-    everything else never changes, so that threads share it without a lock."""
+    """The known models by provider, and the way from a name to one of them. What it holds is made when first
+    asked for and replaced whole, so that threads share it without a lock."""
 
     def __init__(self, providers: Mapping[str, Provider], custom: Mapping[str, Mapping[str, Model]] = MappingProxyType({}),
                  allow: Optional[Sequence[str]] = None, deny: Sequence[str] = (), show_demo: bool = False) -> None:
@@ -4184,7 +4189,7 @@ class Catalogue:
 
     def discover(self, provider: Provider, models: Mapping[str, Model]) -> None:
         """Takes the list that the provider's own server gave."""
-        self._discovered = {**self._discovered, provider.name: dict(models)}
+        self._discovered[provider.name] = dict(models)
 
     def is_discovered(self, provider: Provider) -> bool:
         """Whether the provider's own list has been seen."""
@@ -4463,8 +4468,9 @@ class FileCache:
             if isinstance(content, dict):
                 return content
             time.sleep(self._PAUSE_S)
-        if self._identify() and os.path.getsize(self.path):
-            log.warning("%s is not valid JSON; keeping what was read before", self.path)
+        identity = self._identify()
+        if identity and identity[2]:            # its size
+            log.warning("%s cannot be read as JSON; keeping what was read before", self.path)
             return None
         return {}
 
@@ -4490,10 +4496,14 @@ class Credentials:
                                for name in _PLACEHOLDER.findall(url))
 
     def is_subscription(self, provider: Provider) -> bool:
-        """Whether calls to this provider are paid by somebody's personal plan."""
+        """Whether calls to this provider are paid by somebody's personal plan, as far as that shows without running a
+        command; a call's own credential has the last word."""
         entry = as_dict(self._auth.read().get(provider.name))
-        token = entry.get("key") or self._environ.get(provider.env[0] if provider.env else "", "")
-        return entry.get("type") == "oauth" or (isinstance(token, str) and OAUTH_MARK in token)
+        if entry.get("type") == "oauth":
+            return True
+        values = [entry.get("key"), provider.api_key, *(self._variable(name, entry) for name in provider.env)]
+        keys = [self.resolve(value, entry) for value in values if isinstance(value, str) and not value.startswith("!")]
+        return any(OAUTH_MARK in key for key in keys if key)
 
     def get(self, provider: Provider, model: Model) -> Credential:
         """The credential for a call. Raises `Unauthorized`, code no_credentials, that says what to set."""
@@ -4622,7 +4632,8 @@ class Scope:
         upstream = self._upstream
         if upstream is not None:
             try:
-                upstream.shutdown(socket.SHUT_RDWR)
+                # not SSLSocket.shutdown, which takes the TLS layer away under the thread that reads
+                socket.socket.shutdown(upstream, socket.SHUT_RDWR)
             except OSError:
                 pass
 
@@ -4661,6 +4672,8 @@ class Scope:
             if self._client is not None and self._client.recv(1, socket.MSG_PEEK):
                 self._client = None
                 return
+        except BlockingIOError:                 # woken for nothing
+            return
         except OSError:
             pass
         raise ClientGone
@@ -4799,31 +4812,34 @@ class Connection:
         self._key = key
         self.sock: socket.socket = opened.sock
         self._is_tls = hasattr(self.sock, "pending")
-        self.sock.settimeout(RECORD_TIMEOUT_S if self._is_tls else 0)
+        self.sock.setblocking(False)
         self.idle_since = 0.0
 
     def send(self, data: bytes, timeout_s: float) -> None:
         """Sends everything."""
         if self._is_tls:
+            self.sock.settimeout(timeout_s)
             self.sock.sendall(data)
+            self.sock.setblocking(False)
         else:
             send_all(self.sock, data, timeout_s)
 
     def receive(self, scope: Scope, limit_s: float) -> bytes:
         """What has arrived, b"" at the end; waits for it. Raises `UpstreamTimeout`."""
-        # TLS: bytes that are already decrypted do not show on the socket
-        is_waiting = self._is_tls and self.sock.pending()  # type: ignore[attr-defined]
-        if not is_waiting and not scope.wait(self.sock, limit_s):
-            raise UpstreamTimeout(f"the provider sent nothing for {limit_s:g} seconds")
-        try:
-            return self.sock.recv(RECEIVE_BYTES)
-        except BlockingIOError:                 # woken for nothing
-            return self.receive(scope, limit_s)
-        except socket.timeout:
-            raise UpstreamTimeout("the provider stopped in the middle of a TLS record") from None
-        except OSError as error:
-            scope.check()
-            raise UpstreamProtocolError(f"the connection to the provider broke: {describe(error)}") from None
+        while True:
+            # TLS: bytes that are already decrypted do not show on the socket
+            is_waiting = self._is_tls and self.sock.pending()  # type: ignore[attr-defined]
+            if not is_waiting and not scope.wait(self.sock, limit_s):
+                raise UpstreamTimeout(f"the provider sent nothing for {limit_s:g} seconds")
+            try:
+                return self.sock.recv(RECEIVE_BYTES)
+            except BlockingIOError:             # woken for nothing
+                continue
+            except OSError as error:
+                if type(error).__name__ == "SSLWantReadError":      # part of a record, or a session ticket
+                    continue
+                scope.check()
+                raise UpstreamProtocolError(f"the connection to the provider broke: {describe(error)}") from None
 
     def is_stale(self) -> bool:
         """Whether the other side has closed it, or sent what nobody asked for."""
@@ -4922,22 +4938,18 @@ class PooledHandler(urllib.request.BaseHandler):
         if kept:
             try:
                 return self._exchange(kept, message, request.scope)
-            except (StaleConnection, OSError):
+            except (StaleConnection, ConnectionError):
                 request.scope.check()
-                kept.close()
         opened = connect(request.host, timeout=self._limits.connect_s)
         if tunnel:
-            proxy_auth = {name: value for name, value in request.unredirected_hdrs.items()
+            proxy_auth = {name: value for name, value in {**request.unredirected_hdrs, **request.headers}.items()
                           if name.lower() == "proxy-authorization"}
-            proxy_auth.update((name, value) for name, value in request.headers.items()
-                              if name.lower() == "proxy-authorization")
             opened.set_tunnel(tunnel, headers=proxy_auth)
         opened.connect()
         connection = Connection(opened, self.pool, key)
         try:
             return self._exchange(connection, message, request.scope)
         except StaleConnection:
-            connection.close()
             raise UpstreamProtocolError("the provider closed the connection without an answer") from None
 
     def _head(self, request: ScopedRequest) -> bytes:
@@ -4961,8 +4973,6 @@ class PooledHandler(urllib.request.BaseHandler):
             scope.attach(connection.sock)
             connection.send(message, self._limits.idle_s)
             return self._read_head(connection, scope)
-        except (StaleConnection, ConnectionError):
-            raise
         except BaseException:
             connection.close()
             raise
@@ -5093,45 +5103,16 @@ CARRIED_TO_CLIENT = re.compile(r"(?:anthropic-ratelimit-.*|x-ratelimit-.*|retry-
                                r"openai-version|anthropic-organization-id)")
 
 
+@dataclass
 class Exchange:
     """One client request on its way: what the server knows of it, how to answer it, and what the log will say."""
 
-    def __init__(self, client: ClientProtocol, stamp: Stamp, headers: Mapping[str, str], responder: Responder) -> None:
-        self.client = client
-        self.stamp = stamp
-        self.headers = headers
-        self.responder = responder
-        self.answer_headers: Dict[str, str] = {}
-        self.log: Dict[str, Any] = {}
-
-
-class Responder:
-    """How the gateway answers; the server's connection in service, anything else in a test."""
-
-    def send(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
-        """A whole answer."""
-        raise NotImplementedError
-
-    def begin(self, status: int, headers: Mapping[str, str]) -> None:
-        """The head of a streamed answer; it may wait for the first `write`."""
-        raise NotImplementedError
-
-    def write(self, data: bytes) -> None:
-        """A piece of a streamed answer, sent at once."""
-        raise NotImplementedError
-
-    def finish(self, is_complete: bool) -> None:
-        """The end of a streamed answer."""
-        raise NotImplementedError
-
-    @property
-    def has_begun(self) -> bool:
-        """Whether the head is gone or about to."""
-        raise NotImplementedError
-
-    def scope(self) -> Scope:
-        """A scope that watches this client."""
-        raise NotImplementedError
+    client: ClientProtocol
+    stamp: Stamp
+    headers: Mapping[str, str]
+    responder: HttpResponder
+    answer_headers: Dict[str, str] = field(default_factory=dict)
+    log: Dict[str, Any] = field(default_factory=dict)
 
 
 class Gateway:
@@ -5161,7 +5142,8 @@ class Gateway:
     def complete(self, exchange: Exchange, body: bytes) -> None:
         """Answers a completion request. Raises `GatewayError` while nothing has been sent, or `ClientGone`."""
         data = parse_json_object(body)
-        request = replace(exchange.client.parse(data), body=body, headers=exchange.headers)
+        request = replace(exchange.client.parse(data), body=body, headers=exchange.headers,
+                          session=session_of(exchange.headers, data))
         model, credential = self._resolve(request, exchange)
         if model.level:
             request = replace(request, reasoning=Reasoning(model.level))
@@ -5193,20 +5175,20 @@ class Gateway:
         model = self.catalogue.resolve(request.model, self.is_usable)
         provider = self.catalogue.providers[model.provider]
         exchange.log.update(model=model.full_id, stream=request.stream)
-        if self._is_hidden(provider):
+        credential = self.credentials.get(provider, model)
+        if credential.kind == "oauth" and not self.config.exposes_subscriptions:
             raise Forbidden(f'"{provider.name}" is a personal subscription and not offered on this address '
                             "(--expose-oauth-subscriptions)", code="subscription_exposure_disabled", param="model")
-        credential = self.credentials.get(provider, model)
         return replace(model, base_url=self.credentials.fill(model.base_url, provider), headers={}), credential
 
     def _run(self, lane: Lane, credential: Credential, exchange: Exchange) -> None:
         lane.secrets = credential.secrets
         call, dropped = lane.call(credential)
+        call = lane.upstream.sign(call, credential, self.clock())
         dropped = list(dict.fromkeys(dropped))
         if dropped and (self.config.strict or exchange.headers.get("x-pigateway-strict") in ("1", "true")):
             raise BadRequest(f"{lane.model.full_id} does not take: {', '.join(dropped)}", code="unsupported_parameter",
                              param=dropped[0])
-        exchange.log.update(lane=lane.name)
         exchange.answer_headers.update({"x-pigateway-lane": lane.name, "x-pigateway-model": header_text(lane.model.full_id)})
         if dropped:
             exchange.answer_headers["x-pigateway-dropped"] = header_text(", ".join(dropped))
@@ -5214,59 +5196,51 @@ class Gateway:
         with self._scopes_lock:
             self._scopes.add(scope)
         try:
-            self._exchange(lane, call, scope, credential, exchange)
-        finally:
-            exchange.log.update(tokens_in=lane.usage.prompt, tokens_out=lane.usage.output, stop=lane.stop_reason)
-            with self._scopes_lock:
-                self._scopes.discard(scope)
-
-    def _exchange(self, lane: Lane, call: Call, scope: Scope, credential: Credential, exchange: Exchange) -> None:
-        if lane.request.stream:
-            scope.on_beat = functools.partial(self._beat, lane, exchange)
-        response = self._open(lane, call, scope, credential, exchange)
-        try:
-            exchange.answer_headers.update((name, value) for name, value in response.headers.items()
-                                           if CARRIED_TO_CLIENT.fullmatch(name))
-            if response.status >= 400 or response.status < 200 or response.status in range(300, 400):
-                raise self._refusal(lane, response, credential)
-            is_stream = lane.upstream.stream_type in response.headers.get("content-type", "")
-            if isinstance(lane, NativeLane) and is_stream != lane.request.stream:
-                # the provider chose the other form: only the representation can turn one into the other
-                lane = TranslatedLane(lane.client, lane.upstream, lane.request, lane.model, lane.stamp)
-                lane.secrets = credential.secrets
-            self._carry(lane, response, is_stream, exchange)
+            self._call_provider(lane, call, scope, exchange)
         except GatewayError as error:
             error.message = redact(error.message, credential.secrets)
             raise
         finally:
+            with self._scopes_lock:
+                self._scopes.discard(scope)
+
+    def _call_provider(self, lane: Lane, call: Call, scope: Scope, exchange: Exchange) -> None:
+        exchange.log["lane"] = lane.name
+        if lane.request.stream:
+            scope.on_beat = functools.partial(self._beat, exchange)
+        response = self.transport.open(call, scope)
+        try:
+            exchange.answer_headers.update((name, value) for name, value in response.headers.items()
+                                           if CARRIED_TO_CLIENT.fullmatch(name))
+            if not 200 <= response.status < 300:
+                raise self._refusal(lane, response)
+            is_stream = lane.upstream.stream_type in response.headers.get("content-type", "")
+            if isinstance(lane, NativeLane) and is_stream != lane.request.stream:
+                # the provider chose the other form: only the representation can turn one into the other
+                switched_from = lane
+                lane = TranslatedLane(lane.client, lane.upstream, lane.request, lane.model, lane.stamp)
+                lane.secrets = switched_from.secrets
+                exchange.answer_headers["x-pigateway-lane"] = lane.name
+            self._carry(lane, response, is_stream, exchange)
+        finally:
+            exchange.log.update(lane=lane.name, tokens_in=lane.usage.prompt, tokens_out=lane.usage.output,
+                                stop=lane.stop_reason)
             response.close()
 
-    def _open(self, lane: Lane, call: Call, scope: Scope, credential: Credential, exchange: Exchange) -> Response:
-        try:
-            return self.transport.open(lane.upstream.sign(call, credential, self.clock()), scope)
-        except GatewayError as error:
-            error.message = redact(error.message, credential.secrets)
-            if not exchange.responder.has_begun:
-                raise
-            exchange.log["error"] = error.message
-            exchange.responder.write(lane.fail(error))
-            exchange.responder.finish(False)
-            raise AlreadyAnswered from None
-
-    def _refusal(self, lane: Lane, response: Response, credential: Credential) -> GatewayError:
+    def _refusal(self, lane: Lane, response: Response) -> GatewayError:
         if 300 <= response.status < 400:
             return UpstreamError(f"the provider answered with a redirect ({response.status}), which is never followed; "
                                  "check its base URL")
         body = response.read(MAX_EVENT_BYTES)[:MAX_ERROR_BYTES]
         error = lane.upstream.parse_error(response.status, response.headers, body, self.clock())
         if error.provider_reply and isinstance(lane, NativeLane):
-            text = redact(error.provider_reply.body.decode("utf-8", "replace"), credential.secrets)
+            text = redact(error.provider_reply.body.decode("utf-8", "replace"), lane.secrets)
             error.provider_reply = error.provider_reply._replace(body=text.encode("utf-8"))
         else:
             error.provider_reply = None
         return error
 
-    def _beat(self, lane: Lane, exchange: Exchange) -> None:
+    def _beat(self, exchange: Exchange) -> None:
         """The provider is silent: the client hears that the connection lives, and its status line need not wait longer."""
         self._begin(exchange)
         exchange.responder.write(exchange.client.heartbeat)
@@ -5322,12 +5296,14 @@ class Gateway:
             return len(self._scopes)
 
 
-class AlreadyAnswered(Exception):
-    """The client was told of the failure inside its stream."""
-
-
 STREAM_HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache, no-transform",
                   "x-accel-buffering": "no"}
+
+
+def session_of(headers: Mapping[str, str], data: Mapping[str, Any]) -> str:
+    """What the client calls its conversation, "" when it does not say."""
+    names = (data.get("prompt_cache_key"), headers.get("x-session-id"), headers.get("x-claude-code-session-id"))
+    return next((name for name in names if isinstance(name, str) and name), "")
 
 
 def header_text(text: str) -> str:
@@ -5362,15 +5338,19 @@ class Discovery:
         asked = [provider for provider in gateway.catalogue.providers.values()
                  if provider.discover and gateway.is_usable(provider)]
         results: List[bool] = []
-        threads = [threading.Thread(target=lambda p=provider: results.append(self.ask(p)), daemon=True)
-                   for provider in asked]
+        scopes = [Scope() for _ in asked]
+        threads = [threading.Thread(target=lambda p=provider, s=scope: results.append(self.ask(p, s)), daemon=True)
+                   for provider, scope in zip(asked, scopes)]
         for thread in threads:
             thread.start()
+        deadline = time.monotonic() + DISCOVERY_TIMEOUT_S
         for thread in threads:
-            thread.join(DISCOVERY_TIMEOUT_S * 2)
+            thread.join(max(0.0, deadline - time.monotonic()))
+        for scope in scopes:
+            scope.cancel(UpstreamTimeout("no model list in time"))
         return len(results) == len(asked) and all(results)
 
-    def ask(self, provider: Provider) -> bool:
+    def ask(self, provider: Provider, scope: Scope) -> bool:
         """Takes over one server's list; False when it gave none."""
         gateway = self._gateway
         try:
@@ -5380,7 +5360,6 @@ class Discovery:
             path, headers = "/models", authorization(model, credential, provider.auth or "bearer")
             if provider.protocol == AnthropicMessages.name:
                 path, headers = "/v1/models", UPSTREAM_PROTOCOLS[provider.protocol].headers(model, credential, {})
-            scope = Scope()
             response = gateway.transport.open(Call("GET", join_url(model.base_url, path), headers), scope)
             try:
                 body = response.read(MAX_EVENT_BYTES)
@@ -5443,7 +5422,7 @@ def parse_request_head(data: bytes) -> Head:
     return Head(method, target, path or "/", query, minor, headers)
 
 
-class HttpResponder(Responder):
+class HttpResponder:
     """Answers on a client's connection: head and first piece in one send, chunked when the length is unknown."""
 
     SEND_TIMEOUT_S = 120.0
@@ -5478,12 +5457,12 @@ class HttpResponder(Responder):
             raise ClientGone from None
 
     def send(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
-        """See `Responder.send`."""
+        """A whole answer."""
         head = self._head(status, {**headers, "content-length": str(len(body))} if status != 204 else headers)
         self._send(head if self._is_head or status == 204 else head + body)
 
     def begin(self, status: int, headers: Mapping[str, str]) -> None:
-        """See `Responder.begin`."""
+        """The head of a streamed answer; it goes out with the first `write`."""
         if self._chunked:
             headers = {**headers, "transfer-encoding": "chunked"}
         else:
@@ -5492,25 +5471,25 @@ class HttpResponder(Responder):
 
     @property
     def has_begun(self) -> bool:
-        """See `Responder.has_begun`."""
+        """Whether the status line is gone, or settled."""
         return self.status != 0
 
     def write(self, data: bytes) -> None:
-        """See `Responder.write`."""
+        """A piece of a streamed answer, sent at once."""
         if not data:
             return
         head, self._pending_head = self._pending_head or b"", None
         self._send(head + (b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data))
 
     def finish(self, is_complete: bool) -> None:
-        """See `Responder.finish`. After a failure the connection is closed as well, for clients that only notice that."""
+        """The end of a streamed answer. After a failure the connection is closed as well, for clients that only notice that."""
         head, self._pending_head = self._pending_head or b"", None
         self.keep_alive = self.keep_alive and is_complete
         if head or self._chunked:
             self._send(head + (b"0\r\n\r\n" if self._chunked else b""))
 
     def scope(self) -> Scope:
-        """See `Responder.scope`."""
+        """A scope that watches this client."""
         return Scope(self._sock, self._heartbeat_s)
 
 
@@ -5641,14 +5620,12 @@ class Handler(socketserver.BaseRequestHandler):
         except (ClientGone, ConnectionError):
             responder.keep_alive = False
             exchange.log["gone"] = True
-        except AlreadyAnswered:
-            pass
         except GatewayError as error:
             self._send_error(error, exchange)
         except Exception as error:              # the outermost edge of the request: nothing may end the thread
             log.error("internal error: %s: %s", type(error).__name__, redact(str(error)))
             log.debug("where it happened", exc_info=True)
-            self._send_error(GatewayError("internal error; the gateway's log has the details"), exchange)
+            self._send_error(GatewayError("internal error; the gateway's log names it"), exchange)
         self._log_access(head, exchange, responder, started)
         if self._has_unread_body:
             self._linger()
@@ -6011,8 +5988,7 @@ class Option(NamedTuple):
     @property
     def attribute(self) -> str:
         """The field of `Config`."""
-        return re.sub("OA_uth", "oauth", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", self.key)).replace(
-            "OAuth", "oauth").lower()
+        return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", self.key).lower()
 
 
 OPTIONS = (
@@ -6251,7 +6227,9 @@ class PidFile:
                 continue
             with os.fdopen(descriptor, "w") as file:
                 file.write(f"{os.getpid()}\n")
-            return
+            if self.owner() == os.getpid():     # another one that found the same stale file may have removed ours
+                return
+        raise AlreadyRunning(self.owner() or 0, self._path)
 
     def owner(self) -> Optional[int]:
         """The pid in the file, None when there is no sensible one. A file still empty is given a moment: its owner has
@@ -6280,7 +6258,7 @@ def is_gateway_process(pid: int) -> bool:
     """Whether a process is alive and, where that can be told, a gateway rather than one that got its number later."""
     if os.name == "nt":
         listing = subprocess.run(["tasklist", "/FI", f"PID eq {pid}", "/NH"], stdout=subprocess.PIPE, check=False)
-        return str(pid).encode() in listing.stdout
+        return str(pid).encode() in listing.stdout and b"python" in listing.stdout.lower()
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
@@ -6412,8 +6390,10 @@ def attach_log(level: str) -> None:
     """Sends log lines of that level and above to standard error."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter())
+    for earlier in [handler for handler in log.handlers if isinstance(handler.formatter, JsonFormatter)]:
+        log.removeHandler(earlier)
     log.addHandler(handler)
-    log.setLevel({"debug": logging.DEBUG, "info": logging.INFO, "warn": logging.WARNING, "error": logging.ERROR}[level])
+    log.setLevel(level.upper())
 
 
 def print_models(gateway: Gateway, as_json: bool) -> int:

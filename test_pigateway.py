@@ -2661,7 +2661,7 @@ def test_chat_flags_about_tools() -> None:
                                          ("openrouter", {"x-session-id"})])
 def test_session_headers(form: str, names: Any) -> None:
     flags = {"sendSessionAffinityHeaders": True, "sessionAffinityFormat": form}
-    request = pg.replace(chat_request(), headers={"x-session-id": "s\r\n1"})
+    request = pg.replace(chat_request(), session="s\r\n1")
     headers = native(CHAT, request, model(compat=flags)).headers
     every = {"session_id", "x-client-request-id", "x-session-affinity", "x-session-id"}
     assert {name: headers[name] for name in every & set(headers)} == dict.fromkeys(names, "s1")
@@ -4117,6 +4117,17 @@ def test_tls_with_a_private_authority(tmp_path: Any, monkeypatch: Any, certifica
         assert fake.connections == 1
 
 
+def test_tls_provider_that_takes_its_time(tmp_path: Any, monkeypatch: Any, certificate: Tuple[str, str]) -> None:
+    """TLS 1.3 session tickets make the socket readable before there is an answer; that must not end the wait for one."""
+    monkeypatch.setenv("SSL_CERT_FILE", certificate[0])
+    slow = stream_answer("chat")._replace(body=[1.3, stream_answer("chat").body if isinstance(
+        stream_answer("chat").body, bytes) else b"".join(stream_answer("chat").body)])
+    with tls_upstream(certificate, slow) as fake:
+        with before_url(tmp_path, fake.url, heartbeat_interval_ms=300) as handle, RawClient(handle.url) as client:
+            result = client.ask("POST", WAY_IN["chat"], json.dumps(question("chat", True)).encode())
+    assert answer_text(result) == "Hello" and result.body.count(b": heartbeat") >= 2
+
+
 def test_proxy_for_https(tmp_path: Any, monkeypatch: Any, certificate: Tuple[str, str]) -> None:
     monkeypatch.setenv("SSL_CERT_FILE", certificate[0])
     with tls_upstream(certificate, whole_answer("chat")) as fake, proxy(fake.server.server_address[1]) as between:
@@ -4360,8 +4371,8 @@ def test_either_form_becomes_the_one_asked_for(script: Given, client: str, row: 
         assert "no-cache" in result.headers["cache-control"] and result.headers["x-accel-buffering"] == "no"
     else:
         assert result.json["model"] == f"{row}/m1"
-    native = client == row.replace("anth", "messages")
-    assert result.headers["x-pigateway-lane"] == ("native" if native else "translated")
+    is_native = client == row.replace("anth", "messages") and asked == (given == "stream")
+    assert result.headers["x-pigateway-lane"] == ("native" if is_native else "translated")
     assert result.headers["x-pigateway-model"] == f"{row}/m1" and "x-pigateway-dropped" not in result.headers
 
 
@@ -6544,7 +6555,11 @@ def test_readme_has_every_option() -> None:
 
 def test_readme_and_help_name_every_flag() -> None:
     shown = pg.build_parser().format_help()
-    assert [option.flag for option in pg.OPTIONS if option.flag not in shown] == []
+    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+        readme = file.read()
+    lines = [line.split("  ")[1].strip() for line in shown.split("\n") if line.startswith("  --")]
+    missing = [line for line in lines for flag in line.split(", ") if f"`{flag}`" not in readme]
+    assert missing == [] and [option.flag for option in pg.OPTIONS if option.flag not in shown] == []
 
 
 # ======================================================================================================================
