@@ -983,7 +983,7 @@ def fit_max_tokens(asked: Optional[int], model: Model) -> Optional[int]:
 def fit_history(request: Request, model: Model, upstream: UpstreamProtocol) -> Request:
     """`request` with tool calls and results paired, foreign thinking and empty turns gone, system turns in place only
     where the model allows them."""
-    messages = pair_tool_calls(request.messages)
+    messages = unique_calls(pair_tool_calls(request.messages))
     system = list(request.system)
     if not model.flag("supportsMidConvoSystemMessages"):
         for message in messages:
@@ -1038,6 +1038,31 @@ def pair_tool_calls(messages: Iterable[Message]) -> List[Message]:
             waiting.update((part.id, None) for part in message.parts if isinstance(part, ToolCall))
     settle()
     return paired
+
+
+def unique_calls(messages: Iterable[Message]) -> List[Message]:
+    """Paired messages in which no two calls have the same id: weak models and some hosts number them anew in each turn,
+    and Claude demands that ids are unique in the whole conversation."""
+    seen: set[str] = set()
+    names: Dict[str, str] = {}
+    out = []
+    for message in messages:
+        if message.role == "assistant":
+            names = {}
+        parts: List[Part] = []
+        for part in message.parts:
+            if isinstance(part, ToolCall):
+                fresh, number = part.id, 2
+                while fresh in seen:
+                    fresh, number = f"{part.id}_{number}", number + 1
+                seen.add(fresh)
+                names[part.id] = fresh
+                part = part if fresh == part.id else replace(part, id=fresh)
+            elif isinstance(part, ToolResult) and names.get(part.call_id, part.call_id) != part.call_id:
+                part = replace(part, call_id=names[part.call_id])
+            parts.append(part)
+        out.append(replace(message, parts=tuple(parts)))
+    return out
 
 
 def _orphan_text(result: ToolResult) -> Message:
@@ -2552,7 +2577,7 @@ class OpenAICompletions(UpstreamProtocol):
 
     def replays(self, part: Thinking, model: Model) -> bool:
         """Its own sealed reasoning, and plain reasoning where the server insists on having it back."""
-        return part.maker == self.name if part.signature else bool(
+        return bool(sealed_details(part)) if part.signature else bool(
             not part.redacted and (model.flag("requiresReasoningContentOnAssistantMessages")
                                    or model.flag("requiresThinkingAsText")))
 
@@ -2606,13 +2631,13 @@ class OpenAICompletions(UpstreamProtocol):
         calls = [{"id": chat_call_id(part.id), "type": "function",
                   "function": {"name": part.name, "arguments": part.arguments or "{}"}}
                  for part in message.parts if isinstance(part, ToolCall)]
-        details = [json.loads(part.signature) for part in thinking if part.signature and part.maker == self.name]
+        details = [item for part in thinking for item in sealed_details(part)]
         plain = "\n".join(part.text for part in thinking if not part.signature)
         if model.flag("requiresThinkingAsText") and plain:
             text = plain + ("\n\n" + text if text else "")
         out = {"role": "assistant", "content": text or (None if calls else "")}
         out.update(present(
-            tool_calls=calls or None, reasoning_details=[item for items in details for item in items] or None,
+            tool_calls=calls or None, reasoning_details=details or None,
             reasoning_content=plain if plain and model.flag("requiresReasoningContentOnAssistantMessages") else None))
         return [out] if text or calls or details else []
 
@@ -2676,6 +2701,15 @@ class OpenAICompletions(UpstreamProtocol):
     def reader(self, model: Model, stamp: Stamp) -> Reader:
         """See `UpstreamProtocol.reader`."""
         return ChatReader(model, stamp)
+
+
+def sealed_details(part: Thinking) -> List[Any]:
+    """The `reasoning_details` that a host of this dialect gave with the thinking; none for what others sealed."""
+    try:
+        details = json.loads(part.signature) if part.signature and part.maker == OpenAICompletions.name else None
+    except (ValueError, RecursionError):
+        details = None
+    return details if isinstance(details, list) else []
 
 
 def chat_call_id(call_id: str) -> str:
@@ -3898,10 +3932,14 @@ NATIVE_LANES: Dict[Tuple[str, str], Type[NativeLane]] = {
 
 
 def choose_lane(client: ClientProtocol, upstream: UpstreamProtocol, request: Request) -> Type[Lane]:
-    """Native when both sides speak the same protocol. A chat conversation whose tool calls and results do not pair up
-    is translated all the same, since every provider would refuse it as it is."""
+    """Native when both sides speak the same protocol. A chat conversation that every provider would refuse as it is
+    (calls and results that do not pair up, images in tool messages) is translated all the same."""
     lane = NATIVE_LANES.get((client.name, upstream.name), TranslatedLane)
-    return TranslatedLane if lane is ChatLane and not is_paired(request.messages) else lane
+    if lane is not ChatLane:
+        return lane
+    has_tool_image = any(isinstance(part, (Image, Document)) for message in request.messages if message.role == "tool"
+                         for part in _flat_parts(message.parts))
+    return TranslatedLane if has_tool_image or not is_paired(request.messages) else lane
 
 
 # --- The built-in model -----------------------------------------------------------------------------------------------
