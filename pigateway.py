@@ -41,7 +41,9 @@ from __future__ import annotations
 import argparse
 import base64
 import binascii
+import configparser
 import contextlib
+import datetime
 import difflib
 import email.utils
 import functools
@@ -57,6 +59,7 @@ import os
 import re
 import secrets
 import select
+import shlex
 import signal
 import socket
 import socketserver
@@ -103,6 +106,9 @@ POOL_PER_HOST = 64
 DRAIN_S = 0.05                    # wait for the end of a provider's answer whose last event has been seen
 COMMAND_TIMEOUT_S = 10.0          # a "!command" that prints a key
 COMMAND_CACHE_S = 300.0
+EMPTY_PAUSES_S = (0.5, 1.0)       # before a request is sent again whose answer was empty
+BEDROCK_PAGES = 20                # of inference profiles, at most
+COPILOT_API_VERSION = "2026-06-01"
 DISCOVERY_S = 300.0               # refresh of a server's own model list
 DISCOVERY_RETRY_S = 15.0
 DISCOVERY_TIMEOUT_S = 10.0        # for all servers together
@@ -135,7 +141,7 @@ log.addHandler(logging.NullHandler())
 #   ├─ Forbidden            403   a host, an origin or a subscription that may not be used; a provider's own 403
 #   ├─ ShuttingDown         503   this process is stopping
 #   └─ UpstreamError        502   ← CredentialRefused 502, RateLimited 429 ← QuotaExceeded, Overloaded 503,
-#                                   UpstreamTimeout 504, UpstreamProtocolError 502
+#                                   UpstreamTimeout 504, UpstreamProtocolError 502, EmptyAnswer 502
 #   ClientGone (apart)            nobody is left to tell; logged, never rendered
 #   ConfigError (apart)           a file, variable or flag that cannot be used: exit status 2
 
@@ -274,6 +280,12 @@ class UpstreamProtocolError(UpstreamError):
     """The provider's answer is cut or malformed."""
 
     code = "stream_incomplete"
+
+
+class EmptyAnswer(UpstreamError):
+    """A regular answer with nothing in it, a passing fault of Gemini's: sent again, the request mostly succeeds."""
+
+    code = "empty_answer"
 
 
 class ClientGone(Exception):
@@ -573,7 +585,8 @@ def collect(events: Iterable[Event]) -> Reply:
 @dataclass(frozen=True)
 class Provider:
     """A row of the provider table. `endpoints`: protocol name → base URL, the first is the default of its models.
-    `env`: names of variables that may hold its key. `models`: the provider whose catalogue lines it shares."""
+    `env`: names of variables that may hold its key. `models`: the provider whose catalogue lines it shares. `auth`: the
+    header its key goes into, when not its protocol's own. `source`: where else its credential comes from."""
 
     name: str
     endpoints: Mapping[str, str]
@@ -583,6 +596,7 @@ class Provider:
     discover: bool = False
     models: str = ""
     auth: str = ""
+    source: str = ""
     keyless: bool = False
     auth_header: bool = False
     api_key: Optional[str] = field(default=None, repr=False)
@@ -637,7 +651,11 @@ class Credential:
     @property
     def secrets(self) -> List[str]:
         """Every value that must not show up in a log or an error."""
-        return [value for value in (self.token, *self.headers.values(), *self.parts.values()) if len(value) >= 8]
+        parts = (value for name, value in self.parts.items() if name in SECRET_PARTS)
+        return [value for value in (self.token, *self.headers.values(), *parts) if len(value) >= 8]
+
+
+SECRET_PARTS = ("access_key_id", "secret_access_key", "session_token")
 
 
 class Call(NamedTuple):
@@ -932,6 +950,92 @@ def parse_retry_after(headers: Mapping[str, str], now: float) -> Optional[float]
         return None
 
 
+# Header value types of the AWS event stream that have a fixed length: (bytes, how to read them).
+_FIXED_HEADERS: Dict[int, Tuple[int, Callable[[bytes], Any]]] = {
+    0: (0, lambda raw: True), 1: (0, lambda raw: False), 9: (16, bytes.hex),
+    **{kind: (size, lambda raw: int.from_bytes(raw, "big", signed=True)) for kind, size in
+       ((2, 1), (3, 2), (4, 4), (5, 8), (8, 8))}}
+_COUNTED_HEADERS: Dict[int, Callable[[bytes], Any]] = {6: bytes, 7: lambda raw: raw.decode("utf-8")}
+
+
+class EventStreamDecoder:
+    """Decoder of `application/vnd.amazon.eventstream`: feed bytes, get (headers, payload) messages as they complete.
+
+    A frame is two big-endian lengths (frame, headers), their CRC-32, headers, payload, and the CRC-32 of all before it.
+    Raises `UpstreamProtocolError` for a checksum, length or header that is wrong; what was complete before it comes out
+    first. `pending` is the number of bytes of a frame that has begun: above 0 at the end, the stream was cut."""
+
+    _LONGEST_HEADERS = 128 * KIB
+    _LONGEST_PAYLOAD = 24 * MIB         # both are the limits of AWS's own SDKs
+    _AROUND = 16                        # prelude and last checksum
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()      # grows and shrinks in place: a large frame costs time in proportion to its size
+        self._length = 0
+
+    @property
+    def pending(self) -> int:
+        """Bytes of an incomplete frame."""
+        return len(self._buffer)
+
+    def feed(self, data: bytes) -> Iterator[Tuple[Dict[str, Any], bytes]]:
+        """The messages that `data` completes."""
+        self._buffer += data
+        while len(self._buffer) >= 12:
+            self._length = self._length or self._frame_length()
+            if len(self._buffer) < self._length:
+                return
+            frame = bytes(self._buffer[:self._length])
+            del self._buffer[:self._length]
+            self._length = 0
+            yield self._message(frame)
+
+    def _frame_length(self) -> int:
+        prelude = bytes(self._buffer[:12])
+        self._check(prelude, "prelude")
+        total, headers = int.from_bytes(prelude[:4], "big"), int.from_bytes(prelude[4:8], "big")
+        if headers > self._LONGEST_HEADERS or not 0 <= total - headers - self._AROUND <= self._LONGEST_PAYLOAD:
+            raise UpstreamProtocolError(f"the provider sent a frame of impossible length ({total}, headers {headers})")
+        return total
+
+    def _message(self, frame: bytes) -> Tuple[Dict[str, Any], bytes]:
+        self._check(frame, "message")
+        end = 12 + int.from_bytes(frame[4:8], "big")
+        return parse_event_headers(frame[12:end]), frame[end:-4]
+
+    def _check(self, data: bytes, what: str) -> None:
+        if binascii.crc32(data[:-4]) != int.from_bytes(data[-4:], "big"):
+            raise UpstreamProtocolError(f"the provider sent a damaged frame: wrong {what} checksum")
+
+
+def parse_event_headers(data: bytes) -> Dict[str, Any]:
+    """The headers of an event-stream frame by name. Raises `UpstreamProtocolError` when they do not fill their space,
+    have an unknown type, or name one twice."""
+    headers: Dict[str, Any] = {}
+    place = 0
+
+    def take(count: int) -> bytes:
+        nonlocal place
+        place += count
+        if place > len(data):
+            raise UpstreamProtocolError("the provider sent a frame whose headers are cut")
+        return data[place - count:place]
+
+    while place < len(data):
+        name, kind = take(take(1)[0]).decode("utf-8", "replace"), take(1)[0]
+        if name in headers or (kind not in _FIXED_HEADERS and kind not in _COUNTED_HEADERS):
+            raise UpstreamProtocolError(f"the provider sent a frame with a repeated or unreadable header: {name[:80]}")
+        if kind in _FIXED_HEADERS:
+            size, read = _FIXED_HEADERS[kind]
+        else:
+            size, read = int.from_bytes(take(2), "big"), _COUNTED_HEADERS[kind]
+        try:
+            headers[name] = read(take(size))
+        except UnicodeDecodeError:
+            raise UpstreamProtocolError(f"the provider sent a frame whose header {name[:80]} is not UTF-8") from None
+    return headers
+
+
 # ======================================================================================================================
 # §6 Normalisation
 # ======================================================================================================================
@@ -963,7 +1067,7 @@ def normalise(request: Request, model: Model, upstream: UpstreamProtocol, names:
     if request.reasoning and request.reasoning.level == "off" and "reasoning" in missing:
         missing.remove("reasoning")         # a model that cannot think does not think
         request = replace(request, reasoning=None)
-    dropped = [*request.lost, *request.extra, *(names.get(name, name) for name in missing)]
+    dropped = [*request.lost, *(name for name in request.extra if name not in upstream.forwards), *(names.get(name, name) for name in missing)]
     request = replace(request, **{name: () if name == "stop" else None for name in missing})
     request = fit_history(request, model, upstream)
     return replace(request, max_tokens=fit_max_tokens(request.max_tokens, model)), dropped
@@ -2407,6 +2511,7 @@ class UpstreamProtocol:
     """A dialect that providers speak: requests to calls, answers to events."""
 
     name = ""
+    forwards: FrozenSet[str] = frozenset()  # fields of `Request.extra` that the builder knows all the same
     stream_type = "text/event-stream"       # content type by which a streamed answer is told from a whole one
 
     def carries(self, model: Model) -> FrozenSet[str]:
@@ -3450,8 +3555,2806 @@ def read_anthropic_usage(usage: Dict[str, Any]) -> Usage:
                  token_count(creation.get("ephemeral_1h_input_tokens")))
 
 
-UPSTREAM_PROTOCOLS: Dict[str, UpstreamProtocol] = {
-    protocol.name: protocol for protocol in (OpenAICompletions(), AnthropicMessages())}
+# --- openai-responses -------------------------------------------------------------------------------------------------
+
+RESPONSES_CUT = {"max_output_tokens": "length", "content_filter": "refusal"}    # incomplete_details.reason; else length
+RESPONSES_MIN_OUTPUT = 16       # max_output_tokens below this is a 400
+RESPONSES_LIMIT = 64            # characters of call_id, user, prompt_cache_key and a schema's name
+RESPONSES_SEAL = "reasoning.encrypted_content"
+
+
+class OpenAIResponses(UpstreamProtocol):
+    """OpenAI Responses and the hosts that speak it: POST {base}/responses. Nothing is stored there: earlier reasoning
+    goes back as the items that it came in.
+
+    The class attributes are what hosts of this wire format differ in; compat flags of the model have the last word."""
+
+    name = "openai-responses"
+    forwards = frozenset({"prompt_cache_key"})
+    auth = "bearer"                             # how the key is sent unless the row's `auth` says otherwise
+    takes_limit = True                          # supportsMaxOutputTokens
+    takes_strict = False                        # supportsStrictMode
+    unset_strict: Optional[bool] = False        # an absent `strict` means true here, unlike in Chat Completions
+
+    def carries(self, model: Model) -> FrozenSet[str]:
+        """What the Responses API has a field for: no stop sequences, seed, penalties, logit_bias or top_k."""
+        fields = {"temperature", "top_p", "parallel_tools", "output", "json_object", "user", "verbosity"}
+        if model.reasoning:
+            fields.add("reasoning")
+        if not model.flag("supportsTemperature", True):
+            fields -= {"temperature", "top_p"}
+        return frozenset(fields)
+
+    def replays(self, part: Thinking, model: Model) -> bool:
+        """Only whole reasoning items of this protocol, and only to a model that may reason."""
+        return (part.maker == OpenAIResponses.name and model.reasoning is not False
+                and reasoning_item(part.signature) is not None)
+
+    def fit(self, request: Request, model: Model) -> Tuple[Request, List[str]]:
+        """Leaves out the output limit where the host has no field for it."""
+        if request.max_tokens is None or model.flag("supportsMaxOutputTokens", self.takes_limit):
+            return request, []
+        return replace(request, max_tokens=None), ["max_tokens"]
+
+    def build(self, request: Request, model: Model, credential: Credential) -> Call:
+        """See `UpstreamProtocol.build`."""
+        return Call("POST", self.url(model, credential), self.headers(request, model, credential),
+                    dumps(self.body(request, model, credential)).encode("ascii"))
+
+    def url(self, model: Model, credential: Credential) -> str:
+        """Where requests go."""
+        return join_url(model.base_url, "/responses")
+
+    def headers(self, request: Request, model: Model, credential: Credential) -> Dict[str, str]:
+        """Request headers."""
+        return {**session_headers(request, model), **authorization(model, credential, model.flag("auth", self.auth))}
+
+    def wire_model(self, model: Model, credential: Credential) -> str:
+        """The model's name as the host knows it."""
+        return model.id
+
+    def body(self, request: Request, model: Model, credential: Credential) -> Dict[str, Any]:
+        """The request body for a normalised request."""
+        limit = None if request.max_tokens is None else max(request.max_tokens, RESPONSES_MIN_OUTPUT)
+        body = present(
+            model=self.wire_model(model, credential), input=self.input(request, model), store=False,
+            stream=request.stream or None, max_output_tokens=limit, temperature=request.temperature,
+            top_p=request.top_p, user=fit_length(request.user or "") or None,
+            text=self._text(request) or None, prompt_cache_key=session_key(request, model),
+            **reasoning_fields(request.reasoning, model))
+        if request.tools:
+            body.update(present(tools=[self._tool(tool, model) for tool in request.tools],
+                                tool_choice=self._tool_choice(request, model),
+                                parallel_tool_calls=request.parallel_tools))
+        body.update(model.sampling)
+        return body
+
+    def input(self, request: Request, model: Model) -> List[Dict[str, Any]]:
+        """The conversation as input items."""
+        custom = grammar_tools(request, model)
+        custom_ids = frozenset(part.id for message in request.messages for part in message.parts
+                               if isinstance(part, ToolCall) and part.name in custom)
+        items = [self._system(request.system, model)] if request.system else []
+        for message in request.messages:
+            items.extend(self._message(message, model, custom_ids))
+        for place, item in enumerate(items):
+            if item.get("type") == "message":   # required; any will do, since nothing is stored
+                item["id"] = f"msg_{place}"
+        return items
+
+    def _system(self, parts: Iterable[Part], model: Model) -> Dict[str, Any]:
+        is_developer = model.reasoning and model.flag("supportsDeveloperRole", True)
+        return {"role": "developer" if is_developer else "system",
+                "content": "\n\n".join(part.text for part in parts if isinstance(part, Text))}
+
+    def _message(self, message: Message, model: Model, custom_ids: FrozenSet[str]) -> List[Dict[str, Any]]:
+        if message.role == "system":
+            return [self._system(message.parts, model)]
+        if message.role == "tool":
+            return [self._result(part, custom_ids) for part in message.parts if isinstance(part, ToolResult)]
+        if message.role == "assistant":
+            return self._assistant(message, custom_ids)
+        return [{"role": "user", "content": [self._content(part) for part in message.parts]}]
+
+    def _assistant(self, message: Message, custom_ids: FrozenSet[str]) -> List[Dict[str, Any]]:
+        items = [item for part in message.parts for item in self._output_item(part, custom_ids)]
+        while items and items[-1].get("type") == "reasoning":
+            items.pop()         # reasoning without a message or call behind it in its turn is a 400
+        return items
+
+    def _output_item(self, part: Part, custom_ids: FrozenSet[str]) -> List[Dict[str, Any]]:
+        if isinstance(part, Text):
+            return [{"type": "message", "role": "assistant", "status": "completed",
+                     "content": [{"type": "output_text", "text": part.text, "annotations": []}]}]
+        if isinstance(part, Thinking):
+            item = reasoning_item(part.signature)
+            return [item] if item else []
+        if not isinstance(part, ToolCall):
+            return []
+        if part.id in custom_ids:
+            return [{"type": "custom_tool_call", "call_id": fit_id(part.id, RESPONSES_LIMIT), "name": part.name,
+                     "input": custom_input(part)}]
+        return [{"type": "function_call", "call_id": fit_id(part.id, RESPONSES_LIMIT), "name": part.name,
+                 "arguments": part.arguments or "{}"}]
+
+    def _result(self, result: ToolResult, custom_ids: FrozenSet[str]) -> Dict[str, Any]:
+        """A string, or an array when there is more than text."""
+        text = "\n".join(part.text for part in result.parts if isinstance(part, Text))
+        shown = [self._content(part) for part in result.parts if isinstance(part, (Image, Document))]
+        if result.is_error and not text.lower().startswith("error"):
+            text = f"Error: {text}"
+        output: Any = text if text or shown else EMPTY_RESULT
+        if shown:
+            output = [{"type": "input_text", "text": text}, *shown] if text else shown
+        return {"type": "custom_tool_call_output" if result.call_id in custom_ids else "function_call_output",
+                "call_id": fit_id(result.call_id, RESPONSES_LIMIT), "output": output}
+
+    def _content(self, part: Part) -> Dict[str, Any]:
+        if isinstance(part, Image):
+            return {"type": "input_image", "detail": part.detail or "auto", "image_url": part.url or data_url(part)}
+        if not isinstance(part, Document):
+            return {"type": "input_text", "text": part.text if isinstance(part, Text) else ""}
+        if part.url:
+            return {"type": "input_file", "file_url": part.url}
+        if part.media_type == "text/plain":     # files are PDFs to most hosts; text fits everywhere
+            return {"type": "input_text", "text": base64.b64decode(part.data or "").decode("utf-8", "replace")}
+        return {"type": "input_file", "filename": part.name or "document.pdf", "file_data": data_url(part)}
+
+    def _tool(self, tool: Tool, model: Model) -> Dict[str, Any]:
+        if tool.custom and model.flag("supportsOpenAIGrammarTools"):
+            return present(type="custom", name=tool.name, description=tool.description)
+        out = present(type="function", name=tool.name, description=tool.description, parameters=tool.schema)
+        if model.flag("supportsStrictMode", self.takes_strict):
+            out["strict"] = self.unset_strict if tool.strict is None else tool.strict
+        return out
+
+    def _tool_choice(self, request: Request, model: Model) -> Any:
+        choice = request.tool_choice
+        if choice is None or choice.kind != "tool":
+            return choice and choice.kind
+        return {"type": "custom" if choice.name in grammar_tools(request, model) else "function", "name": choice.name}
+
+    def _text(self, request: Request) -> Dict[str, Any]:
+        output = request.output
+        form: Optional[Dict[str, Any]] = None
+        if output:
+            form = {"type": "json_object"} if output.schema is None else present(
+                type="json_schema", name=fit_id(output.name, RESPONSES_LIMIT), schema=output.schema,
+                strict=output.strict)
+        return present(format=form, verbosity=request.verbosity)
+
+    def reader(self, model: Model, stamp: Stamp) -> Reader:
+        """See `UpstreamProtocol.reader`."""
+        return ResponsesReader(stamp)
+
+    def parse_error(self, status: int, headers: Mapping[str, str], body: bytes, now: float) -> GatewayError:
+        """Of a rate limit the pause may be said in its text only."""
+        error = super().parse_error(status, headers, body, now)
+        if isinstance(error, RateLimited) and error.retry_after is None:
+            error.retry_after = read_delay(error.message)
+        return error
+
+
+def reasoning_item(signature: Optional[str]) -> Optional[Dict[str, Any]]:
+    """The reasoning item that a signature of this protocol is the JSON text of; None when it is something else, since
+    signatures come back through clients."""
+    try:
+        item = loads(signature or "")
+    except (ValueError, RecursionError):
+        return None
+    return item if isinstance(item, dict) and item.get("type") == "reasoning" else None
+
+
+def grammar_tools(request: Request, model: Model) -> FrozenSet[str]:
+    """The names of the tools that go out as custom tools."""
+    return custom_tools(request) if model.flag("supportsOpenAIGrammarTools") else frozenset()
+
+
+def fit_length(text: str) -> str:
+    """`text` if it is short enough, else a hash of it; for names that only have to be the same each time."""
+    return text if len(text) <= RESPONSES_LIMIT else fit_id(text, RESPONSES_LIMIT)
+
+
+def session_key(request: Request, model: Model) -> Optional[str]:
+    """`prompt_cache_key`: the client's session, by which the host finds the cached prompt; None when none is named."""
+    is_wanted = request.session and model.flag("promptCacheKeyMode") != "disabled"
+    return fit_length(request.session) if is_wanted else None
+
+
+def reasoning_fields(reasoning: Optional[Reasoning], model: Model) -> Dict[str, Any]:
+    """`reasoning` and `include` for a model that reasons: the level's word, a summary to show, the sealed item to give
+    back. A client that names no level gets the model's own, and what the host shows of it unasked."""
+    if not model.reasoning:
+        return {}
+    level = fit_level(reasoning.level, model) if reasoning else None
+    if level == "off":
+        word = model.thinking_levels.get("off", "none")
+        return {"reasoning": {"effort": word}} if model.flag("supportsReasoningOff", True) else {}
+    fields: Dict[str, Any] = {"include": [RESPONSES_SEAL]}
+    if level:
+        word = model.thinking_levels.get(level, level) if model.flag("supportsReasoningEffort", True) else None
+        fields["reasoning"] = present(effort=word, summary="auto")
+    return fields
+
+
+class OutputItem:
+    """An output item that has begun: as it was announced, the part that it becomes, and its text so far, which is not
+    always the part's text."""
+
+    def __init__(self, data: Dict[str, Any], part: Part) -> None:
+        self.data = data
+        self.part = part
+        self.pieces: List[str] = []
+        self.section: Any = None
+
+    @property
+    def is_custom(self) -> bool:
+        """Whether it is a custom tool's call."""
+        return self.data["type"] == "custom_tool_call"
+
+    def missing(self, text: str) -> str:
+        """What `text`, the whole of it, has beyond the pieces; "" when it contradicts them, for those are sent."""
+        sent = "".join(self.pieces)
+        return text[len(sent):] if text.startswith(sent) else ""
+
+
+class ResponsesReader(Reader):
+    """response.* events → events. Items are told apart by `output_index`, where that is missing by id, else the last
+    one to begin is meant. A part begins with its first text, so that items without any stay unseen; a call at once."""
+
+    seals_late = False      # the host may give `encrypted_content` in the terminal event only
+
+    def __init__(self, stamp: Stamp) -> None:
+        super().__init__()
+        self._stamp = stamp
+        self._started = False
+        self._refused = False
+        self._count = 0
+        self._items: Dict[Any, OutputItem] = {}
+        self._keys: Dict[Any, Any] = {}
+        self._last: Any = None
+        self._unsealed: Dict[Any, Dict[str, Any]] = {}
+        self._call_ids: set[str] = set()
+
+    def on_event(self, name: str, text: str) -> Iterator[Event]:
+        """Dispatches to a method by event type; unknown ones are skipped."""
+        if text.strip() == "[DONE]":
+            return
+        data = loads(text)
+        handler = self.handlers.get(data.get("type") or name)
+        if handler is None and data.get("error") and not data.get("type"):
+            handler = ResponsesReader._error
+        if handler:
+            yield from handler(self, data)
+
+    def whole(self, body: Dict[str, Any]) -> Iterator[Event]:
+        """A response: the same as its terminal event, and nothing before it."""
+        if not isinstance(body.get("output"), list):
+            if body.get("error"):
+                raise responses_error(body["error"], self._stamp.created)
+            raise UpstreamProtocolError("the provider's answer has no output")
+        yield from self._terminal({"type": "response.completed", "response": body})
+
+    def finish(self) -> Iterator[Event]:
+        """The end of the stream before the terminal event is a cut, however clean."""
+        raise UpstreamProtocolError("the provider's stream ended before its terminal event")
+        yield
+
+    def _start(self, response: Dict[str, Any]) -> Iterator[Event]:
+        if not self._started:
+            self._started = True
+            yield Start(response.get("id") or "", response.get("model") or "")
+
+    def _created(self, data: Dict[str, Any]) -> Iterator[Event]:
+        yield from self._start(as_dict(data.get("response")))
+
+    def _key(self, data: Dict[str, Any]) -> Any:
+        index = data.get("output_index")
+        if index is not None:
+            return index
+        return self._keys.get(data.get("item_id") or as_dict(data.get("item")).get("id"), self._last)
+
+    def _item_added(self, data: Dict[str, Any]) -> Iterator[Event]:
+        index = data.get("output_index")
+        yield from self._open(f"item {self._count}" if index is None else index, data["item"])
+
+    def _open(self, key: Any, item: Dict[str, Any]) -> Iterator[Event]:
+        if key in self._items or key in self._parts:
+            raise UpstreamProtocolError("the provider began two output items in the same place")
+        yield from self._start({})
+        self._count += 1
+        self._last = key
+        if item.get("id"):
+            self._keys[item["id"]] = key
+        maker = self._PARTS.get(item["type"])
+        if maker is None:                       # an item of a kind that other clients have no word for
+            return
+        self._items[key] = opened = OutputItem(item, maker(self, item))
+        if isinstance(opened.part, ToolCall):
+            yield self._parts.start(key, opened.part)
+
+    def _call(self, item: Dict[str, Any]) -> Part:
+        """The item's call_id, as clients can send it back; made different when it was used before. The item's own id
+        stays out: nothing is stored that it could name."""
+        wanted = fit_id(item.get("call_id") or item.get("id") or f"call_{self._stamp.id}", RESPONSES_LIMIT)
+        fresh = wanted
+        while fresh in self._call_ids:
+            fresh = fit_id(f"{wanted}_{len(self._call_ids)}", RESPONSES_LIMIT)
+        self._call_ids.add(fresh)
+        return ToolCall(fresh, item["name"])
+
+    _PARTS: Mapping[str, Callable[[Any, Dict[str, Any]], Part]] = {
+        "reasoning": lambda self, item: Thinking(maker=OpenAIResponses.name), "message": lambda self, item: Text(),
+        "function_call": _call, "custom_tool_call": _call}
+
+    def _write(self, key: Any, text: str) -> Iterator[Event]:
+        item = self._items.get(key)
+        if item is None or not text:
+            return
+        if key not in self._parts:
+            yield self._parts.start(key, item.part)
+        if item.is_custom:                      # free text travels as {"input": text}
+            opening = "" if item.pieces else '{"input":"'
+            yield self._parts.delta(key, opening + json_text(text)[1:-1])
+        else:
+            yield self._parts.delta(key, text)
+        item.pieces.append(text)
+
+    def _delta(self, data: Dict[str, Any]) -> Iterator[Event]:
+        yield from self._write(self._key(data), data["delta"])
+
+    def _refusal_delta(self, data: Dict[str, Any]) -> Iterator[Event]:
+        self._refused = True
+        yield from self._delta(data)
+
+    def _reasoning_delta(self, data: Dict[str, Any]) -> Iterator[Event]:
+        """A section of a summary, or of the reasoning itself, is set apart from the one before by a blank line."""
+        key, section = self._key(data), (data.get("summary_index"), data.get("content_index"))
+        item = self._items.get(key)
+        if item is None or not data["delta"]:
+            return
+        gap = "\n\n" if item.pieces and section != item.section else ""
+        item.section = section
+        yield from self._write(key, gap + data["delta"])
+
+    def _call_done(self, data: Dict[str, Any]) -> Iterator[Event]:
+        key = self._key(data)
+        if key in self._items:
+            yield from self._write(key, self._items[key].missing(item_text({**self._items[key].data, **data})))
+
+    def _item_done(self, data: Dict[str, Any]) -> Iterator[Event]:
+        key, item = self._key(data), data["item"]
+        if key not in self._items:
+            key = f"item {self._count}" if key is None else key
+            yield from self._open(key, item)    # its beginning was left out
+        yield from self._close(key, item)
+
+    def _close(self, key: Any, item: Dict[str, Any]) -> Iterator[Event]:
+        """Ends an item, by the whole of it."""
+        if key not in self._items:
+            return
+        opened = self._items[key]
+        yield from self._write(key, opened.missing(item_text({**item, "type": opened.data["type"]})))
+        del self._items[key]
+        if isinstance(opened.part, Thinking):
+            yield from self._close_reasoning(key, item)
+            return
+        if opened.is_custom:
+            yield self._parts.delta(key, '"}' if opened.pieces else '{"input":""}')
+        self._refused = self._refused or has_refusal(item)
+        if key in self._parts:
+            yield self._parts.end(key)
+
+    def _close_reasoning(self, key: Any, item: Dict[str, Any]) -> Iterator[Event]:
+        """Reasoning ends with its seal. Without one that is still to come, it waits; where all of it is sealed, there
+        is only the seal."""
+        signature = seal_reasoning(item)
+        if signature is None and self.seals_late:
+            self._unsealed[key] = item
+            if key not in self._parts:          # keeps its place before what follows it
+                yield self._parts.start(key, Thinking(maker=OpenAIResponses.name))
+        elif key in self._parts:
+            yield self._parts.end(key, signature)
+        elif signature:
+            yield self._parts.start(key, Thinking("", signature, True, OpenAIResponses.name))
+            yield self._parts.end(key)
+
+    def _terminal(self, data: Dict[str, Any]) -> Iterator[Event]:
+        response = as_dict(data.get("response"))
+        status = response.get("status")
+        if status not in ("completed", "incomplete", "failed", "cancelled"):
+            status = "incomplete" if data.get("type") == "response.incomplete" else "completed"
+        if status in ("failed", "cancelled"):
+            yield from self._failed(data)
+        yield from self._start(response)
+        output = [item for item in response.get("output") or () if isinstance(item, dict)]
+        if not self._count:                     # a host that sends the whole answer at once
+            for key, item in enumerate(output):
+                yield from self._open(key, item)
+                yield from self._close(key, item)
+        yield from self._close_all(output, status)
+        reason = as_dict(response.get("incomplete_details")).get("reason")
+        stop = RESPONSES_CUT.get(reason, "length") if status == "incomplete" else "refusal" if self._refused else "stop"
+        yield Done(stop, read_responses_usage(as_dict(response.get("usage"))))
+
+    def _close_all(self, output: Sequence[Dict[str, Any]], status: str) -> Iterator[Event]:
+        """Ends what is open, with what the terminal event has of it."""
+        final = {item["id"]: item for item in output if item.get("id")}
+        for key, item in list(self._items.items()):
+            whole = final.get(item.data.get("id"))
+            if whole is None and isinstance(item.part, ToolCall) and status == "completed":
+                raise UpstreamProtocolError("the provider's answer ended inside a tool call")
+            yield from self._close(key, whole or {})    # the beginning of an item may hold a part of its seal: not used
+        for key, reasoning in self._unsealed.items():
+            yield self._parts.end(key, seal_reasoning({**reasoning, **final.get(reasoning.get("id"), {})}))
+
+    def _failed(self, data: Dict[str, Any]) -> Iterator[Event]:
+        response = as_dict(data.get("response"))
+        fallback = {"message": f"the provider's answer ended as {response.get('status') or 'failed'}"}
+        raise responses_error(response.get("error") or fallback, self._stamp.created)
+        yield
+
+    def _error(self, data: Dict[str, Any]) -> Iterator[Event]:
+        raise responses_error(data.get("error") or data, self._stamp.created)
+        yield
+
+    handlers: Mapping[str, Callable[..., Iterator[Event]]] = {
+        "response.created": _created, "response.in_progress": _created, "response.queued": _created,
+        "response.output_item.added": _item_added, "response.output_item.done": _item_done,
+        "response.output_text.delta": _delta, "response.refusal.delta": _refusal_delta,
+        "response.reasoning_summary_text.delta": _reasoning_delta, "response.reasoning_text.delta": _reasoning_delta,
+        "response.reasoning.delta": _reasoning_delta,           # Open Responses' name for the one above
+        "response.function_call_arguments.delta": _delta, "response.function_call_arguments.done": _call_done,
+        "response.custom_tool_call_input.delta": _delta, "response.custom_tool_call_input.done": _call_done,
+        "response.completed": _terminal, "response.incomplete": _terminal, "response.done": _terminal,
+        "response.failed": _failed, "response.cancelled": _failed, "error": _error}
+
+
+def item_text(item: Mapping[str, Any]) -> str:
+    """The whole text of an output item: its visible text, its reasoning or the arguments of its call."""
+    if item["type"] == "function_call":
+        arguments = item.get("arguments") or ""
+        return json_text(arguments) if isinstance(arguments, dict) else arguments
+    if item["type"] == "custom_tool_call":
+        return item.get("input") or ""
+    content = [part.get("text") or part.get("refusal") or "" for part in item.get("content") or ()]
+    if item["type"] != "reasoning":
+        return "".join(content)
+    summary = [part.get("text") or "" for part in item.get("summary") or ()]
+    return "\n\n".join(text for text in summary if text) or "\n\n".join(text for text in content if text)
+
+
+def has_refusal(item: Mapping[str, Any]) -> bool:
+    """Whether a message says no."""
+    return any(as_dict(part).get("type") == "refusal" for part in item.get("content") or ())
+
+
+def seal_reasoning(item: Mapping[str, Any]) -> Optional[str]:
+    """The signature of a reasoning item: its JSON text, whole. None for one that cannot be given back, since it neither
+    has its content nor is it stored."""
+    return dumps(item) if item.get("encrypted_content") or item.get("content") else None
+
+
+def read_responses_usage(usage: Dict[str, Any]) -> Usage:
+    """The Responses API's usage: input_tokens includes what the cache gave and took."""
+    details, output = as_dict(usage.get("input_tokens_details")), as_dict(usage.get("output_tokens_details"))
+    cached, written = token_count(details.get("cached_tokens")), token_count(details.get("cache_write_tokens"))
+    return Usage(max(0, token_count(usage.get("input_tokens")) - cached - written),
+                 token_count(usage.get("output_tokens")), cached, written, token_count(output.get("reasoning_tokens")))
+
+
+# The codes of errors that come without a status, beside those of `STATUS_BY_KIND`.
+RESPONSES_STATUS = {**STATUS_BY_KIND, "context_length_exceeded": 400, "slow_down": 503, "usage_limit_reached": 402,
+                    "usage_not_included": 402, "invalid_api_key": 401, "model_not_found": 404}
+_REQUEST_FAULT = re.compile(r"invalid|image|_policy|unsupported")
+_DELAY = re.compile(r"try again in (?:(\d+)h)?(?:(\d+)m(?!s))?(?:(\d+(?:\.\d+)?)\s*(ms|s))?", re.IGNORECASE)
+
+
+def responses_error(error: Any, now: float) -> GatewayError:
+    """The error that the `error` of a failed response, or an error event, means; `now` in epoch seconds."""
+    quota = quota_error(error, now)
+    if quota:
+        return quota
+    message, kind, code = error_fields(dumps({"error": error}).encode("ascii"))
+    status = RESPONSES_STATUS.get(code) or RESPONSES_STATUS.get(kind)
+    if status is None:
+        status = 400 if _REQUEST_FAULT.search(code) else 500
+    return upstream_error(status, message or "the provider reported an error", kind, code, read_delay(message))
+
+
+def read_delay(message: str) -> Optional[float]:
+    """Seconds of the pause that a rate limit's text names: "Please try again in 2.5s", 300ms, 1m30s; None if it names
+    none."""
+    match = _DELAY.search(message)
+    if not match or not any(match.groups()):
+        return None
+    hours, minutes, count, unit = match.groups()
+    seconds = float(count or 0) / (1000 if unit and unit.lower() == "ms" else 1)
+    return int(hours or 0) * 3600 + int(minutes or 0) * 60 + seconds
+
+
+def quota_error(error: Any, now: float) -> Optional[QuotaExceeded]:
+    """A subscription's limit, told so that one can act on it; None for any other error. `now` is in epoch seconds, as
+    is the error's `resets_at`."""
+    error = as_dict(error)
+    code = next((error[name] for name in ("code", "type") if str(error.get(name)) in QUOTA_MESSAGES), None)
+    if code is None:
+        return None
+    resets_at, wait_s = seconds(error.get("resets_at")), seconds(error.get("resets_in_seconds"))
+    if resets_at is not None:
+        wait_s = max(0.0, resets_at - now)
+    plan = f" ({error['plan_type']} plan)" if isinstance(error.get("plan_type"), str) else ""
+    when = "" if wait_s is None else f"; it resets in about {math.ceil(wait_s / 60)} min"
+    return QuotaExceeded(QUOTA_MESSAGES[code] + plan + when, retry_after=wait_s)
+
+
+def seconds(value: Any) -> Optional[float]:
+    """A time or duration in seconds as a float; None for anything else."""
+    return float(value) if _KINDS["a number"](value) and 0 <= value < 1e12 else None
+
+
+QUOTA_MESSAGES = {"usage_limit_reached": "the usage limit of the ChatGPT subscription is reached",
+                  "usage_not_included": "the ChatGPT subscription does not include this model"}
+
+
+# --- azure-openai-responses -------------------------------------------------------------------------------------------
+
+AZURE_VERSION = "v1"
+AZURE_HOSTS = (".openai.azure.com", ".cognitiveservices.azure.com", ".ai.azure.com")
+AZURE_PATHS = ("", "/openai", "/openai/v1/responses")       # as the portal shows them; all mean /openai/v1
+
+
+class AzureResponses(OpenAIResponses):
+    """Azure OpenAI: POST {base}/responses?api-version=…, key in `api-key`, deployments in place of models. The
+    credential's parts may be base_url, resource, api_version and deployment_map ("model=deployment,…")."""
+
+    name = "azure-openai-responses"
+    auth = "api-key"
+    takes_strict = True
+
+    def url(self, model: Model, credential: Credential) -> str:
+        """See `OpenAIResponses.url`. Raises `Unauthorized`, code no_credentials, when no address is configured."""
+        version = credential.parts.get("api_version", "").strip() or AZURE_VERSION
+        return (join_url(azure_base_url(credential.parts, model.base_url), "/responses") + "?api-version="
+                + urllib.parse.quote(version, safe=""))
+
+    def wire_model(self, model: Model, credential: Credential) -> str:
+        """The deployment of the model; its id where none is named."""
+        return parse_deployments(credential.parts.get("deployment_map", "")).get(model.id, model.id)
+
+    def reader(self, model: Model, stamp: Stamp) -> Reader:
+        """See `UpstreamProtocol.reader`."""
+        return AzureReader(stamp)
+
+
+class AzureReader(ResponsesReader):
+    """Azure gives the seal of reasoning in the last event at times."""
+
+    seals_late = True
+
+
+def azure_base_url(parts: Mapping[str, str], fallback: str = "") -> str:
+    """The base URL by address, else by resource name, else `fallback`; a bare Azure host gets the path of its API.
+    Raises `Unauthorized`, code no_credentials, when there is none or it is no URL."""
+    resource = parts.get("resource", "").strip()
+    base = (parts.get("base_url", "").strip() or (f"https://{resource}.openai.azure.com" if resource else "")
+            or fallback)
+    try:
+        split = urllib.parse.urlsplit(base)
+        host = split.hostname or ""
+    except ValueError:
+        host = ""
+    if not host:
+        raise Unauthorized("no usable address for Azure OpenAI: set AZURE_OPENAI_BASE_URL or "
+                           "AZURE_OPENAI_RESOURCE_NAME", code="no_credentials", param="model")
+    path = split.path.rstrip("/")
+    if host.endswith(AZURE_HOSTS) and path in AZURE_PATHS:
+        path = "/openai/v1"
+    return f"{split.scheme}://{split.netloc}{path}"
+
+
+def parse_deployments(text: str) -> Dict[str, str]:
+    """"model=deployment, model=deployment" as a dict; malformed pairs are skipped."""
+    pairs = (pair.partition("=") for pair in text.split(","))
+    return {name.strip(): value.strip() for name, _, value in pairs if name.strip() and value.strip()}
+
+
+# --- openai-codex-responses -------------------------------------------------------------------------------------------
+
+CODEX_INSTRUCTIONS = "You are a helpful assistant."     # the field must be there and must not be empty
+CODEX_CLAIM = "https://api.openai.com/auth"
+CODEX_FIELDS = frozenset({                              # anything else is answered with 400
+    "model", "store", "stream", "instructions", "input", "text", "include", "prompt_cache_key", "tool_choice",
+    "parallel_tool_calls", "temperature", "service_tier", "tools", "reasoning"})
+
+
+class CodexResponses(OpenAIResponses):
+    """The ChatGPT subscription's backend: POST {base}/codex/responses, always streamed, never stored, the system text
+    in `instructions`."""
+
+    name = "openai-codex-responses"
+    takes_limit = False
+    takes_strict = True
+    unset_strict = None
+
+    def carries(self, model: Model) -> FrozenSet[str]:
+        """What the backend takes."""
+        return super().carries(model) - {"user", "top_p"}
+
+    def url(self, model: Model, credential: Credential) -> str:
+        """See `OpenAIResponses.url`."""
+        return codex_url(model.base_url)
+
+    def headers(self, request: Request, model: Model, credential: Credential) -> Dict[str, str]:
+        """Request headers. Raises `Unauthorized`, code no_credentials, for a token that names no account."""
+        session = re.sub(r"[^\x21-\x7e]", "", session_key(request, model) or "")
+        return {"originator": NAME, "openai-beta": "responses=experimental",
+                **({"session-id": session, "x-client-request-id": session} if session else {}),
+                **authorization(model, credential), "accept": "text/event-stream",
+                "chatgpt-account-id": codex_account(credential.token)}
+
+    def body(self, request: Request, model: Model, credential: Credential) -> Dict[str, Any]:
+        """See `OpenAIResponses.body`."""
+        system = "\n\n".join(text.text for text in request.system)
+        if not request.messages:                # a system prompt alone: the backend needs input
+            request, system = replace(request, messages=(Message("user", request.system),)), ""
+        body = super().body(replace(request, system=(), stream=True), model, credential)
+        body = {"tool_choice": "auto", "parallel_tool_calls": True, "include": [RESPONSES_SEAL], **body,
+                "instructions": system or CODEX_INSTRUCTIONS}
+        return {name: value for name, value in body.items() if name in CODEX_FIELDS}
+
+    def parse_error(self, status: int, headers: Mapping[str, str], body: bytes, now: float) -> GatewayError:
+        """A used-up subscription is told in words; anything else as everywhere."""
+        return quota_error(error_object(body), now) or super().parse_error(status, headers, body, now)
+
+
+def codex_url(base: str) -> str:
+    """The address of the backend, whether or not `base` already has the end of it."""
+    base = base.rstrip("/")
+    ending = next((end for end in ("/codex/responses", "/codex") if base.endswith(end)), "")
+    return base + "/codex/responses"[len(ending):]
+
+
+def codex_account(token: str) -> str:
+    """The account that a ChatGPT access token (a JWT, whose seal is not ours to check) is for. Raises `Unauthorized`,
+    code no_credentials, when it names none."""
+    payload = (token.split(".") + ["", ""])[1]
+    try:
+        claims = as_dict(json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4))))
+    except (ValueError, RecursionError):
+        claims = {}
+    account = as_dict(claims.get(CODEX_CLAIM)).get("chatgpt_account_id")
+    if not isinstance(account, str) or not account:
+        raise Unauthorized("the ChatGPT token names no account; log in to openai-codex again (an API key is for "
+                           "the provider openai)", code="no_credentials", param="model")
+    return account
+
+
+# --- GitHub Copilot ---------------------------------------------------------------------------------------------------
+
+
+def copilot_headers(request: Request) -> Dict[str, str]:
+    """What Copilot wants to know of each request: who began this turn, and whether there is something to look at."""
+    is_user = bool(request.messages) and request.messages[-1].role == "user"
+    headers = {"x-initiator": "user" if is_user else "agent", "openai-intent": "conversation-edits"}
+    if any(isinstance(part, Image) for message in request.messages if message.role in ("user", "tool")
+           for part in _flat_parts(message.parts)):
+        headers["copilot-vision-request"] = "true"
+    return headers
+
+
+def copilot_base_url(token: str, enterprise_domain: str = "") -> str:
+    """The base URL that a Copilot token (semicolon-separated fields) names as its proxy; else the enterprise's, else
+    everybody's."""
+    match = re.search(r"proxy-ep=([^;]+)", token)
+    if match:
+        return "https://" + re.sub(r"^proxy\.", "api.", match.group(1))
+    host = f"copilot-api.{enterprise_domain}" if enterprise_domain else "api.individual.githubcopilot.com"
+    return "https://" + host
+
+
+# --- google-generative-ai ---------------------------------------------------------------------------------------------
+
+GEMINI_STOP = {
+    "STOP": "stop", "MAX_TOKENS": "length", "SAFETY": "refusal", "RECITATION": "refusal", "BLOCKLIST": "refusal",
+    "PROHIBITED_CONTENT": "refusal", "SPII": "refusal", "MODEL_ARMOR": "refusal", "IMAGE_SAFETY": "refusal",
+    "IMAGE_PROHIBITED_CONTENT": "refusal", "IMAGE_RECITATION": "refusal"}
+GEMINI_FAILURES = frozenset({
+    "FINISH_REASON_UNSPECIFIED", "OTHER", "LANGUAGE", "MALFORMED_FUNCTION_CALL", "UNEXPECTED_TOOL_CALL",
+    "TOO_MANY_TOOL_CALLS", "MALFORMED_RESPONSE", "MISSING_THOUGHT_SIGNATURE", "IMAGE_OTHER", "NO_IMAGE", "ESCALATION",
+    "PUP_LIMITED_DISABLED", "CONTINUATION"})
+GEMINI_CHOICES = {"auto": "AUTO", "none": "NONE", "required": "ANY", "tool": "ANY"}
+# models.json writes samplingParams with the names of Chat Completions
+GEMINI_SAMPLING = {"top_p": "topP", "top_k": "topK", "max_tokens": "maxOutputTokens", "stop": "stopSequences",
+                   "frequency_penalty": "frequencyPenalty", "presence_penalty": "presencePenalty"}
+GEMINI_ID_LIMIT = 64
+GEMINI_STOP_LIMIT = 5               # stopSequences, at most
+# Gemini 3 refuses the first call of a model turn without its signature; this word, sent raw, switches the check off.
+GEMINI_SENTINEL = "skip_thought_signature_validator"
+GEMINI_OPENING = "…"                # a conversation must begin with the user, and empty text breaks Claude
+GEMINI_IMAGE_NOTE = "(see attached image)"
+GEMINI_MEDIA = {"png": "image/png", "jpg": "image/jpeg", "jpeg": "image/jpeg", "webp": "image/webp", "gif": "image/gif",
+                "heic": "image/heic", "heif": "image/heif", "pdf": "application/pdf"}
+
+
+class GeminiBudgets(NamedTuple):
+    """How a model family takes its thinking budget, in tokens: what is next to off, the range, and by level."""
+
+    off: int
+    lowest: int
+    highest: int
+    by_level: Mapping[str, int]
+
+
+_BUDGET_FAMILIES = (
+    (re.compile(r"gemini-2\.5-pro"), GeminiBudgets(128, 128, 32768, {
+        "minimal": 128, "low": 2048, "medium": 8192, "high": 32768})),
+    (re.compile(r"gemini-2\.5-flash-lite"), GeminiBudgets(0, 512, 24576, {
+        "minimal": 512, "low": 2048, "medium": 8192, "high": 24576})),
+    (re.compile(r"gemini-2\.5-flash"), GeminiBudgets(0, 0, 24576, {
+        "minimal": 128, "low": 2048, "medium": 8192, "high": 24576})),
+)
+_OTHER_BUDGETS = GeminiBudgets(0, 0, sys.maxsize, {})       # a level then is -1: as much as the model likes
+_LEVEL_MODELS = re.compile(r"gemini-3(?:\.\d+)?-(?:pro|flash)|gemini-(?:[4-9]|\d\d)|"
+                           r"gemini-(?:flash|flash-lite|pro)-latest$|gemma-?4")
+# For models that the catalogue says nothing of.
+_LEVEL_FAMILIES = (
+    (re.compile(r"gemini-3-pro"), ("low", "high")),
+    (re.compile(r"gemini-[\d.]+-flash-image|gemma-?4"), ("minimal", "high")),
+    (re.compile(r"gemini-3\.\d+-pro|gemini-3\.[78]-flash|gemini-(?:[4-9]|\d\d)|gemini-pro-latest"),
+     ("low", "medium", "high")),
+    (re.compile(r""), ("minimal", "low", "medium", "high")),
+)
+_THINKERS = re.compile(r"gemini-2\.5-|gemini-(?:live-)?[3-9]|gemini-.*-latest$|gemma-?4")
+
+
+def bare_id(model_id: str) -> str:
+    """A Google model's id without collection or publisher: `models/gemini-x` is `gemini-x`."""
+    return model_id.rpartition("/")[2]
+
+
+def gemini_major(model_id: str) -> Optional[int]:
+    """3 for gemini-3.1-pro and gemini-live-3-x; None for what has no number, or is not Gemini."""
+    match = re.match(r"gemini(?:-live)?-(\d+)", bare_id(model_id))
+    return int(match.group(1)) if match else None
+
+
+def sends_call_ids(model_id: str) -> bool:
+    """Whether functionCall and functionResponse carry ids: Gemini 2 matches them by name and order."""
+    return (gemini_major(model_id) or 0) >= 3 or bare_id(model_id).startswith(("claude-", "gpt-oss-"))
+
+
+def nests_images(model_id: str) -> bool:
+    """Whether a functionResponse may hold images; Gemini 2 takes them only beside it."""
+    return (gemini_major(model_id) or 3) >= 3
+
+
+def checks_signatures(model_id: str) -> bool:
+    """Whether the model refuses unsigned calls: Gemini 3 and later, which the names ending in -latest stand for."""
+    return (gemini_major(model_id) or 0) >= 3 or bool(re.match(r"gemini-.*-latest$", bare_id(model_id)))
+
+
+def read_signature(value: Any) -> Optional[str]:
+    """A thought signature in the alphabet that Google sends; None for what is none. Google's own clients give it back
+    in the URL-safe alphabet. The sentinel is of that alphabet too, but no base64, and stays as it is."""
+    if not isinstance(value, str) or not value or value == GEMINI_SENTINEL:
+        return value or None if isinstance(value, str) else None
+    standard = value.replace("-", "+").replace("_", "/").rstrip("=")
+    standard += "=" * (-len(standard) % 4)
+    return standard if re.fullmatch(r"[A-Za-z0-9+/]+={0,2}", standard) else None
+
+
+class GoogleGenerativeAI(UpstreamProtocol):
+    """Google's Gemini API: POST {base}/models/{id}:streamGenerateContent?alt=sse or :generateContent.
+
+    Compat flag `legacyParameters`: tools are declared in the older, strict schema dialect."""
+
+    name = "google-generative-ai"
+
+    def carries(self, model: Model) -> FrozenSet[str]:
+        """What generationConfig has a field for; reasoning unless the model is known not to, or not known to."""
+        fields = {"temperature", "top_p", "top_k", "stop", "seed", "frequency_penalty", "presence_penalty", "output",
+                  "json_object"}
+        if model.reasoning or (model.reasoning is None and _THINKERS.match(bare_id(model.id))):
+            fields.add("reasoning")
+        if not model.flag("supportsTemperature", True):
+            fields -= {"temperature", "top_p", "top_k"}
+        return frozenset(fields)
+
+    def replays(self, part: Thinking, model: Model) -> bool:
+        """What came by this protocol, signed or not."""
+        return part.maker == self.name
+
+    def fit(self, request: Request, model: Model) -> Tuple[Request, List[str]]:
+        """Keeps as many stop sequences as the API takes."""
+        if len(request.stop) <= GEMINI_STOP_LIMIT:
+            return request, []
+        return replace(request, stop=request.stop[:GEMINI_STOP_LIMIT]), ["stop"]
+
+    def build(self, request: Request, model: Model, credential: Credential) -> Call:
+        """See `UpstreamProtocol.build`."""
+        model_id = model.id if model.id.startswith("tunedModels/") else "models/" + bare_id(model.id)
+        path = "/" + urllib.parse.quote(model_id, safe="/@:") + self.method(request)
+        headers = self.headers(model, credential)
+        return Call("POST", join_url(model.base_url, path), headers, dumps(self.body(request, model)).encode("ascii"))
+
+    def method(self, request: Request) -> str:
+        """The end of the URL. Without alt=sse a stream would be a JSON array that comes bit by bit."""
+        return ":streamGenerateContent?alt=sse" if request.stream else ":generateContent"
+
+    def headers(self, model: Model, credential: Credential) -> Dict[str, str]:
+        """Request headers: a key in x-goog-api-key or a token as bearer, never both."""
+        scheme = model.flag("auth") or ("bearer" if credential.kind == "oauth" else "x-goog-api-key")
+        return authorization(model, credential, scheme)
+
+    def body(self, request: Request, model: Model) -> Dict[str, Any]:
+        """The GenerateContentRequest."""
+        contents = self.contents(request.messages, model)
+        system: List[Dict[str, Any]] = [{"text": text.text} for text in request.system]
+        if not contents:                        # a system prompt alone: the API needs a user turn
+            contents, system = [{"role": "user", "parts": system}], []
+        return present(
+            contents=contents, systemInstruction={"parts": system} if system else None,
+            tools=self.tools(request.tools, model), toolConfig=self.tool_config(request, model),
+            generationConfig=self.config(request, model) or None)
+
+    def contents(self, messages: Iterable[Message], model: Model) -> List[Dict[str, Any]]:
+        """Turns that begin with the user. Neighbours of one role are joined, but for tool results, which stand alone:
+        the API counts them against the calls before them."""
+        out: List[Dict[str, Any]] = []
+        names: Dict[str, str] = {}              # of calls by id; in order, since clients use ids again
+        for message in messages:
+            names.update((part.id, part.name) for part in message.parts if isinstance(part, ToolCall))
+            for content in self._contents(message, names, model):
+                if out and _may_join(out[-1], content):
+                    out[-1]["parts"].extend(content["parts"])
+                elif content["parts"]:
+                    out.append(content)
+        if out and out[0]["role"] == "model":
+            out.insert(0, {"role": "user", "parts": [{"text": GEMINI_OPENING}]})
+        if checks_signatures(model.id):
+            mark_unsigned(out)
+        return out
+
+    def _contents(self, message: Message, names: Mapping[str, str], model: Model) -> List[Dict[str, Any]]:
+        if message.role == "tool":
+            results = [part for part in message.parts if isinstance(part, ToolResult)]
+            shown = [] if nests_images(model.id) else [self.part(part, model) for result in results
+                                                       for part in pictures(result)]
+            after = [{"text": "Images from the tool results above:"}, *shown] if shown else []
+            answers = [self._result(result, names, model) for result in results]
+            return [{"role": "user", "parts": answers}, {"role": "user", "parts": after}]
+        role = "model" if message.role == "assistant" else "user"
+        parts = [self.part(part, model) for part in message.parts]
+        return [{"role": role, "parts": [part for part in parts if part]}]
+
+    def part(self, part: Part, model: Model) -> Dict[str, Any]:
+        """One part as Gemini has it; {} for what is not to be sent."""
+        if isinstance(part, Thinking):
+            return self._thought(part, model)
+        if isinstance(part, ToolCall):
+            signature = read_signature(part.signature) if part.maker == self.name else None
+            return present(functionCall=self._call(part, model), thoughtSignature=signature)
+        if isinstance(part, (Image, Document)):
+            return gemini_media(part)
+        return {"text": part.text} if isinstance(part, Text) and part.text else {}
+
+    def _thought(self, part: Thinking, model: Model) -> Dict[str, Any]:
+        signature = read_signature(part.signature)
+        if part.redacted:                       # a signature that came with text, see `GeminiReader`
+            return {"text": "", "thoughtSignature": signature} if signature else {}
+        if not part.text and not signature:
+            return {}
+        return present(text=part.text, thought=True, thoughtSignature=signature)
+
+    def _call(self, call: ToolCall, model: Model) -> Dict[str, Any]:
+        arguments = repair_json_object(call.arguments)
+        if arguments is None:
+            arguments = {"malformed_arguments": call.arguments}
+        return present(id=self._id(call.id, model), name=call.name, args=arguments)
+
+    def _id(self, call_id: str, model: Model) -> Optional[str]:
+        return fit_id(call_id, GEMINI_ID_LIMIT) if sends_call_ids(model.id) else None
+
+    def _result(self, result: ToolResult, names: Mapping[str, str], model: Model) -> Dict[str, Any]:
+        shown = pictures(result)
+        text = "\n".join(part.text for part in result.parts if isinstance(part, Text))
+        text = text or (GEMINI_IMAGE_NOTE if shown else "")
+        nested = [gemini_media(part) for part in shown] if nests_images(model.id) else []
+        return {"functionResponse": present(
+            id=self._id(result.call_id, model), name=names.get(result.call_id, result.call_id),
+            response={"error" if result.is_error else "output": text}, parts=nested or None)}
+
+    def is_strict(self, model: Model) -> bool:
+        """Whether tools are declared in the strict dialect."""
+        return bool(model.flag("legacyParameters"))
+
+    def tools(self, tools: Sequence[Tool], model: Model) -> Optional[List[Dict[str, Any]]]:
+        """One Tool with all declarations."""
+        declare = self._declare_strictly if self.is_strict(model) else self._declare
+        return [{"functionDeclarations": [declare(tool) for tool in tools]}] if tools else None
+
+    def _declare(self, tool: Tool) -> Dict[str, Any]:
+        return present(name=tool.name, description=tool.description, parametersJsonSchema=const_to_enum(tool.schema))
+
+    def _declare_strictly(self, tool: Tool) -> Dict[str, Any]:
+        schema = clean_schema(tool.schema)      # without properties it is refused, and not needed
+        return present(name=tool.name, description=tool.description,
+                       parameters=schema if schema.get("properties") else None)
+
+    def tool_config(self, request: Request, model: Model) -> Optional[Dict[str, Any]]:
+        """Which calls are allowed. Strict tools ask for arguments that are checked, which Gemini 3 can."""
+        choice = request.tool_choice
+        if not request.tools:
+            return None
+        if choice is None or choice.kind == "auto":
+            if any(tool.strict for tool in request.tools) and (gemini_major(model.id) or 0) >= 3:
+                return {"functionCallingConfig": {"mode": "VALIDATED"}}
+        if choice is None:
+            return None
+        return {"functionCallingConfig": present(mode=GEMINI_CHOICES[choice.kind],
+                                                 allowedFunctionNames=[choice.name] if choice.name else None)}
+
+    def config(self, request: Request, model: Model) -> Dict[str, Any]:
+        """The generationConfig. maxOutputTokens counts thinking too, so that room for it comes on top of what was asked
+        for the answer, within the model's limit."""
+        thinking, room = self.thinking(request, model)
+        limit = request.max_tokens and min(request.max_tokens + room, model.max_tokens or sys.maxsize)
+        output = request.output
+        schema = output.schema if output else None
+        config = present(
+            maxOutputTokens=limit, temperature=request.temperature, topP=request.top_p, topK=request.top_k,
+            stopSequences=list(request.stop) or None, seed=request.seed, frequencyPenalty=request.frequency_penalty,
+            presencePenalty=request.presence_penalty, responseMimeType="application/json" if output else None,
+            responseJsonSchema=None if schema is None else const_to_enum(schema), thinkingConfig=thinking)
+        return {**config, **{GEMINI_SAMPLING.get(name, name): value for name, value in model.sampling.items()}}
+
+    def thinking(self, request: Request, model: Model) -> Tuple[Optional[Dict[str, Any]], int]:
+        """(thinkingConfig, tokens that thinking may take). Level and budget together would be refused."""
+        if request.reasoning is None:
+            return None, 0
+        if _LEVEL_MODELS.match(bare_id(model.id)):
+            return thinking_level(request.reasoning, model)
+        return thinking_budget(request.reasoning, model)
+
+    def reader(self, model: Model, stamp: Stamp) -> Reader:
+        """See `UpstreamProtocol.reader`."""
+        return GeminiReader(self.name, stamp)
+
+    def parse_error(self, status: int, headers: Mapping[str, str], body: bytes, now: float) -> GatewayError:
+        """See `UpstreamProtocol.parse_error`."""
+        return google_error(status, headers, body, now)
+
+
+def _may_join(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
+    kinds = [any("functionResponse" in part for part in content["parts"]) for content in (before, after)]
+    return before["role"] == after["role"] and (kinds[0] == kinds[1] or not after["parts"])
+
+
+def pictures(result: ToolResult) -> List[Union[Image, Document]]:
+    """What a tool gave back that is not text."""
+    return [part for part in result.parts if isinstance(part, (Image, Document))]
+
+
+def gemini_media(part: Union[Image, Document]) -> Dict[str, Any]:
+    """A picture or file as inlineData, or by its address as fileData."""
+    if part.url is None:
+        return {"inlineData": {"mimeType": part.media_type, "data": part.data}}
+    ending = urllib.parse.urlsplit(part.url).path.rpartition(".")[2].lower()
+    fallback = "image/jpeg" if isinstance(part, Image) else "application/pdf"
+    return {"fileData": {"mimeType": part.media_type or GEMINI_MEDIA.get(ending, fallback), "fileUri": part.url}}
+
+
+def mark_unsigned(contents: Sequence[Dict[str, Any]]) -> None:
+    """Puts the sentinel on the first call of each model turn behind the user's last words, where its signature is
+    missing: the client lost it, or another model made the call. Siblings stay bare, as Gemini itself leaves them."""
+    said = [place for place, content in enumerate(contents) if content["role"] == "user"
+            and any("text" in part for part in content["parts"])
+            and not any("functionResponse" in part for part in content["parts"])]
+    for content in contents[said[-1] if said else 0:]:
+        first = next((part for part in content["parts"] if "functionCall" in part), None)
+        if first is not None:
+            first.setdefault("thoughtSignature", GEMINI_SENTINEL)
+
+
+def nearest_level(level: str, allowed: Sequence[str]) -> str:
+    """The allowed level next to `level`, searched upward first."""
+    place = max(1, LEVELS.index(level))
+    order = LEVELS[place:] + tuple(reversed(LEVELS[1:place]))
+    return next(candidate for candidate in order if candidate in allowed)
+
+
+def gemini_levels(model: Model) -> List[str]:
+    """The thinking levels that a model has: by the catalogue, else by its family."""
+    known = [level for level in LEVELS[1:] if fit_level(level, model) == level] if model.thinking_levels else []
+    return known or list(next(levels for family, levels in _LEVEL_FAMILIES if family.match(bare_id(model.id))))
+
+
+def thinking_level(reasoning: Reasoning, model: Model) -> Tuple[Dict[str, Any], int]:
+    """(thinkingConfig, room in tokens) of a model that takes a level. It cannot be turned off: then it is the lowest,
+    and the thoughts stay unseen."""
+    level = nearest_level(reasoning.level, gemini_levels(model))
+    config: Dict[str, Any] = {"thinkingLevel": (model.thinking_levels.get(level) or level).upper()}
+    if reasoning.level == "off":
+        return config, 0
+    return {"includeThoughts": True, **config}, reasoning.budget or LEVEL_BUDGETS[level]
+
+
+def thinking_budget(reasoning: Reasoning, model: Model) -> Tuple[Dict[str, Any], int]:
+    """(thinkingConfig, room in tokens) of a model that takes a budget."""
+    family = next((budgets for ids, budgets in _BUDGET_FAMILIES if ids.match(bare_id(model.id))), _OTHER_BUDGETS)
+    if reasoning.level == "off":
+        return {"thinkingBudget": family.off}, 0
+    level = nearest_level(reasoning.level, ("minimal", "low", "medium", "high"))
+    budget = reasoning.budget or family.by_level.get(level, -1)
+    if budget > 0:
+        budget = min(max(budget, family.lowest), family.highest)
+    return {"includeThoughts": True, "thinkingBudget": budget}, budget if budget > 0 else LEVEL_BUDGETS[level]
+
+
+# a line that no event stream has: a JSON body, sent in place of events when the answer breaks
+_BARE_JSON = re.compile(rb"^[ \t]*[\[{]", re.MULTILINE)
+_EVENT_LINE = re.compile(rb"(?:data|event|id|retry)?:|\s*\Z")
+
+
+class GeminiReader(Reader):
+    """GenerateContentResponse chunks → events. `maker` names the protocol that signed thinking goes back to.
+
+    A signature may stand on any part. On a thought it is that thought's; on a call the call's; on text, which has no
+    place for it, it becomes sealed thinking behind the text, and goes back as an empty signed text."""
+
+    def __init__(self, maker: str, stamp: Stamp) -> None:
+        super().__init__()
+        self._maker = maker
+        self._stamp = stamp
+        self._started = False
+        self._answered = False
+        self._stop: Optional[str] = None
+        self._detail: Optional[str] = None
+        self._usage = Usage()
+        self._signatures: Dict[type, str] = {}
+        self._call_ids: set[str] = set()
+        self._bare = b""
+
+    def _read(self, block: bytes) -> Iterator[Event]:
+        yield from super()._read(block)
+        if self._bare or _BARE_JSON.search(block):
+            lines = [line for line in block.splitlines() if not _EVENT_LINE.match(line)]
+            self._bare = (self._bare + b"\n".join(lines))[:MAX_ERROR_BYTES]
+
+    def on_event(self, name: str, text: str) -> Iterator[Event]:
+        """One chunk. [DONE] comes from hosts that mix up protocols."""
+        if text.strip() != "[DONE]":
+            yield from self.on_chunk(loads(text))
+
+    def whole(self, body: Dict[str, Any]) -> Iterator[Event]:
+        """A GenerateContentResponse: the same as one chunk."""
+        yield from self.on_chunk(body)
+        yield from self.finish()
+
+    def finish(self) -> Iterator[Event]:
+        """The end without a finish reason is a cut; an answer of thoughts alone counts as empty."""
+        if self._bare:
+            raise google_error(0, {}, self._bare, 0.0)
+        if self._stop is None and self._started:
+            raise UpstreamProtocolError("the provider's stream ended without a finish reason")
+        if self._stop in (None, "stop") and not self._answered:
+            raise EmptyAnswer("the provider's answer is empty")
+        yield from self._close()
+        yield Done(self._stop or "stop", self._usage, self._detail)
+
+    def on_chunk(self, chunk: Any) -> Iterator[Event]:
+        """The events that one chunk amounts to."""
+        if isinstance(chunk, list) and chunk:
+            chunk = chunk[0]
+        if not isinstance(chunk, dict):
+            raise UpstreamProtocolError("the provider sent an event that is not an object")
+        if chunk.get("error"):
+            raise google_error(0, {}, dumps(chunk).encode("ascii"), 0.0)
+        if not self._started and ("candidates" in chunk or "promptFeedback" in chunk):
+            self._started = True
+            yield Start(chunk.get("responseId") or "", chunk.get("modelVersion") or "")
+        if isinstance(chunk.get("usageMetadata"), dict):
+            self._usage = read_gemini_usage(chunk["usageMetadata"])
+        candidates = chunk.get("candidates") or [{}]
+        for part in as_dict(candidates[0].get("content")).get("parts") or ():
+            yield from self._part(part)
+        self._note_stop(candidates[0], as_dict(chunk.get("promptFeedback")))
+
+    def _part(self, part: Dict[str, Any]) -> Iterator[Event]:
+        signature = read_signature(part.get("thoughtSignature"))
+        if part.get("functionCall") is not None:
+            yield from self._call(part["functionCall"], signature)
+        elif isinstance(part.get("text"), str):
+            yield from self._text(Thinking if part.get("thought") else Text, part["text"], signature)
+        elif signature:
+            self._signatures[Text] = signature
+        else:                                   # code that Google ran, a picture: our clients have no words for it
+            self._answered = True
+
+    def _text(self, kind: type, text: str, signature: Optional[str]) -> Iterator[Event]:
+        if kind not in self._parts and (text or kind is Thinking):
+            yield from self._close()
+            yield self._parts.start(kind, Thinking(maker=self._maker) if kind is Thinking else Text())
+        if text:
+            yield self._parts.delta(kind, text)
+            self._answered = self._answered or kind is Text
+        if signature:                           # a later piece without one does not take it back
+            self._signatures[kind] = signature
+
+    def _call(self, call: Dict[str, Any], signature: Optional[str]) -> Iterator[Event]:
+        yield from self._close()
+        self._answered = True
+        call_id = self._fresh_id(call.get("id") or "")
+        maker = self._maker if signature else ""
+        yield self._parts.start(call_id, ToolCall(call_id, call["name"], "", signature, maker))
+        yield self._parts.delta(call_id, json_text(call.get("args") or {}))
+        yield self._parts.end(call_id)
+
+    def _fresh_id(self, call_id: str) -> str:
+        """The call's own id, made up when it is missing and made different when it was used before."""
+        base = call_id or f"call_{self._stamp.id}"
+        fresh = base if call_id else f"{base}_{len(self._call_ids)}"
+        while fresh in self._call_ids:
+            fresh = f"{fresh}_{len(self._call_ids)}"
+        self._call_ids.add(fresh)
+        return fresh
+
+    def _close(self) -> Iterator[Event]:
+        for kind in (Thinking, Text):
+            if kind in self._parts:
+                yield self._parts.end(kind, self._signatures.pop(kind, None) if kind is Thinking else None)
+        signature = self._signatures.pop(Text, None)
+        if signature:
+            yield self._parts.start("seal", Thinking("", signature, True, self._maker))
+            yield self._parts.end("seal")
+
+    def _note_stop(self, candidate: Mapping[str, Any], feedback: Mapping[str, Any]) -> None:
+        reason, blocked = candidate.get("finishReason"), feedback.get("blockReason")
+        if reason in GEMINI_FAILURES:
+            said = candidate.get("finishMessage")
+            raise UpstreamError(f"the provider stopped: {reason}" + (f" ({said})" if said else ""), code=reason.lower())
+        if reason and reason not in GEMINI_STOP:
+            raise UpstreamProtocolError(f"the provider stopped for a reason that is not known here: {reason}")
+        if reason:
+            self._stop = GEMINI_STOP[reason]
+            if self._stop == "refusal":
+                self._detail = candidate.get("finishMessage") or f"The provider's filter ended the answer: {reason}"
+        elif blocked:
+            self._stop = "refusal"
+            self._detail = feedback.get("blockReasonMessage") or f"The provider blocked the prompt: {blocked}"
+
+
+def read_gemini_usage(usage: Mapping[str, Any]) -> Usage:
+    """Google's usage: promptTokenCount includes what was cached, candidatesTokenCount leaves out thoughts."""
+    count = {name: token_count(value) for name, value in usage.items()}
+    cached, thoughts = count.get("cachedContentTokenCount", 0), count.get("thoughtsTokenCount", 0)
+    prompt = count.get("promptTokenCount", 0) + count.get("toolUsePromptTokenCount", 0)
+    return Usage(max(0, prompt - cached), count.get("candidatesTokenCount", 0) + thoughts, cached, 0, thoughts)
+
+
+# google.rpc.Code by name, for errors inside a stream, which have no HTTP status
+GOOGLE_STATUS = {
+    "INVALID_ARGUMENT": 400, "FAILED_PRECONDITION": 400, "OUT_OF_RANGE": 400, "UNAUTHENTICATED": 401,
+    "PERMISSION_DENIED": 403, "NOT_FOUND": 404, "ALREADY_EXISTS": 409, "ABORTED": 409, "RESOURCE_EXHAUSTED": 429,
+    "CANCELLED": 500, "UNKNOWN": 500, "INTERNAL": 500, "DATA_LOSS": 500, "UNIMPLEMENTED": 501, "UNAVAILABLE": 503,
+    "DEADLINE_EXCEEDED": 504}
+GOOGLE_SPENT = frozenset({"QUOTA_EXHAUSTED", "INSUFFICIENT_G1_CREDITS_BALANCE"})
+LONGEST_PAUSE_S = 300.0             # a longer wait is a quota that is used up, not a rate
+MINUTE_QUOTA_S = 60.0
+_BAD_KEY = re.compile(r"API key (?:not valid|expired|not found)", re.IGNORECASE)
+_LONG_QUOTA = re.compile(r"PerDay|Daily", re.IGNORECASE)
+_DURATION_UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
+_DURATION = re.compile(r"(\d{1,9}(?:\.\d{1,12})?)(ms|h|m|s)")
+
+
+class GoogleError(NamedTuple):
+    """What a google.rpc.Status says beyond its message: the status word, the reasons of its ErrorInfo, the ids of the
+    quotas that were passed, the wait in seconds that it asks for, and links to help."""
+
+    word: str = ""
+    reasons: Tuple[str, ...] = ()
+    quotas: Tuple[str, ...] = ()
+    wait_s: Optional[float] = None
+    links: Tuple[str, ...] = ()
+
+
+def parse_duration(text: Any) -> Optional[float]:
+    """Seconds of "34.07s", "900ms" or "18h31m10s"; None when it is not one."""
+    if not isinstance(text, str) or not re.fullmatch(f"(?:{_DURATION.pattern})+", text):
+        return None
+    return sum(float(number) * _DURATION_UNITS[unit] for number, unit in _DURATION.findall(text))
+
+
+def read_google_error(body: bytes) -> GoogleError:
+    """The details of an error body, which may be wrapped in an array; nothing when it is of another shape."""
+    try:
+        value = json.loads(body.decode("utf-8", "replace"))
+    except (ValueError, RecursionError):
+        return GoogleError()
+    error = as_dict(as_dict(value[0] if isinstance(value, list) and value else value).get("error"))
+    details = error.get("details")
+    details = [as_dict(detail) for detail in details] if isinstance(details, list) else []
+    waits = [parse_duration(value) for detail in details
+             for value in (detail.get("retryDelay"), as_dict(detail.get("metadata")).get("quotaResetDelay"))]
+    return GoogleError(
+        word=str(error.get("status") or ""), wait_s=next((wait for wait in waits if wait is not None), None),
+        reasons=tuple(str(detail["reason"]) for detail in details if detail.get("reason")),
+        quotas=tuple(str(as_dict(item).get("quotaId", "")) for detail in details
+                     for item in detail.get("violations") or ()),
+        links=tuple(str(as_dict(link).get("url", "")) for detail in details for link in detail.get("links") or ()))
+
+
+def google_error(status: int, headers: Mapping[str, str], body: bytes, now: float) -> GatewayError:
+    """The error that a body means; status 0 when it came inside an answer of status 200."""
+    message, kind, code = error_fields(body)
+    facts = read_google_error(body)
+    if status < 400 or status == 499:           # 499: cancelled on their side, not a fault of the request
+        status = GOOGLE_STATUS.get(facts.word) or (int(code) if re.fullmatch("[45]..", code) else 500)
+    message = message or f"the provider answered {status} without a message"
+    if "VALIDATION_REQUIRED" in facts.reasons and facts.links:
+        message = f"{message} {facts.links[0]}"
+    if any(reason.startswith("API_KEY_") for reason in facts.reasons) or _BAD_KEY.search(message):
+        return CredentialRefused(message)
+    asked = parse_retry_after(headers, now)
+    wait = facts.wait_s if asked is None else asked
+    if status == 429:
+        return google_quota_error(message, facts, parse_text_delay(message) if wait is None else wait)
+    return upstream_error(status, message, kind, facts.word.lower(), wait)
+
+
+def google_quota_error(message: str, facts: GoogleError, wait_s: Optional[float]) -> GatewayError:
+    """A 429 as a short pause or as a quota that is used up; the message always speaks of plan and billing."""
+    if (any(_LONG_QUOTA.search(quota) for quota in facts.quotas) or GOOGLE_SPENT & set(facts.reasons)
+            or (wait_s or 0.0) > LONGEST_PAUSE_S):
+        return QuotaExceeded(message, retry_after=wait_s)
+    if wait_s is None and any("PerMinute" in quota for quota in facts.quotas):
+        wait_s = MINUTE_QUOTA_S
+    if wait_s is not None or "RATE_LIMIT_EXCEEDED" in facts.reasons:
+        return RateLimited(message, retry_after=wait_s)
+    return upstream_error(429, message)
+
+
+_TEXT_DELAYS = (re.compile(r"reset after ((?:\d+(?:\.\d+)?(?:ms|h|m|s))+)", re.IGNORECASE),
+                re.compile(r"please retry in (\d+(?:\.\d+)?(?:ms|s))", re.IGNORECASE),
+                re.compile(r'"retryDelay"\s*:\s*"([^"]+)"'))
+
+
+def parse_text_delay(text: str) -> Optional[float]:
+    """Seconds by the words "reset after 10m15s" or "Please retry in 34.07s", or a retryDelay field; None without."""
+    found = (parse_duration(match.group(1)) for match in (pattern.search(text) for pattern in _TEXT_DELAYS) if match)
+    return next((wait for wait in found if wait is not None), None)
+
+
+# --- Google's schema dialects -----------------------------------------------------------------------------------------
+#
+# `parametersJsonSchema` takes JSON Schema and passes over what it does not know. `parameters` takes a subset of OpenAPI
+# 3.0, and one unknown keyword anywhere is a 400 for the whole request.
+
+MAX_SCHEMA_NODES = 5000             # what one tool's schema may grow to when its references are filled in
+MAX_SCHEMA_DEPTH = 60               # far below Python's recursion limit
+MAX_NOTE_CHARS = 200                # of a keyword's value that becomes text
+_SCHEMA_TYPES = ("string", "number", "integer", "boolean", "array", "object", "null")
+_SCHEMA_MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas", "dependencies")
+_SCHEMA_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
+_SCHEMA_SINGLES = ("items", "additionalItems", "additionalProperties", "unevaluatedItems", "unevaluatedProperties",
+                   "contains", "propertyNames", "not", "if", "then", "else", "contentSchema")
+
+
+def const_to_enum(schema: Any, depth: int = 0) -> Any:
+    """A JSON Schema whose string and number constants are enumerations of one, since the lenient dialect passes over
+    `const`. Only schemas are walked: data under default, enum or examples stays as it is."""
+    if not isinstance(schema, Mapping) or depth > MAX_SCHEMA_DEPTH:
+        return schema
+    out = dict(schema)
+    for name in _SCHEMA_MAPS:
+        if isinstance(out.get(name), Mapping):
+            out[name] = {key: const_to_enum(value, depth + 1) for key, value in out[name].items()}
+    for name in _SCHEMA_LISTS:
+        if isinstance(out.get(name), list):
+            out[name] = [const_to_enum(value, depth + 1) for value in out[name]]
+    out.update((name, const_to_enum(out[name], depth + 1)) for name in _SCHEMA_SINGLES
+               if isinstance(out.get(name), Mapping))
+    if isinstance(out.get("const"), (str, int, float)) and not isinstance(out["const"], bool):
+        out.setdefault("enum", [out.pop("const")])
+    return out
+
+
+def clean_schema(schema: Mapping[str, Any]) -> Dict[str, Any]:
+    """A JSON Schema in the strict dialect: references filled in, allOf merged, null as `nullable`, constants as strings
+    of an enum. A keyword that the dialect lacks becomes words of the description. Cleaning twice changes nothing more.
+
+    Recursion, a reference that leads nowhere, and what lies beyond the limits above become an object that says which
+    type was meant: {"type": "object", "description": "See: Node"}."""
+    return _SchemaCleaner(schema).clean(schema, frozenset({"#"}), 0)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == int(value) >= 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+# Keywords that are kept as they are, if their value is what the dialect expects. The others have rules of their own:
+# type, format, enum, nullable, description, properties, required, items, anyOf.
+_KEPT: Dict[str, Callable[[Any], bool]] = {
+    "title": _is_text, "pattern": _is_text, "minItems": _is_count, "maxItems": _is_count, "minLength": _is_count,
+    "maxLength": _is_count, "minProperties": _is_count, "maxProperties": _is_count, "minimum": _is_number,
+    "maximum": _is_number, "propertyOrdering": _is_names, "default": lambda value: True, "example": lambda value: True}
+_RULED = frozenset({"type", "format", "enum", "nullable", "description", "properties", "required", "items", "anyOf"})
+# Keywords whose loss costs a model nothing: names for references, and the usual closing of objects.
+_DROPPED = frozenset({"$schema", "$id", "id", "$anchor", "$dynamicAnchor", "$vocabulary", "$comment", "$defs",
+                      "definitions"})
+_FORMATS = {"string": ("enum", "date-time"), "number": ("float", "double"), "integer": ("int32", "int64")}
+# Which keywords speak of which type, to part {"type": ["string", "array"], ...} into alternatives.
+_OF_TYPE = {
+    "string": ("minLength", "maxLength", "pattern", "format", "enum", "const"),
+    "number": ("minimum", "maximum", "format"),
+    "integer": ("minimum", "maximum", "format"), "array": ("items", "prefixItems", "minItems", "maxItems"),
+    "object": ("properties", "required", "minProperties", "maxProperties", "propertyOrdering")}
+_LEAST = ("maximum", "maxItems", "maxLength", "maxProperties")
+_MOST = ("minimum", "minItems", "minLength", "minProperties")
+
+
+def literal(value: Any) -> str:
+    """A JSON value as text that is not too long."""
+    try:
+        text = json_text(value)
+    except (ValueError, TypeError, RecursionError):
+        text = "…"
+    return text if len(text) <= MAX_NOTE_CHARS else text[:MAX_NOTE_CHARS] + "…"
+
+
+def note(name: str, value: Any) -> str:
+    """A keyword as words for the description."""
+    return f"{name}: {literal(value)}"
+
+
+def add_words(schema: Mapping[str, Any], *words: str) -> Dict[str, Any]:
+    """`schema` with more in its description; what it says already is not said again."""
+    lines = [schema["description"]] if isinstance(schema.get("description"), str) and schema["description"] else []
+    lines.extend(word for word in words if word not in lines)
+    return {**schema, "description": "\n".join(lines)} if lines else dict(schema)
+
+
+def type_words(schema: Mapping[str, Any]) -> List[str]:
+    """The types that a schema names, in lower case and without what is none."""
+    named = schema.get("type")
+    words = [word.lower() for word in (named if isinstance(named, list) else [named]) if isinstance(word, str)]
+    return [word for word in dict.fromkeys(words) if word in _SCHEMA_TYPES]
+
+
+def merge_schemas(first: Mapping[str, Any], second: Mapping[str, Any]) -> Dict[str, Any]:
+    """A schema for what fits both. Where that cannot be said, the first stays and the second becomes words."""
+    out, words = dict(first), []
+    for name, value in second.items():
+        if name not in out:
+            out[name] = value
+        elif name == "description":
+            words.append(value if isinstance(value, str) else "")
+        elif name in _MERGES:
+            out[name] = _MERGES[name](out[name], value)
+        elif name not in _DROPPED and note(name, out[name]) != note(name, value):
+            words.append(note(name, value))
+    return add_words(out, *filter(None, words))
+
+
+def _merge_types(first: Any, second: Any) -> Any:
+    ours, theirs = type_words({"type": first}), type_words({"type": second})
+    common = [word for word in ours if word in theirs or (word == "integer" and "number" in theirs)]
+    if "number" in ours and "integer" in theirs:
+        common.append("integer")
+    return common or first
+
+
+def _merge_lists(first: Any, second: Any) -> Any:
+    if not isinstance(first, list) or not isinstance(second, list):
+        return first if isinstance(first, list) else second
+    return first + [item for item in second if item not in first]
+
+
+def _merge_enums(first: Any, second: Any) -> Any:
+    if not isinstance(first, list) or not isinstance(second, list):
+        return first if isinstance(first, list) else second
+    return [item for item in first if item in second] or first
+
+
+def _merge_properties(first: Any, second: Any) -> Any:
+    if not isinstance(first, Mapping) or not isinstance(second, Mapping):
+        return first if isinstance(first, Mapping) else second
+    return {**first, **{name: _merge_both(first[name], value) if name in first else value
+                        for name, value in second.items()}}
+
+
+def _merge_both(first: Any, second: Any) -> Any:
+    return first if first is second else {"allOf": [first, second]}
+
+
+def _merge_limits(choose: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    return lambda first, second: choose(first, second) if _is_number(first) and _is_number(second) else first
+
+
+_MERGES: Dict[str, Callable[[Any, Any], Any]] = {
+    "type": _merge_types, "required": _merge_lists, "enum": _merge_enums, "properties": _merge_properties,
+    "items": _merge_both, "nullable": lambda first, second: first and second,
+    **{name: _merge_limits(min) for name in _LEAST}, **{name: _merge_limits(max) for name in _MOST}}
+
+
+def opaque(name: str) -> Dict[str, Any]:
+    """What stands for a schema that cannot be written out."""
+    return {"type": "object", "description": f"See: {name}"}
+
+
+def is_null(schema: Mapping[str, Any]) -> bool:
+    """Whether a schema allows null and nothing else."""
+    return (type_words(schema) == ["null"] or schema.get("enum") == [None]
+            or ("const" in schema and schema["const"] is None))
+
+
+class _SchemaCleaner:
+    """One run of `clean_schema`. `left` is what the result may still grow by: each node that is opened pays for its
+    children, each reference for its size."""
+
+    def __init__(self, root: Any) -> None:
+        self._root = root
+        self._left = MAX_SCHEMA_NODES
+
+    def clean(self, node: Any, above: FrozenSet[str], depth: int) -> Dict[str, Any]:
+        """The node in the strict dialect; `above` are the references that lead to it."""
+        flat, above = self._flatten(node, above)
+        return self._write(flat, above, depth)
+
+    def _flatten(self, node: Any, above: FrozenSet[str]) -> Tuple[Dict[str, Any], FrozenSet[str]]:
+        """The node without $ref and allOf, and the references that it used."""
+        seen: Dict[str, None] = {}
+        merged: Dict[str, Any] = {}
+        waiting = [node]
+        while waiting and self._left >= 0:
+            item = waiting.pop(0)
+            if not isinstance(item, Mapping):
+                item = {"not": {}} if item is False else {}
+            members = item.get("allOf")
+            own = {name: value for name, value in item.items() if name not in ("$ref", "allOf")}
+            if "$ref" in item:
+                waiting.insert(0, self._follow(item["$ref"], above, seen))
+            if isinstance(members, list):
+                self._left -= len(members)
+                waiting.extend(members)
+            merged = merge_schemas(merged, own)
+        return merged, above | frozenset(seen)
+
+    def _follow(self, pointer: Any, above: FrozenSet[str], seen: Dict[str, None]) -> Any:
+        if not isinstance(pointer, str):
+            return {}
+        if pointer in seen:                     # merged already
+            return {}
+        target = None if pointer in above else self._find(pointer)
+        if target is None or self._left <= 0:
+            return opaque(pointer.rstrip("/").rpartition("/")[2] or pointer)
+        seen[pointer] = None
+        self._left -= self._size(target)
+        return target
+
+    def _size(self, target: Any) -> int:
+        fields = as_dict(target)
+        enum, words = fields.get("enum"), fields.get("description")
+        return 1 + (len(enum) if isinstance(enum, list) else 0) + (len(words) // 256 if isinstance(words, str) else 0)
+
+    def _find(self, pointer: str) -> Any:
+        """What a local reference points at (RFC 6901 in a fragment); None when there is no such place."""
+        if not pointer.startswith("#"):
+            return None
+        place: Any = self._root
+        for step in urllib.parse.unquote(pointer[1:]).split("/")[1:]:
+            key = step.replace("~1", "/").replace("~0", "~")
+            if isinstance(place, list) and key.isdecimal() and int(key) < len(place):
+                place = place[int(key)]
+            else:
+                place = place.get(key) if isinstance(place, Mapping) else None
+        return place if isinstance(place, (Mapping, bool)) else None
+
+    def _write(self, flat: Dict[str, Any], above: FrozenSet[str], depth: int) -> Dict[str, Any]:
+        flat, branches = self._unite(arrange_items(arrange_enum(flat)), above)
+        if len(branches) == 1 and depth < MAX_SCHEMA_DEPTH and self._left > 0:      # an alternative to null, mostly
+            self._left -= 1
+            only, only_above = branches[0]
+            return self._write(merge_schemas(flat, only), above | only_above, depth + 1)
+        properties, has_items = flat.get("properties"), "items" in flat
+        properties = properties if isinstance(properties, Mapping) else {}
+        children = len(properties) + len(branches) + has_items
+        if children and (depth >= MAX_SCHEMA_DEPTH or children > self._left):
+            return opaque("the full schema")
+        self._left -= children
+        out, words = keep_known(flat)
+        if properties:
+            out["properties"] = {str(name): self.clean(value, above, depth + 1) for name, value in properties.items()}
+        if has_items:
+            out["items"] = self.clean(flat["items"], above, depth + 1)
+        if branches:
+            out["anyOf"] = [self._write(branch, theirs, depth + 1) for branch, theirs in branches]
+        return add_words(settle_names(out, flat), *words)
+
+    def _unite(self, flat: Dict[str, Any], above: FrozenSet[str],
+               ) -> Tuple[Dict[str, Any], List[Tuple[Dict[str, Any], FrozenSet[str]]]]:
+        """(the schema without its alternatives, the alternatives). Alternatives beside properties mostly say which of
+        them go together: then the properties stay and the alternatives become words."""
+        flat, choices = take_choices(arrange_types(flat))
+        flattened = [self._flatten(choice, above) for choice in choices[:max(0, self._left)]]
+        branches = [(branch, theirs) for branch, theirs in flattened if not is_null(branch)]
+        if len(branches) < len(flattened):
+            flat = {**flat, "nullable": True}
+        if len(branches) > 1 and any(name in flat for name in ("properties", "items", "enum")):
+            return add_words(flat, note("anyOf", choices)), []
+        if branches and len(branches) > 1 and "type" in flat:
+            shared = flat.pop("type")
+            branches = [(branch if "type" in branch else {"type": shared, **branch}, theirs)
+                        for branch, theirs in branches]
+        return flat, branches
+
+
+def arrange_enum(flat: Mapping[str, Any]) -> Dict[str, Any]:
+    """const and enum as an enum of strings, null among them as nullable."""
+    out = {name: value for name, value in flat.items() if name not in ("const", "enum")}
+    members = flat.get("enum") if isinstance(flat.get("enum"), list) else []
+    members = [flat["const"]] if "const" in flat else members
+    texts = [item if isinstance(item, str) else literal(item) for item in members if item is not None]
+    if None in members or (texts and "null" in type_words(flat)):
+        out["nullable"] = True
+    if texts:
+        out.update(type="string", enum=list(dict.fromkeys(texts)))
+    return out
+
+
+def arrange_items(flat: Dict[str, Any]) -> Dict[str, Any]:
+    """A tuple's items as alternatives; an array of anything says so, since the dialect wants items."""
+    tuple_items = flat.get("prefixItems", flat.get("items"))
+    if isinstance(tuple_items, list):
+        flat = {name: value for name, value in flat.items() if name not in ("prefixItems", "items")}
+        flat["items"] = {"anyOf": tuple_items} if tuple_items else {}
+    if "items" not in flat and "array" in type_words(flat):
+        flat = {**flat, "items": {}}
+    return flat
+
+
+def arrange_types(flat: Dict[str, Any]) -> Dict[str, Any]:
+    """One type, or several as alternatives; null as nullable."""
+    words = type_words(flat)
+    out = {name: value for name, value in flat.items() if name != "type"}
+    if "type" in flat and not words:
+        out = add_words(out, note("type", flat["type"]))
+    if "null" in words:
+        out["nullable"] = True
+    words = [word for word in words if word != "null"]
+    if len(words) > 1 and "anyOf" not in flat and "oneOf" not in flat:
+        return part_types(out, words)
+    if len(words) > 1:
+        out = add_words(out, note("type", words))
+    implied = "object" if isinstance(flat.get("properties"), Mapping) else "array" if "items" in flat else None
+    return {**out, **present(type=words[0] if words else implied)}
+
+
+def part_types(flat: Mapping[str, Any], words: Sequence[str]) -> Dict[str, Any]:
+    """A schema of several types as alternatives of one type each; every keyword goes to the types that it speaks of."""
+    own = {name for word in words for name in _OF_TYPE.get(word, ())}
+    choices = [{"type": word, **{name: flat[name] for name in _OF_TYPE.get(word, ()) if name in flat}}
+               for word in words]
+    return {**{name: value for name, value in flat.items() if name not in own}, "anyOf": choices}
+
+
+def take_choices(flat: Dict[str, Any]) -> Tuple[Dict[str, Any], List[Any]]:
+    """(the schema without anyOf and oneOf, the alternatives); of two sets the second becomes words."""
+    sets = [(name, flat[name]) for name in ("anyOf", "oneOf") if isinstance(flat.get(name), list) and flat[name]]
+    rest = {name: value for name, value in flat.items() if name not in ("anyOf", "oneOf")}
+    return (add_words(rest, *(note(name, value) for name, value in sets[1:])), list(sets[0][1])) if sets else (rest, [])
+
+
+def keep_known(flat: Mapping[str, Any]) -> Tuple[Dict[str, Any], List[str]]:
+    """(the plain keywords that the dialect has, words for the others)."""
+    out = {name: flat[name] for name in ("type", "enum", "description") if isinstance(flat.get(name), (str, list))}
+    if flat.get("nullable") is True:
+        out["nullable"] = True
+    words = []
+    for name, value in flat.items():
+        if name in _KEPT and _KEPT[name](value):
+            out[name] = int(value) if _KEPT[name] is _is_count else value
+        elif name == "format" and value in _FORMATS.get(str(flat.get("type")), ()):
+            out[name] = value
+        elif name not in _RULED - {"format"} and name not in _DROPPED and not _says_nothing(name, value):
+            words.append(note(name, value))
+    return out, words
+
+
+def _says_nothing(name: str, value: Any) -> bool:
+    return name.startswith(("additionalP", "additionalI", "unevaluated")) and isinstance(value, bool)
+
+
+def settle_names(out: Dict[str, Any], flat: Mapping[str, Any]) -> Dict[str, Any]:
+    """`out` with `required` and `propertyOrdering` of properties that it has. Required may also be marked on
+    the property itself, as in the third draft of JSON Schema."""
+    properties, required = out.get("properties", {}), flat.get("required")
+    names = list(required) if isinstance(required, list) else []
+    names.extend(name for name, value in as_dict(flat.get("properties")).items()
+                 if isinstance(value, Mapping) and value.get("required") is True)
+    for field_name, wanted in (("required", names), ("propertyOrdering", out.pop("propertyOrdering", []))):
+        kept = [name for name in dict.fromkeys(item for item in wanted if isinstance(item, str)) if name in properties]
+        if kept:
+            out[field_name] = kept
+    return out
+
+
+# --- google-vertex ----------------------------------------------------------------------------------------------------
+
+VERTEX_HOSTS = {"global": "aiplatform.googleapis.com", "us": "aiplatform.us.rep.googleapis.com",
+                "eu": "aiplatform.eu.rep.googleapis.com"}
+VERTEX_ANTHROPIC = "vertex-2023-10-16"
+CLAUDE_ON_VERTEX = AnthropicMessages()
+
+
+def hosts_claude(model: Model) -> bool:
+    """Whether the model is Anthropic's, at a host of other models."""
+    return model.id.startswith("claude")
+
+
+def vertex_base(model: Model, credential: Credential) -> str:
+    """Scheme, host and version. The catalogue's URL has {location} in its host; another host is a proxy and stays."""
+    location = credential.parts.get("location") or "global"
+    if not re.fullmatch(r"[a-z][a-z0-9-]{0,40}", location):
+        raise Unauthorized(f'"{location[:60]}" is not a Google Cloud location: check GOOGLE_CLOUD_LOCATION',
+                           code="no_credentials", param="model")
+    base = model.base_url.rstrip("/")
+    if not base or "aiplatform.googleapis.com" in base:
+        base = "https://" + VERTEX_HOSTS.get(location, f"{location}-aiplatform.googleapis.com")
+    return base if re.search(r"/v\d[a-z0-9]*\Z", base) else base + "/v1"
+
+
+def vertex_url(model: Model, credential: Credential, method: str) -> str:
+    """The URL of a model's method. A key without project and location is one of express mode, which needs neither."""
+    publisher, _, name = model.id.rpartition("/")
+    publisher = publisher or ("anthropic" if hosts_claude(model) else "google")
+    place = f"/publishers/{publisher}/models/{urllib.parse.quote(name, safe='@:')}{method}"
+    project, location = credential.parts.get("project"), credential.parts.get("location")
+    if credential.kind != "oauth" and not (project and location):
+        return vertex_base(model, credential) + place
+    if not project:
+        raise Unauthorized(f'"{model.provider}" needs a Google Cloud project: set GOOGLE_CLOUD_PROJECT',
+                           code="no_credentials", param="model")
+    where = f"/projects/{urllib.parse.quote(project, safe=':')}/locations/{location or 'global'}"
+    return vertex_base(model, credential) + where + place
+
+
+class GoogleVertex(GoogleGenerativeAI):
+    """Gemini and Claude on Vertex AI. `Credential.parts`: project, location, quota_project."""
+
+    name = "google-vertex"
+
+    def carries(self, model: Model) -> FrozenSet[str]:
+        """By the model's own protocol."""
+        return CLAUDE_ON_VERTEX.carries(model) if hosts_claude(model) else super().carries(model)
+
+    def replays(self, part: Thinking, model: Model) -> bool:
+        """By the model's own protocol."""
+        return CLAUDE_ON_VERTEX.replays(part, model) if hosts_claude(model) else super().replays(part, model)
+
+    def fit(self, request: Request, model: Model) -> Tuple[Request, List[str]]:
+        """By the model's own protocol."""
+        return CLAUDE_ON_VERTEX.fit(request, model) if hosts_claude(model) else super().fit(request, model)
+
+    def build(self, request: Request, model: Model, credential: Credential) -> Call:
+        """See `UpstreamProtocol.build`."""
+        if hosts_claude(model):
+            return self._build_claude(request, model, credential)
+        body = dumps(self.body(request, model)).encode("ascii")
+        return Call("POST", vertex_url(model, credential, self.method(request)), self.headers(model, credential), body)
+
+    def _build_claude(self, request: Request, model: Model, credential: Credential) -> Call:
+        """The Messages body, with the model in the URL and the version in the body."""
+        body = json.loads(CLAUDE_ON_VERTEX.build(request, model, Credential()).body)
+        del body["model"]
+        method = ":streamRawPredict" if request.stream else ":rawPredict"
+        return Call("POST", vertex_url(model, credential, method), self.headers(model, credential),
+                    dumps({"anthropic_version": VERTEX_ANTHROPIC, **body}).encode("ascii"))
+
+    def headers(self, model: Model, credential: Credential) -> Dict[str, str]:
+        """Request headers; x-goog-user-project names whom to bill when that is not the project called."""
+        billed = credential.parts.get("quota_project") if credential.kind == "oauth" else None
+        return {**super().headers(model, credential), **present(**{"x-goog-user-project": billed})}
+
+    def reader(self, model: Model, stamp: Stamp) -> Reader:
+        """See `UpstreamProtocol.reader`."""
+        return AnthropicReader() if hosts_claude(model) else super().reader(model, stamp)
+
+
+# --- google-gemini-cli ------------------------------------------------------------------------------------------------
+
+ANTIGRAVITY = "antigravity"
+ANTIGRAVITY_AGENT = "antigravity/hub/2.9.1 darwin/arm64"    # the service refuses newer models below 2.9.0
+ANTIGRAVITY_BETA = "interleaved-thinking-2025-05-14"
+
+
+class CloudCodeAssist(GoogleGenerativeAI):
+    """Gemini behind a personal Google log-in: POST {base}/v1internal:streamGenerateContent?alt=sse, the Gemini request
+    inside a wrapper that names project and model. `Credential.parts`: project.
+
+    Compat flag `codeAssistAgent`: gemini-cli, or antigravity, which has Claude and GPT-OSS too."""
+
+    name = "google-gemini-cli"
+
+    def build(self, request: Request, model: Model, credential: Credential) -> Call:
+        """See `UpstreamProtocol.build`."""
+        project = credential.parts.get("project")
+        if not project:
+            raise Unauthorized(f'the log-in for "{model.provider}" names no Google Cloud project: log in again, or set '
+                               "GOOGLE_CLOUD_PROJECT", code="no_credentials", param="model")
+        inner = {**self.body(request, model), "sessionId": session_number(request)}
+        digest = hashlib.sha256(dumps(inner).encode("ascii")).hexdigest()
+        wrapper = {"project": project, "model": bare_id(model.id), "request": inner,
+                   **code_assist_fields(agent_of(model), digest)}
+        url = join_url(model.base_url, "/v1internal" + self.method(request))
+        return Call("POST", url, self.headers(model, credential), dumps(wrapper).encode("ascii"))
+
+    def headers(self, model: Model, credential: Credential) -> Dict[str, str]:
+        """Request headers, by agent."""
+        headers = authorization(model, credential)
+        if agent_of(model) == ANTIGRAVITY:
+            headers["user-agent"] = ANTIGRAVITY_AGENT
+            if hosts_claude(model) and model.reasoning:
+                headers["anthropic-beta"] = ANTIGRAVITY_BETA
+        return headers
+
+    def is_strict(self, model: Model) -> bool:
+        """Claude's tools are declared in the strict dialect here."""
+        return hosts_claude(model) or super().is_strict(model)
+
+    def _thought(self, part: Thinking, model: Model) -> Dict[str, Any]:
+        thought = super()._thought(part, model)
+        return {} if hosts_claude(model) and not thought.get("text") else thought      # empty text breaks Claude
+
+    def tool_config(self, request: Request, model: Model) -> Optional[Dict[str, Any]]:
+        """Claude's arguments are checked, unless a tool takes none: a checked schema must have properties."""
+        has_choice = request.tool_choice is not None and request.tool_choice.kind != "auto"
+        if not hosts_claude(model) or has_choice or not request.tools:
+            return super().tool_config(request, model)
+        checked = all(tool.schema.get("properties") for tool in request.tools)
+        return {"functionCallingConfig": {"mode": "VALIDATED" if checked else "AUTO"}}
+
+    def config(self, request: Request, model: Model) -> Dict[str, Any]:
+        """The generationConfig. Antigravity takes a limit for Claude only, and Claude a budget below it."""
+        config = super().config(request, model)
+        if agent_of(model) == ANTIGRAVITY and not hosts_claude(model):
+            config.pop("maxOutputTokens", None)
+        budget, limit = as_dict(config.get("thinkingConfig")).get("thinkingBudget"), config.get("maxOutputTokens")
+        if hosts_claude(model) and budget and limit and budget >= limit:
+            config["thinkingConfig"] = {**config["thinkingConfig"], "thinkingBudget": limit - 1}
+            if limit - 1 < MIN_BUDGET:
+                del config["thinkingConfig"]
+        return config
+
+    def thinking(self, request: Request, model: Model) -> Tuple[Optional[Dict[str, Any]], int]:
+        """As Gemini's; Claude takes a budget of at least 1024 tokens, or nothing."""
+        if not hosts_claude(model) or request.reasoning is None:
+            return super().thinking(request, model)
+        if request.reasoning.level == "off":
+            return None, 0
+        budget = max(MIN_BUDGET, request.reasoning.budget or LEVEL_BUDGETS[request.reasoning.level])
+        return {"includeThoughts": True, "thinkingBudget": budget}, budget
+
+    def reader(self, model: Model, stamp: Stamp) -> Reader:
+        """See `UpstreamProtocol.reader`."""
+        return CodeAssistReader(self.name, stamp)
+
+    def parse_error(self, status: int, headers: Mapping[str, str], body: bytes, now: float) -> GatewayError:
+        """As Gemini's, with the waits that this service names in more ways."""
+        error = super().parse_error(status, headers, body, now)
+        wait = parse_quota_delay(body.decode("utf-8", "replace"), headers, now)
+        if isinstance(error, UpstreamError) and wait is not None:
+            error.retry_after = wait
+        return error
+
+
+def agent_of(model: Model) -> str:
+    """Which of the two services the model is at."""
+    return model.flag("codeAssistAgent", "gemini-cli")
+
+
+def code_assist_fields(agent: str, digest: str) -> Dict[str, Any]:
+    """What the wrapper says of the caller. The request id comes from the request, so that a repeat has the same."""
+    if agent != ANTIGRAVITY:
+        return {"userAgent": NAME, "requestId": f"{NAME}-{digest[:24]}"}
+    parts = (digest[:8], digest[8:12], digest[12:16], digest[16:20], digest[20:32])
+    return {"userAgent": ANTIGRAVITY, "requestId": "agent-" + "-".join(parts), "requestType": "agent"}
+
+
+def session_number(request: Request) -> str:
+    """A conversation's id, from the first words of its user: the same for all its turns."""
+    words = next((part.text for message in request.messages if message.role == "user"
+                  for part in message.parts if isinstance(part, Text)), "")
+    digest = hashlib.sha256(words.encode("utf-8", "replace")).digest()
+    return f"-{int.from_bytes(digest[:8], 'big') >> 1}"
+
+
+class CodeAssistReader(GeminiReader):
+    """Gemini chunks inside a `response` field; events without one say nothing to us."""
+
+    def on_chunk(self, chunk: Any) -> Iterator[Event]:
+        """The events that one wrapped chunk amounts to."""
+        if isinstance(chunk, list) and chunk:
+            chunk = chunk[0]
+        if not isinstance(chunk, dict) or chunk.get("error"):
+            yield from super().on_chunk(chunk)
+        elif isinstance(chunk.get("response"), dict):
+            yield from super().on_chunk({"responseId": chunk.get("traceId"), **chunk["response"]})
+
+
+def parse_quota_delay(text: str, headers: Mapping[str, str], now: float) -> Optional[float]:
+    """Seconds that Code Assist asks to wait, one added against early retries; None when it names none. Headers come
+    first: retry-after, x-ratelimit-reset (epoch seconds), x-ratelimit-reset-after; then the body's words."""
+    reset, after = (_header_number(headers, "x-ratelimit-reset" + suffix) for suffix in ("", "-after"))
+    waits = (parse_retry_after(headers, now), None if reset is None or reset <= now else reset - now, after,
+             parse_text_delay(text))
+    wait = next((wait for wait in waits if wait is not None), None)
+    return None if wait is None else math.ceil(round((wait + 1.0) * 1000, 3)) / 1000
+
+
+def _header_number(headers: Mapping[str, str], name: str) -> Optional[float]:
+    value = headers.get(name, "").strip()
+    return float(value) if re.fullmatch(r"\d{1,12}(\.\d+)?", value) else None
+
+
+# --- Signatures of tool calls -----------------------------------------------------------------------------------------
+
+
+class SignatureMemory:
+    """Signatures by tool-call id, for clients whose protocol has no place for them. Holds the last `limit`, each for
+    `ttl_s` seconds. Safe to share between threads."""
+
+    def __init__(self, limit: int = 4096, ttl_s: float = 6 * 3600.0) -> None:
+        self._limit = limit
+        self._ttl_s = ttl_s
+        self._lock = threading.Lock()
+        self._entries: Dict[str, Tuple[float, str, str]] = {}
+
+    def remember(self, call_id: str, maker: str, signature: str, now: float) -> None:
+        """Keeps the signature of a call; the oldest make room."""
+        with self._lock:
+            self._entries.pop(call_id, None)    # put in again below, as the newest
+            self._entries[call_id] = (now + self._ttl_s, maker, signature)
+            while len(self._entries) > self._limit:
+                del self._entries[next(iter(self._entries))]
+
+    def recall(self, call_id: str, now: float) -> Optional[Tuple[str, str]]:
+        """(maker, signature) of a call, None when it is not known, or no longer."""
+        with self._lock:
+            expires, maker, signature = self._entries.get(call_id, (now, "", ""))
+            if expires > now:
+                return maker, signature
+            self._entries.pop(call_id, None)
+            return None
+
+    def __len__(self) -> int:
+        with self._lock:
+            return len(self._entries)
+
+
+def with_remembered(request: Request, memory: SignatureMemory, now: float) -> Request:
+    """`request` with the signatures that its client dropped, put back on their calls."""
+    def sign(part: Part) -> Part:
+        found = memory.recall(part.id, now) if isinstance(part, ToolCall) and not part.signature else None
+        return replace(part, maker=found[0], signature=found[1]) if found else part
+
+    messages = tuple(replace(message, parts=tuple(sign(part) for part in message.parts))
+                     if message.role == "assistant" else message for message in request.messages)
+    return replace(request, messages=messages) if messages != request.messages else request
+
+
+# --- mistral-conversations --------------------------------------------------------------------------------------------
+
+MISTRAL_ID_LENGTH = 9               # tool-call ids match ^[a-zA-Z0-9]{9}$, else 400, code 3280
+MISTRAL_HOTTEST = 1.5
+MISTRAL_EMPTY_RESULT = "(no tool output)"
+MISTRAL_ERROR_MARK = "[tool error] "
+# Mistral's validator lets nobody but the assistant speak behind tool results.
+MISTRAL_GAP = "I have processed the tool results."
+MISTRAL_CHOICES = {"auto": "auto", "none": "none", "required": "any"}
+
+
+def mistral_ids(ids: Iterable[str]) -> Dict[str, str]:
+    """Each tool-call id → nine letters or digits. Ids that fit stay; others are made from their own letters and digits
+    or a hash of these, no two alike. What an id becomes does not depend on ids that come later (unless they fit),
+    so that a conversation that grows keeps its beginning, and the cache keeps working."""
+    ids = list(dict.fromkeys(ids))
+    out = {call_id: call_id for call_id in ids if re.fullmatch(f"[A-Za-z0-9]{{{MISTRAL_ID_LENGTH}}}", call_id)}
+    taken = set(out)
+    for call_id in ids:
+        if call_id in out:
+            continue
+        bare, count = re.sub("[^A-Za-z0-9]", "", call_id), 0
+        short = bare
+        while len(short) != MISTRAL_ID_LENGTH or short in taken:
+            seed = f"{bare}:{count}" if count else bare
+            short = hashlib.sha256(seed.encode("ascii")).hexdigest()[:MISTRAL_ID_LENGTH]
+            count += 1
+        out[call_id] = short
+        taken.add(short)
+    return out
+
+
+class MistralConversations(OpenAICompletions):
+    """Mistral's chat completions: POST {base}/v1/chat/completions. Close to OpenAI's, but strict: unknown fields, other
+    orders of turns and other ids are refused; thinking travels inside the content."""
+
+    name = "mistral-conversations"
+    forwards = frozenset({"prompt_cache_key"})
+
+    def carries(self, model: Model) -> FrozenSet[str]:
+        """What Mistral's schema has a field for."""
+        fields = {"temperature", "top_p", "top_k", "stop", "seed", "frequency_penalty", "presence_penalty",
+                  "parallel_tools", "output", "json_object"}
+        return frozenset(fields | {"reasoning"} if model.reasoning else fields)
+
+    def replays(self, part: Thinking, model: Model) -> bool:
+        """Only what came from here."""
+        return part.maker == self.name and not part.redacted
+
+    def build(self, request: Request, model: Model, credential: Credential) -> Call:
+        """See `UpstreamProtocol.build`."""
+        messages = [chat_system(text.text for text in request.system)] if request.system else []
+        body = present(
+            model=model.id, messages=messages + mistral_messages(request.messages), stream=request.stream or None,
+            temperature=None if request.temperature is None else min(request.temperature, MISTRAL_HOTTEST),
+            top_p=request.top_p, top_k=request.top_k, max_tokens=request.max_tokens, stop=list(request.stop) or None,
+            random_seed=request.seed, frequency_penalty=request.frequency_penalty,
+            presence_penalty=request.presence_penalty, response_format=self._response_format(request.output),
+            tools=[self._tool(tool, model) for tool in request.tools] or None)
+        if request.tools:
+            body.update(present(tool_choice=self._tool_choice(request.tool_choice),
+                                parallel_tool_calls=request.parallel_tools))
+        body.update(mistral_reasoning(request.reasoning, model))
+        body.update(model.sampling)
+        return self.post(body, request, model, credential)
+
+    def post(self, body: Dict[str, Any], request: Request, model: Model, credential: Credential) -> Call:
+        """The call that sends a finished body. A client's name for its conversation keeps it on one machine, by
+        header, and there in its cache, by field."""
+        session = request.session
+        headers = authorization(model, credential, model.flag("auth", "bearer"))
+        if re.fullmatch(r"[\x21-\x7e]{1,256}", session):
+            body = {**body, "prompt_cache_key": session}
+            headers = {"x-affinity": session, **headers}
+        return Call("POST", join_url(model.base_url, "/v1/chat/completions"), headers, dumps(body).encode("ascii"))
+
+    def _tool_choice(self, choice: Optional[ToolChoice]) -> Any:
+        return super()._tool_choice(choice) if choice is None or choice.kind == "tool" else MISTRAL_CHOICES[choice.kind]
+
+    def reader(self, model: Model, stamp: Stamp) -> Reader:
+        """See `UpstreamProtocol.reader`."""
+        return MistralReader(model, stamp)
+
+    def parse_error(self, status: int, headers: Mapping[str, str], body: bytes, now: float) -> GatewayError:
+        """See `UpstreamProtocol.parse_error`; what the validator found is put in words."""
+        message, kind, code = error_fields(body)
+        message = mistral_details(body) or message or f"the provider answered {status} without a message"
+        return upstream_error(status, message, kind, code, parse_retry_after(headers, now))
+
+
+def mistral_reasoning(reasoning: Optional[Reasoning], model: Model) -> Dict[str, Any]:
+    """How hard to think: `reasoning_effort` where the catalogue maps levels, else the older switch `prompt_mode`. A
+    compat flag supportsReasoningEffort overrides that."""
+    level = fit_level(reasoning.level, model) if reasoning and model.reasoning else None
+    if level is None:
+        return {}
+    if not model.flag("supportsReasoningEffort", bool(model.thinking_levels)):
+        return {} if level == "off" else {"prompt_mode": "reasoning"}
+    return present(reasoning_effort=model.thinking_levels.get(level, None if level == "off" else "high"))
+
+
+def mistral_messages(messages: Sequence[Message]) -> List[Dict[str, Any]]:
+    """Turns in an order that Mistral takes, with ids of its shape. An assistant turn that comes last is a prefix, to be
+    gone on with."""
+    calls = [part for message in messages for part in message.parts if isinstance(part, ToolCall)]
+    ids = mistral_ids([call.id for call in calls] + [part.call_id for message in messages for part in message.parts
+                                                     if isinstance(part, ToolResult)])
+    names = {call.id: call.name for call in calls}
+    out: List[Dict[str, Any]] = []
+    for message in messages:
+        for turn in _mistral_turns(message, ids, names):
+            if turn["role"] in ("user", "system") and out and out[-1]["role"] == "tool":
+                out.append({"role": "assistant", "content": MISTRAL_GAP})
+            out.append(turn)
+    if out and out[-1]["role"] == "assistant":
+        out[-1]["prefix"] = True
+    return out
+
+
+def _mistral_turns(message: Message, ids: Mapping[str, str], names: Mapping[str, str]) -> List[Dict[str, Any]]:
+    if message.role == "tool":
+        return [_mistral_result(part, ids, names) for part in message.parts if isinstance(part, ToolResult)]
+    if message.role == "assistant":
+        return _mistral_assistant(message.parts, ids)
+    if message.role == "system":
+        return [chat_system(part.text for part in message.parts if isinstance(part, Text))]
+    return [{"role": "user", "content": mistral_content(message.parts)}]
+
+
+def _mistral_assistant(parts: Sequence[Part], ids: Mapping[str, str]) -> List[Dict[str, Any]]:
+    text = "".join(part.text for part in parts if isinstance(part, Text))
+    content: Any = text or None
+    thinking = mistral_thinking(part for part in parts if isinstance(part, Thinking))
+    if thinking:
+        content = [thinking, *([{"type": "text", "text": text}] if text else [])]
+    calls = [{"id": ids[part.id], "type": "function",
+              "function": {"name": part.name, "arguments": part.arguments or "{}"}}
+             for part in parts if isinstance(part, ToolCall)]
+    turn = present(role="assistant", content=content, tool_calls=calls or None)
+    return [turn] if len(turn) > 1 else []
+
+
+def mistral_thinking(parts: Iterable[Thinking]) -> Optional[Dict[str, Any]]:
+    """One thinking chunk: Mistral refuses a turn whose thinking is in several."""
+    parts = [part for part in parts if part.text or part.signature]
+    if not parts:
+        return None
+    signature = next((part.signature for part in reversed(parts) if part.signature), None)
+    return present(type="thinking", thinking=[{"type": "text", "text": "\n".join(part.text for part in parts)}],
+                   signature=signature)
+
+
+def _mistral_result(result: ToolResult, ids: Mapping[str, str], names: Mapping[str, str]) -> Dict[str, Any]:
+    text = "\n".join(part.text for part in result.parts if isinstance(part, Text))
+    shown = [part for part in result.parts if isinstance(part, (Image, Document))]
+    text = (MISTRAL_ERROR_MARK if result.is_error else "") + (text or ("" if shown else MISTRAL_EMPTY_RESULT))
+    first = [Text(text)] if text else []
+    return {"role": "tool", "tool_call_id": ids[result.call_id], "name": names.get(result.call_id, "unknown"),
+            "content": mistral_content([*first, *shown])}
+
+
+def mistral_content(parts: Sequence[Part]) -> Any:
+    """Parts as a string, or as chunks when there is more than text."""
+    if all(isinstance(part, Text) for part in parts):
+        return "\n".join(part.text for part in parts if isinstance(part, Text))
+    return [_mistral_chunk(part) for part in parts]
+
+
+def _mistral_chunk(part: Part) -> Dict[str, Any]:
+    if isinstance(part, Image):
+        return {"type": "image_url", "image_url": part.url or data_url(part)}
+    if isinstance(part, Document):
+        return present(type="document_url", document_url=part.url or data_url(part), document_name=part.name)
+    return {"type": "text", "text": part.text if isinstance(part, Text) else ""}
+
+
+def mistral_details(body: bytes) -> str:
+    """The validator's findings in an error body, `detail` at the top or inside `message`: "place: what"; "" if none."""
+    try:
+        data = as_dict(json.loads(body))
+    except (ValueError, RecursionError):
+        return ""
+    details = as_dict(data.get("message")).get("detail") or data.get("detail")
+    if not isinstance(details, list):
+        return details[:MAX_MESSAGE_CHARS] if isinstance(details, str) else ""
+    found = [(".".join(map(str, item.get("loc") or ())), item.get("msg") or item.get("type") or "invalid")
+             for item in details if isinstance(item, dict)]
+    return "; ".join(f"{place}: {what}" if place else str(what) for place, what in found)[:MAX_MESSAGE_CHARS]
+
+
+class MistralReader(ChatReader):
+    """Mistral's chunks → events: thinking inside the content, and fields that OpenAI names otherwise put right."""
+
+    def __init__(self, model: Model, stamp: Stamp) -> None:
+        super().__init__(model, stamp)
+        self._signature: Optional[str] = None
+
+    def _chunk(self, chunk: Any) -> Iterator[Event]:
+        if isinstance(chunk, dict):
+            if chunk.get("object") == "error":
+                raise stream_error({"error": chunk})
+            chunk = {**chunk, **present(usage=mistral_usage(chunk.get("usage")))}
+            if isinstance(chunk.get("choices"), list):
+                chunk["choices"] = [self._choice(as_dict(choice)) for choice in chunk["choices"]]
+        yield from super()._chunk(chunk)
+
+    def _choice(self, choice: Dict[str, Any]) -> Dict[str, Any]:
+        if choice.get("finish_reason") == "model_length":
+            choice = {**choice, "finish_reason": "length"}
+        delta = as_dict(choice.get("delta"))
+        calls = [{**call, "id": None} if call.get("id") == "null" else call for call in delta.get("tool_calls") or ()]
+        return {**choice, "delta": {**delta, "tool_calls": calls}}
+
+    def _done(self, stop_reason: str) -> Iterator[Event]:
+        if self._started and self._stop is None:
+            raise UpstreamProtocolError("the provider's stream ended without a finish reason")
+        yield from super()._done(stop_reason)
+
+    def _delta(self, delta: Dict[str, Any]) -> Iterator[Event]:
+        content = delta.get("content")
+        if isinstance(content, list):
+            for chunk in map(as_dict, content):
+                yield from self._content(chunk)
+            delta = {**delta, "content": None}
+        yield from super()._delta(delta)
+
+    def _content(self, chunk: Dict[str, Any]) -> Iterator[Event]:
+        if chunk.get("type") == "thinking":
+            inner = chunk.get("thinking")
+            text = inner if isinstance(inner, str) else "".join(as_dict(item).get("text") or "" for item in inner or ())
+            if text or chunk.get("signature"):
+                yield from self._write(Thinking, text)
+            self._signature = chunk.get("signature") or self._signature
+        elif chunk.get("text"):
+            yield from self._write(Text, chunk["text"])
+
+    def _write(self, kind: type, text: str) -> Iterator[Event]:
+        if kind is Thinking and Thinking not in self._parts:
+            if Text in self._parts:
+                yield self._end(Text)
+            yield self._parts.start(Thinking, Thinking(maker=MistralConversations.name))
+        if text:
+            yield from super()._write(kind, text)
+
+    def _end(self, key: Any) -> PartEnd:
+        if key is not Thinking:
+            return super()._end(key)
+        signature, self._signature = self._signature, None
+        return self._parts.end(key, signature)
+
+
+def mistral_usage(usage: Any) -> Optional[Dict[str, Any]]:
+    """Usage with the cached tokens where OpenAI has them; Mistral has had three places for them."""
+    if not isinstance(usage, dict):
+        return None
+    cached = next((count for count in (
+        as_dict(usage.get("prompt_tokens_details")).get("cached_tokens"),
+        as_dict(usage.get("prompt_token_details")).get("cached_tokens"), usage.get("num_cached_tokens")) if count), 0)
+    cached = min(token_count(cached), token_count(usage.get("prompt_tokens")))
+    return {**usage, "prompt_tokens_details": {"cached_tokens": cached}}
+
+
+# --- AWS Signature, version 4 -----------------------------------------------------------------------------------------
+
+_AWS_SIGNED = re.compile(r"content-type|x-amz(?!n-trace-id).*")
+_AWS_OWN = re.compile(r"host|authorization|x-amz-.*")       # headers that a configuration may not set
+_AWS_SAFE = "-._~"
+
+
+def sign_v4(call: Call, keys: Mapping[str, str], region: str, service: str, now: float) -> Call:
+    """`call` with the headers of an AWS signature, made for the second `now`; header names in lower case.
+
+    `keys` are `access_key_id`, `secret_access_key` and perhaps `session_token`. The path is encoded once more for the
+    signature, as for every service but S3; `host` is what the transport will send."""
+    url = urllib.parse.urlsplit(call.url)
+    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(now))
+    headers = {**call.headers, "x-amz-date": stamp}
+    if keys.get("session_token"):
+        headers["x-amz-security-token"] = keys["session_token"]
+    signed = {"host": url.netloc.rpartition("@")[2], **{
+        name: " ".join(value.split()) for name, value in headers.items() if _AWS_SIGNED.fullmatch(name)}}
+    names = ";".join(sorted(signed))
+    canonical = "\n".join((
+        call.method, urllib.parse.quote(url.path or "/", safe="/" + _AWS_SAFE), canonical_query(url.query),
+        *(f"{name}:{signed[name]}" for name in sorted(signed)), "", names, hashlib.sha256(call.body).hexdigest()))
+    scope = f"{stamp[:8]}/{region}/{service}/aws4_request"
+    text = "\n".join(("AWS4-HMAC-SHA256", stamp, scope, hashlib.sha256(canonical.encode("utf-8")).hexdigest()))
+    key = signing_key(keys["secret_access_key"], scope)
+    signature = hmac.new(key, text.encode("ascii"), hashlib.sha256).hexdigest()
+    headers["authorization"] = (f"AWS4-HMAC-SHA256 Credential={keys['access_key_id']}/{scope}, SignedHeaders={names}, "
+                                f"Signature={signature}")
+    return call._replace(headers=headers)
+
+
+def canonical_query(query: str) -> str:
+    """A URL's query as AWS signs it: pairs sorted, each name and value percent-encoded."""
+    pairs = urllib.parse.parse_qsl(query, keep_blank_values=True)
+    quoted = sorted([urllib.parse.quote(text, safe=_AWS_SAFE) for text in pair] for pair in pairs)
+    return "&".join(f"{name}={value}" for name, value in quoted)
+
+
+def signing_key(secret: str, scope: str) -> bytes:
+    """The key for one day, region and service: each step of the scope hashed into it."""
+    key = ("AWS4" + secret).encode("utf-8")
+    for step in scope.split("/"):
+        key = hmac.new(key, step.encode("utf-8"), hashlib.sha256).digest()
+    return key
+
+
+# --- AWS regions ------------------------------------------------------------------------------------------------------
+
+AWS_DEFAULT_REGION = "us-east-1"
+_ARN_REGION = re.compile(r"arn:aws[a-z-]*:(?:bedrock|sagemaker):([a-z0-9-]+):")
+_BEDROCK_HOST = re.compile(r"(bedrock(?:-runtime)?(?:-fips)?)\.([a-z0-9-]+)\.amazonaws\.com(?:\.cn)?")
+_PRIVATE_HOST = re.compile(r".*\.bedrock(?:-runtime)?(?:-fips)?\.([a-z0-9-]+)\.vpce\.amazonaws\.com(?:\.cn)?")
+# Where a cross-region profile can be called when nobody named a region: the catalogue's own host is in us-east-1, which
+# refuses these.
+PROFILE_REGIONS = {"eu": "eu-central-1", "apac": "ap-southeast-1", "jp": "ap-northeast-1", "au": "ap-southeast-2",
+                   "ca": "ca-central-1", "in": "ap-south-1", "us-gov": "us-gov-west-1"}
+
+
+def bedrock_region(model_id: str, url: str, parts: Mapping[str, str]) -> str:
+    """The region of a call. An ARN names its own; then what is configured (`region`), the region of the host, that of
+    the default profile (`profile_region`), us-east-1."""
+    arn = _ARN_REGION.match(model_id)
+    if arn or parts.get("region"):
+        return arn.group(1) if arn else parts["region"]
+    host = urllib.parse.urlsplit(url).netloc
+    standard, private = _BEDROCK_HOST.fullmatch(host), _PRIVATE_HOST.fullmatch(host)
+    if standard and standard.group(2) == AWS_DEFAULT_REGION:
+        return PROFILE_REGIONS.get(model_id.partition(".")[0], AWS_DEFAULT_REGION)
+    found = standard.group(2) if standard else private and private.group(1)
+    return found or parts.get("profile_region") or AWS_DEFAULT_REGION
+
+
+def aws_host(service: str, region: str) -> str:
+    """The public host of an AWS service in a region."""
+    return f"{service}.{region}.amazonaws.com" + (".cn" if region.startswith("cn-") else "")
+
+
+def move_to_region(url: str, region: str) -> str:
+    """`url` with its standard Bedrock host put into `region`; any other host (a proxy, a private endpoint) is kept."""
+    split = urllib.parse.urlsplit(url)
+    standard = _BEDROCK_HOST.fullmatch(split.netloc)
+    return split._replace(netloc=aws_host(standard.group(1), region)).geturl() if standard else url
+
+
+# --- bedrock-converse-stream ------------------------------------------------------------------------------------------
+
+BEDROCK_STOP = {"end_turn": "stop", "stop_sequence": "stop_sequence", "max_tokens": "length", "tool_use": "tool_use",
+                "model_context_window_exceeded": "overflow", "guardrail_intervened": "refusal",
+                "content_filtered": "refusal", "refusal": "refusal", "pause_turn": "pause"}
+BEDROCK_FAILURES = frozenset({"malformed_model_output", "malformed_tool_use"})
+# Exception names, without "Exception" and in lower case → the status whose class they are. Not always the status that
+# they come with: 424 is no fault of the client's, and a key that AWS does not know comes as 403.
+BEDROCK_STATUS = {
+    "validation": 400, "conflict": 409, "servicequotaexceeded": 402, "accessdenied": 403, "resourcenotfound": 404,
+    "modeltimeout": 408, "modelerror": 500, "modelstreamerror": 500, "throttling": 429, "toomanyrequests": 429,
+    "modelnotready": 429, "internalserver": 500, "internalservererror": 500, "internalfailure": 500,
+    "serviceunavailable": 503, "unrecognizedclient": 401, "invalidsignature": 401, "signaturedoesnotmatch": 401,
+    "incompletesignature": 401,
+    "expiredtoken": 401, "invalidclienttokenid": 401, "missingauthenticationtoken": 401, "requestexpired": 401}
+BEDROCK_IMAGES = {"image/png": "png", "image/jpeg": "jpeg", "image/jpg": "jpeg", "image/gif": "gif",
+                  "image/webp": "webp"}
+_OFFICE = "application/vnd.openxmlformats-officedocument."
+BEDROCK_DOCUMENTS = {
+    "application/pdf": "pdf", "text/csv": "csv", "text/html": "html", "text/plain": "txt", "text/markdown": "md",
+    "application/msword": "doc", "application/vnd.ms-excel": "xls", _OFFICE + "wordprocessingml.document": "docx",
+    _OFFICE + "spreadsheetml.sheet": "xlsx"}
+BEDROCK_CHOICES: Dict[str, Callable[[ToolChoice], Dict[str, Any]]] = {
+    "auto": lambda choice: {"auto": {}}, "required": lambda choice: {"any": {}},
+    "tool": lambda choice: {"tool": {"name": choice.name}}}
+BLANK_TURN = "…"                    # Bedrock refuses blank text and empty turns
+MOVED_NOTE = "(the image is behind the tool results)"
+MOVED_CAPTION = "Images from the tool results above:"
+DOCUMENT_NOTE = "(see the document)"
+
+# Families, by the words of id and name: "us.anthropic.claude-opus-4-6-v1", "Claude Opus 4.6" → claude-opus-4-6.
+_CLAUDE = re.compile(r"claude|anthropic")
+_CLAUDE_ADAPTIVE = re.compile(r"\b(?:opus-4-[678]|sonnet-4-6|(?:opus|sonnet|haiku|fable)-5)\b")
+_CLAUDE_BINDING = re.compile(r"\b(?:opus-4-[78]|(?:opus|sonnet|haiku|fable)-5)\b")
+_CLAUDE_CACHING = re.compile(r"\b(?:claude-3-5-haiku|claude-3-7-sonnet|(?:opus|sonnet|haiku|fable)-[45])\b")
+_NOVA_THINKING = re.compile(r"\bnova-2\b")
+BINDING = {"block_binding": {"prefix_mismatch_behavior": "drop_block"}}
+BINDING_BETA = "thinking-binding-controls-2026-08-01"
+INTERLEAVED_BETA = "interleaved-thinking-2025-05-14"
+_LOW_TO_HIGH = {"minimal": "low", "xhigh": "high", "max": "high"}
+# Families besides Claude whose thinking can be told how hard: (words, levels they lack → the nearest, the fields).
+BEDROCK_EFFORTS: Tuple[Tuple[re.Pattern[str], Mapping[str, str], Callable[[str], Dict[str, Any]]], ...] = (
+    (re.compile(r"\bgpt-oss\b"), _LOW_TO_HIGH, lambda effort: {"reasoning_effort": effort}),
+    (re.compile(r"\bopenai-gpt\b"), {"minimal": "low"}, lambda effort: {"reasoning": {"effort": effort}}),
+    (_NOVA_THINKING, _LOW_TO_HIGH,
+     lambda effort: {"reasoningConfig": {"type": "enabled", "maxReasoningEffort": effort}}))
+# models.json samplingParams that Converse has a field of its own for; the others go to the model as they are
+BEDROCK_SAMPLING = {"temperature": "temperature", "top_p": "topP", "max_tokens": "maxTokens"}
+
+
+def model_words(model: Model) -> str:
+    """The model's id and name in lower case with hyphens only, to look for a family in."""
+    return re.sub(r"[^a-z0-9]+", "-", f"{model.id} {model.name}".lower())
+
+
+def is_claude(model: Model) -> bool:
+    """Whether Anthropic's rules hold for this model. An opaque ARN needs a `name` that says so."""
+    return bool(_CLAUDE.search(model_words(model)))
+
+
+class BedrockConverse(UpstreamProtocol):
+    """Amazon Bedrock's Converse: POST {base}/model/{id}/converse or /converse-stream. Claude behind it keeps the rules
+    of the Messages API. `build` leaves the call unsigned: a signature is good for five minutes."""
+
+    name = "bedrock-converse-stream"
+    stream_type = "application/vnd.amazon.eventstream"
+
+    def carries(self, model: Model) -> FrozenSet[str]:
+        """What Converse has a field for; top_k only for Claude, whose native field is known, and no sampling at all for
+        Claude from 4.7 on, which refuses it."""
+        fields = {"stop"}
+        if model.flag("supportsTemperature", not _CLAUDE_BINDING.search(model_words(model))):
+            fields |= {"temperature", "top_p", "top_k"} if is_claude(model) else {"temperature", "top_p"}
+        if model.flag("supportsOutputFormat", True):
+            fields.add("output")
+        if model.reasoning:
+            fields.add("reasoning")
+        return frozenset(fields)
+
+    def replays(self, part: Thinking, model: Model) -> bool:
+        """What came from Bedrock; to Claude only if it is signed, to others only if it can be read."""
+        return part.maker == self.name and bool(part.signature if is_claude(model) else part.text and not part.redacted)
+
+    def fit(self, request: Request, model: Model) -> Tuple[Request, List[str]]:
+        """Claude: as for the Messages API. Nova: no limits or sampling at high effort (vendor's rule)."""
+        if is_claude(model):
+            return AnthropicMessages().fit(request, as_anthropic(model))
+        if self._effort(request, model) != "high" or not _NOVA_THINKING.search(model_words(model)):
+            return request, []
+        dropped = [name for name in ("temperature", "top_p", "max_tokens") if getattr(request, name) is not None]
+        return replace(request, **dict.fromkeys(dropped)), dropped
+
+    def build(self, request: Request, model: Model, credential: Credential) -> Call:
+        """See `UpstreamProtocol.build`."""
+        region = bedrock_region(model.id, model.base_url, credential.parts)
+        messages = converse_messages(request.messages, is_claude(model))
+        system = [{"text": text.text} for text in request.system if text.text.strip()]
+        if not messages:                        # a system prompt alone: Converse needs a user turn
+            messages, system = [{"role": "user", "content": system or [{"text": BLANK_TURN}]}], []
+        config, fields = self._limits(request, model, region)
+        body = present(
+            messages=messages, system=system or None, inferenceConfig=config or None,
+            toolConfig=self._tools(request, model), additionalModelRequestFields=fields or None,
+            outputConfig=self._format(request.output))
+        if _CLAUDE_CACHING.search(model_words(model)) or credential.parts.get("force_cache"):
+            mark_cache_points(body)
+        verb = "converse-stream" if request.stream else "converse"
+        url = (f"{move_to_region(model.base_url, region).rstrip('/')}/model/"
+               f"{urllib.parse.quote(model.id, safe=_AWS_SAFE)}/{verb}")
+        accept = self.stream_type if request.stream else "application/json"
+        return Call("POST", url, self._headers(model, credential, accept), dumps(body).encode("ascii"))
+
+    def _headers(self, model: Model, credential: Credential, accept: str) -> Dict[str, str]:
+        headers = {name: value for name, value in authorization(model, credential).items()
+                   if not _AWS_OWN.fullmatch(name)}
+        return {**headers, "accept": accept}
+
+    def sign(self, call: Call, credential: Credential, now: float) -> Call:
+        """The call with a bearer token (kind api_key), a signature (kind aws), or nothing for a proxy that wants none
+        (`parts` has skip_auth). `parts` of kind aws: access_key_id, secret_access_key, session_token, region."""
+        if credential.parts.get("skip_auth"):
+            return call
+        if credential.token:
+            return call._replace(headers={**call.headers, "authorization": f"Bearer {credential.token}"})
+        model_id = urllib.parse.unquote(call.url.partition("/model/")[2].partition("/")[0])
+        region = bedrock_region(model_id, call.url, credential.parts)
+        return sign_v4(call, credential.parts, region, "bedrock", now)
+
+    def _limits(self, request: Request, model: Model, region: str) -> Tuple[Dict[str, Any], Dict[str, Any]]:
+        """inferenceConfig and additionalModelRequestFields. Claude's default limit is low, hence the model's own."""
+        limit, fields = request.max_tokens, self._reasoning(request, model)
+        if is_claude(model):
+            limit = limit or model.max_tokens or None
+            thinking, limit = self._claude(request, model, limit, region)
+            fields = {**thinking, **present(top_k=request.top_k)}
+        config = present(maxTokens=limit, topP=request.top_p, stopSequences=[s for s in request.stop if s] or None,
+                         temperature=None if request.temperature is None else min(request.temperature, 1))
+        for name, value in model.sampling.items():
+            (config if name in BEDROCK_SAMPLING else fields)[BEDROCK_SAMPLING.get(name, name)] = value
+        return config, fields
+
+    def _claude(self, request: Request, model: Model, limit: Optional[int], region: str,
+                ) -> Tuple[Dict[str, Any], Optional[int]]:
+        """The Messages API's thinking fields, with what Bedrock wants besides, and the output limit that goes with
+        them."""
+        as_asked = AnthropicMessages().thinking(request, as_anthropic(model), limit or DEFAULT_MAX_TOKENS)
+        thinking, effort, total = as_asked
+        if thinking is None or (thinking["type"] == "disabled" and not _CLAUDE_ADAPTIVE.search(model_words(model))):
+            return {}, limit                    # older models do not think unless told to
+        if thinking["type"] == "disabled":
+            return {"thinking": thinking}, limit
+        fields: Dict[str, Any] = {"thinking": {**thinking, "display": "summarized"}}
+        if effort:
+            fields["output_config"] = {"effort": effort}
+        else:
+            fields["anthropic_beta"], limit = [INTERLEAVED_BETA], total
+        if model.id.startswith(("us-gov.", "arn:aws-us-gov:")) or region.startswith("us-gov-"):
+            del fields["thinking"]["display"]   # GovCloud knows neither this nor the binding
+        elif _CLAUDE_BINDING.search(model_words(model)):
+            fields["thinking"].update(BINDING)
+            fields["anthropic_beta"] = [BINDING_BETA]
+        return fields, limit
+
+    def _effort(self, request: Request, model: Model) -> Optional[str]:
+        """The effort word for a model that is not Claude, None when there is nothing to say."""
+        level = fit_level(request.reasoning.level, model) if request.reasoning else None
+        lacks = next((lacks for words, lacks, _ in BEDROCK_EFFORTS if words.search(model_words(model))), None)
+        if lacks is None or level in (None, "off"):
+            return None
+        word = model.thinking_levels.get(level) or level
+        return lacks.get(word, word)
+
+    def _reasoning(self, request: Request, model: Model) -> Dict[str, Any]:
+        effort = self._effort(request, model)
+        fields = next((fields for words, _, fields in BEDROCK_EFFORTS if words.search(model_words(model))), None)
+        return fields(effort) if fields and effort else {}
+
+    def _tools(self, request: Request, model: Model) -> Optional[Dict[str, Any]]:
+        """toolConfig. Converse has no choice "none", and refuses a conversation with tool traffic but without tools."""
+        used = dict.fromkeys(part.name for message in request.messages for part in message.parts
+                             if isinstance(part, ToolCall))
+        choice = request.tool_choice
+        if not used and (not request.tools or (choice and choice.kind == "none")):
+            return None
+        tools = request.tools or [Tool(name, "No longer available; do not call it.") for name in used]
+        config: Dict[str, Any] = {"tools": [self._tool(tool, model) for tool in tools]}
+        if choice and request.tools and choice.kind in BEDROCK_CHOICES:
+            config["toolChoice"] = BEDROCK_CHOICES[choice.kind](choice)
+        return config
+
+    def _tool(self, tool: Tool, model: Model) -> Dict[str, Any]:
+        strict = True if tool.strict and model.flag("supportsStrictMode") else None
+        return {"toolSpec": present(name=tool.name, description=tool.description or None, strict=strict,
+                                    inputSchema={"json": {"type": "object", **tool.schema}})}
+
+    def _format(self, output: Optional[OutputFormat]) -> Optional[Dict[str, Any]]:
+        if output is None or output.schema is None:
+            return None
+        schema = {"schema": json_text(clean_strings(output.schema)), "name": output.name}
+        return {"textFormat": {"type": "json_schema", "structure": {"jsonSchema": schema}}}
+
+    def reader(self, model: Model, stamp: Stamp) -> Reader:
+        """See `UpstreamProtocol.reader`."""
+        return ConverseReader()
+
+    def parse_error(self, status: int, headers: Mapping[str, str], body: bytes, now: float) -> GatewayError:
+        """See `UpstreamProtocol.parse_error`: `x-amzn-errortype` says what it is, else the body."""
+        message, kind, code = error_fields(body)
+        try:
+            data = as_dict(json.loads(body))
+        except (ValueError, RecursionError):
+            data = {}
+        if isinstance(data.get("Message"), str):
+            message = data["Message"][:MAX_MESSAGE_CHARS]
+        kind = headers.get("x-amzn-errortype") or data.get("__type") or kind or code
+        return bedrock_error(str(kind), message or f"the provider answered {status} without a message", status,
+                             parse_retry_after(headers, now))
+
+
+def as_anthropic(model: Model) -> Model:
+    """The model with the compat flag by which the Messages API's rules tell its two kinds of thinking apart."""
+    is_adaptive = bool(_CLAUDE_ADAPTIVE.search(model_words(model)))
+    return replace(model, compat={"forceAdaptiveThinking": is_adaptive, **model.compat})
+
+
+def bedrock_error(kind: str, message: str, status: int = 500, retry_after: Optional[float] = None) -> GatewayError:
+    """The error that an exception's name ("ValidationException:http://…", "aws.protocol#ThrottlingException") and its
+    message amount to; `status` counts when the name is unknown."""
+    name = re.sub("exception$", "", kind.partition(":")[0].rpartition("#")[2].strip().lower())
+    status = BEDROCK_STATUS.get(name, 500 if status == 424 else status)
+    if "too many tokens" in message.lower() and "wait" in message.lower():
+        status = 429                            # "Too many tokens, please wait" speaks of the pace, not of the prompt
+    return upstream_error(status, message, retry_after=retry_after)
+
+
+# --- bedrock-converse-stream: messages --------------------------------------------------------------------------------
+
+
+def converse_messages(messages: Iterable[Message], signs: bool) -> List[Dict[str, Any]]:
+    """Turns that alternate and begin with the user; all results of a tool turn are in one user turn, and what cannot
+    stand inside an error result is behind them. `signs`: thinking goes back with its signature."""
+    out: List[Dict[str, Any]] = []
+    for message in messages:
+        role = "assistant" if message.role == "assistant" else "user"
+        blocks = [block for part in message.parts for block in converse_blocks(part, signs)]
+        blocks.extend(moved_blocks(message.parts, signs))
+        if not blocks and role == "user":
+            blocks = [{"text": BLANK_TURN}]
+        if blocks and out and out[-1]["role"] == role:
+            out[-1]["content"].extend(blocks)
+        elif blocks:
+            out.append({"role": role, "content": blocks})
+    if out and out[0]["role"] == "assistant":
+        out.insert(0, {"role": "user", "content": [{"text": BLANK_TURN}]})
+    name_documents(out)
+    return out
+
+
+def converse_blocks(part: Part, signs: bool) -> List[Dict[str, Any]]:
+    """The content blocks of a part."""
+    if isinstance(part, Text):
+        return [{"text": part.text}] if part.text.strip() else []
+    if isinstance(part, Thinking):
+        if part.redacted:
+            return [{"reasoningContent": {"redactedContent": part.signature}}]
+        return [{"reasoningContent": {"reasoningText": present(text=part.text,
+                                                               signature=part.signature if signs else None)}}]
+    if isinstance(part, ToolCall):
+        arguments = repair_json_object(part.arguments)
+        arguments = {"malformed_arguments": part.arguments} if arguments is None else without_empty_keys(arguments)
+        return [{"toolUse": {"toolUseId": fit_id(part.id, 64), "name": part.name, "input": arguments}}]
+    if isinstance(part, ToolResult):
+        return [converse_result(part, signs)]
+    return [converse_media(part)]
+
+
+def converse_result(result: ToolResult, signs: bool) -> Dict[str, Any]:
+    """A toolResult block; an error result holds text only (Claude refuses more)."""
+    kept = [part for part in result.parts if isinstance(part, Text) or not result.is_error]
+    blocks = [block for part in kept for block in converse_blocks(part, signs)]
+    note = MOVED_NOTE if len(kept) < len(result.parts) else EMPTY_RESULT
+    return {"toolResult": present(toolUseId=fit_id(result.call_id, 64), content=blocks or [{"text": note}],
+                                  status="error" if result.is_error else None)}
+
+
+def moved_blocks(parts: Iterable[Part], signs: bool) -> List[Dict[str, Any]]:
+    """A caption and the images and documents of the error results among `parts`, [] when there are none."""
+    moved = [part for result in parts if isinstance(result, ToolResult) and result.is_error
+             for part in result.parts if not isinstance(part, Text)]
+    blocks = [block for part in moved for block in converse_blocks(part, signs)]
+    return [{"text": MOVED_CAPTION}, *blocks] if blocks else []
+
+
+def converse_media(part: Union[Image, Document]) -> Dict[str, Any]:
+    """An image or document block. Raises `BadRequest` for a URL or a format that Converse does not take."""
+    kind, formats = ("image", BEDROCK_IMAGES) if isinstance(part, Image) else ("document", BEDROCK_DOCUMENTS)
+    if part.data is None:
+        raise BadRequest(f"this model takes no {kind} by URL; send its bytes", code="unsupported_parameter",
+                         param="messages")
+    media_type = part.media_type.partition(";")[0].strip().lower()
+    if media_type not in formats:
+        raise BadRequest(f"this model takes no {kind} of type {media_type}; it takes {', '.join(formats)}",
+                         code="unsupported_parameter", param="messages")
+    block = {"format": formats[media_type], "source": {"bytes": part.data}}
+    return {kind: block if isinstance(part, Image) else {**block, "name": part.name or "document"}}
+
+
+def name_documents(messages: Iterable[Dict[str, Any]]) -> None:
+    """Gives each document a name that Converse takes and no other has, and each turn with a document some text."""
+    names: set[str] = set()
+    for message in messages:
+        content = message["content"]
+        inner = [block for result in content for block in result.get("toolResult", {}).get("content", ())]
+        for block in (*content, *inner):
+            if "document" in block:
+                block["document"]["name"] = fresh_name(block["document"]["name"], names)
+        if any("document" in block for block in content) and not any("text" in block for block in content):
+            content.append({"text": DOCUMENT_NOTE})
+
+
+def fresh_name(name: str, taken: set[str]) -> str:
+    """`name` in letters, digits, single blanks, hyphens and brackets, numbered when it is in `taken`; added there."""
+    base = " ".join(re.sub(r"[^A-Za-z0-9()\[\]-]", " ", name).split())[:180] or "document"
+    fresh, count = base, 1
+    while fresh in taken:
+        count += 1
+        fresh = f"{base}-{count}"
+    taken.add(fresh)
+    return fresh
+
+
+def without_empty_keys(value: Any) -> Any:
+    """A JSON value without members whose name is "", which Bedrock refuses at any depth."""
+    if isinstance(value, dict):
+        return {key: without_empty_keys(item) for key, item in value.items() if key}
+    return [without_empty_keys(item) for item in value] if isinstance(value, list) else value
+
+
+def mark_cache_points(body: Dict[str, Any]) -> None:
+    """Cache points behind what stays the same from turn to turn: the system prompt, and the last turn if the user's."""
+    last = body["messages"][-1]
+    for blocks in (body.get("system"), last["content"] if last["role"] == "user" else None):
+        if blocks:
+            blocks.append({"cachePoint": {"type": "default"}})
+
+
+# --- bedrock-converse-stream: answers ---------------------------------------------------------------------------------
+
+
+class ConverseReader(Reader):
+    """Converse frames → events. Text and thinking have no start of their own; usage comes behind messageStop, in
+    metadata, and ends the answer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._decoder = EventStreamDecoder()
+        self._started = False
+        self._signatures: Dict[Any, str] = {}
+        self._redacted: Dict[Any, bytes] = {}
+        self._stop: Optional[str] = None
+        self._usage: Optional[Usage] = None
+
+    def feed(self, data: bytes) -> Iterator[Event]:
+        """See `Reader.feed`."""
+        for headers, payload in self._decoder.feed(data):
+            yield from self.on_message(headers, payload)
+
+    def end(self) -> Iterator[Event]:
+        """See `Reader.end`."""
+        if self._decoder.pending:
+            raise UpstreamProtocolError("the provider's stream was cut in the middle of a frame")
+        yield from self.finish()
+
+    def on_message(self, headers: Mapping[str, Any], payload: bytes) -> Iterator[Event]:
+        """One frame: an event, an exception of the model, or an error of the service."""
+        kind = headers.get(":message-type")
+        if kind == "error":
+            raise bedrock_error(str(headers.get(":error-code", "")), str(headers.get(":error-message")
+                                                                        or "the provider reported an error"))
+        if kind == "exception":
+            data = as_dict(loads(payload.decode("utf-8"))) if payload else {}
+            said = [text for text in (data.get("message") or data.get("Message"), data.get("originalMessage")) if text]
+            raise bedrock_error(str(headers.get(":exception-type", "")),
+                                ": ".join(dict.fromkeys(map(str, said))) or "the provider reported an error")
+        handler = self.handlers.get(headers.get(":event-type", ""))
+        if handler:
+            yield from handler(self, loads(payload.decode("utf-8")))
+
+    def finish(self) -> Iterator[Event]:
+        """The end without metadata is fine, without messageStop it is a cut."""
+        if self._stop is None:
+            raise UpstreamProtocolError("the provider's stream ended before messageStop")
+        yield from self._done()
+
+    def whole(self, body: Dict[str, Any]) -> Iterator[Event]:
+        """A Converse answer: the same as its events."""
+        content = as_dict(as_dict(body.get("output")).get("message")).get("content")
+        if not isinstance(content, list):
+            raise UpstreamProtocolError("the provider's answer has no content")
+        yield from self._message_start({})
+        for index, block in enumerate(content):
+            if "toolUse" in block:
+                yield from self._block_start({"contentBlockIndex": index, "start": block})
+            for delta in block_deltas(block):
+                yield from self._block_delta({"contentBlockIndex": index, "delta": delta})
+            yield from self._block_stop({"contentBlockIndex": index})
+        yield from self._message_stop({"stopReason": body.get("stopReason") or "end_turn"})
+        yield from self._metadata(body)
+
+    def _message_start(self, data: Dict[str, Any]) -> Iterator[Event]:
+        if not self._started:
+            self._started = True
+            yield Start()
+
+    def _block_start(self, data: Dict[str, Any]) -> Iterator[Event]:
+        call = as_dict(data.get("start")).get("toolUse")
+        if call:
+            yield from self._message_start({})
+            yield self._parts.start(data["contentBlockIndex"], ToolCall(call["toolUseId"], call["name"]))
+
+    def _block_delta(self, data: Dict[str, Any]) -> Iterator[Event]:
+        key, delta = data["contentBlockIndex"], data["delta"]
+        yield from self._message_start({})
+        if delta.get("text"):
+            yield from self._write(key, Text(), delta["text"])
+        elif as_dict(delta.get("toolUse")).get("input"):
+            yield self._parts.delta(key, delta["toolUse"]["input"])
+        elif isinstance(delta.get("reasoningContent"), dict):
+            yield from self._reasoning(key, delta["reasoningContent"])
+
+    def _reasoning(self, key: Any, delta: Dict[str, Any]) -> Iterator[Event]:
+        if delta.get("redactedContent"):        # in pieces, each padded: joined as bytes, shown at the end of the block
+            self._redacted[key] = self._redacted.get(key, b"") + base64.b64decode(delta["redactedContent"])
+        if delta.get("text") or delta.get("signature"):
+            yield from self._write(key, Thinking(maker=BedrockConverse.name), delta.get("text") or "")
+        if delta.get("signature"):
+            self._signatures[key] = self._signatures.get(key, "") + delta["signature"]
+
+    def _write(self, key: Any, part: Part, text: str) -> Iterator[Event]:
+        if key not in self._parts:
+            yield self._parts.start(key, part)
+        if text:
+            yield self._parts.delta(key, text)
+
+    def _block_stop(self, data: Dict[str, Any]) -> Iterator[Event]:
+        key = data["contentBlockIndex"]
+        if key in self._parts:
+            yield self._parts.end(key, self._signatures.pop(key, None))
+        if key in self._redacted:
+            sealed = base64.b64encode(self._redacted.pop(key)).decode("ascii")
+            yield self._parts.start(key, Thinking("", sealed, True, BedrockConverse.name))
+            yield self._parts.end(key)
+
+    def _message_stop(self, data: Dict[str, Any]) -> Iterator[Event]:
+        reason = data["stopReason"]
+        if reason in BEDROCK_FAILURES:
+            raise UpstreamError(f"the provider stopped: {reason}")
+        for key in [*self._signatures, *self._redacted]:
+            yield from self._block_stop({"contentBlockIndex": key})
+        yield from self._parts.end_all()
+        self._stop = BEDROCK_STOP.get(reason, "stop")
+        if self._usage is not None:
+            yield from self._done()
+
+    def _metadata(self, data: Dict[str, Any]) -> Iterator[Event]:
+        self._usage = read_converse_usage(as_dict(data.get("usage")))
+        if self._stop is not None:
+            yield from self._done()
+
+    def _done(self) -> Iterator[Event]:
+        yield from self._message_start({})
+        yield Done(self._stop or "stop", self._usage or Usage())
+
+    handlers: Mapping[str, Callable[..., Iterator[Event]]] = {
+        "messageStart": _message_start, "contentBlockStart": _block_start, "contentBlockDelta": _block_delta,
+        "contentBlockStop": _block_stop, "messageStop": _message_stop, "metadata": _metadata}
+
+
+def block_deltas(block: Mapping[str, Any]) -> Iterator[Dict[str, Any]]:
+    """A whole answer's content block as the deltas that a stream would have sent for it."""
+    reasoning = as_dict(block.get("reasoningContent"))
+    thought = as_dict(reasoning.get("reasoningText"))
+    yield {"text": block.get("text")}
+    for piece in as_dict(block.get("citationsContent")).get("content") or ():
+        yield {"text": as_dict(piece).get("text")}
+    yield {"reasoningContent": {"redactedContent": reasoning.get("redactedContent"), **thought}}
+    arguments = as_dict(block.get("toolUse")).get("input")
+    yield {"toolUse": {"input": json_text(arguments) if arguments else ""}}
+
+
+def read_converse_usage(usage: Dict[str, Any]) -> Usage:
+    """Converse's usage: inputTokens already excludes what the cache gave or took."""
+    hour = sum(token_count(as_dict(item).get("inputTokens")) for item in usage.get("cacheDetails") or ()
+               if as_dict(item).get("ttl") == "1h")
+    return Usage(token_count(usage.get("inputTokens")), token_count(usage.get("outputTokens")),
+                 token_count(usage.get("cacheReadInputTokens")), token_count(usage.get("cacheWriteInputTokens")), 0,
+                 hour)
+
+
+# --- bedrock-converse-stream: model lists -----------------------------------------------------------------------------
+
+BEDROCK_LISTS = {"foundation-models": {"byOutputModality": "TEXT"},
+                 "inference-profiles": {"type": "SYSTEM_DEFINED", "maxResults": "1000"}}
+
+
+def bedrock_list_call(kind: str, model: Model, credential: Credential, next_token: str = "") -> Call:
+    """The call, to be signed, that lists what `kind` of `BEDROCK_LISTS` names; profiles come in pages, each with the
+    `nextToken` of the next. `model` gives base URL and headers."""
+    region = bedrock_region("", model.base_url, credential.parts)
+    url = move_to_region(model.base_url.replace("//bedrock-runtime", "//bedrock", 1), region).rstrip("/")
+    query = {**BEDROCK_LISTS[kind], **({"nextToken": next_token} if next_token else {})}
+    headers = {name: value for name, value in authorization(model, credential).items() if not _AWS_OWN.fullmatch(name)}
+    return Call("GET", f"{url}/{kind}?{urllib.parse.urlencode(query, quote_via=urllib.parse.quote)}", headers)
+
+
+def read_bedrock_models(foundation: Mapping[str, Any], profiles: Mapping[str, Any], provider: Provider,
+                        ) -> Dict[str, Model]:
+    """The models in the answers to the two lists, by the id to call them by: foundation models that can be called on
+    demand, and profiles of foundation models. Those that cannot stream are left out."""
+    known = {item["modelId"]: item for item in foundation.get("modelSummaries") or ()
+             if isinstance(item, dict) and item.get("responseStreamingSupported") is not False}
+    models = {model_id: _listed_model(provider, model_id, item.get("modelName"), item) for model_id, item in known.items()
+              if "ON_DEMAND" in item.get("inferenceTypesSupported", ("ON_DEMAND",))}
+    for profile in profiles.get("inferenceProfileSummaries") or ():
+        arns = [str(as_dict(part).get("modelArn")) for part in profile.get("models") or ()]
+        ids = [arn.rpartition("foundation-model/")[2] for arn in arns]
+        item = next((known[model_id] for model_id in ids if model_id in known), None)
+        if item and profile.get("status", "ACTIVE") == "ACTIVE":
+            profile_id = profile["inferenceProfileId"]
+            models[profile_id] = _listed_model(provider, profile_id, profile.get("inferenceProfileName"), item)
+    return models
+
+
+def _listed_model(provider: Provider, model_id: str, name: Any, item: Mapping[str, Any]) -> Model:
+    modalities = item.get("inputModalities")
+    return unlisted_model(provider, model_id, name=name or "",
+                          input=tuple(str(word).lower() for word in modalities) if modalities else None)
+
+
+UPSTREAM_PROTOCOLS: Dict[str, UpstreamProtocol] = {protocol.name: protocol for protocol in (
+    OpenAICompletions(), AnthropicMessages(), OpenAIResponses(), AzureResponses(), CodexResponses(), GoogleGenerativeAI(),
+    GoogleVertex(), CloudCodeAssist(), MistralConversations(), BedrockConverse())}
+
+
+# Headers that tell a host what kind of request it gets, by the row's `requestHeaders` flag.
+REQUEST_HEADERS: Dict[str, Callable[[Request], Dict[str, str]]] = {"copilot": copilot_headers}
+
+
+def request_headers(request: Request, model: Model) -> Dict[str, str]:
+    """What the model's row wants every call to say about its request."""
+    name = model.flag("requestHeaders")
+    return REQUEST_HEADERS[name](request) if name in REQUEST_HEADERS else {}
 
 
 # --- Lanes ------------------------------------------------------------------------------------------------------------
@@ -3479,6 +6382,7 @@ class Lane:
         self.usage = Usage()
         self.stop_reason = ""
         self.secrets: Sequence[str] = ()        # what a provider may not quote to the client
+        self.signed_calls: List[ToolCall] = []  # calls whose seal the client's protocol may have no place for
 
     def call(self, credential: Credential) -> Tuple[Call, List[str]]:
         """The call, and the client's names of what it leaves out."""
@@ -3495,6 +6399,12 @@ class Lane:
     def whole(self, body: bytes) -> bytes:
         """Takes a whole JSON answer."""
         raise NotImplementedError
+
+    def again(self, kind: Optional[Type[Lane]] = None) -> Lane:
+        """The same request from its beginning, on the same lane or another."""
+        lane = (kind or type(self))(self.client, self.upstream, self.request, self.model, self.stamp)
+        lane.secrets = self.secrets
+        return lane
 
     def fail(self, error: GatewayError) -> bytes:
         """Takes a failure of the connection; b"" when the answer was complete before."""
@@ -3547,6 +6457,8 @@ class TranslatedLane(Lane):
                 self.error.message = redact(self.error.message, self.secrets)
             elif isinstance(event, Done):
                 self.usage, self.stop_reason = event.usage, event.stop_reason
+            elif isinstance(event, PartEnd) and isinstance(event.part, ToolCall) and event.part.signature:
+                self.signed_calls.append(event.part)
             if not isinstance(event, (Start, Failed)):
                 self.started = True
         self.finished = self._reader.finished
@@ -4076,18 +6988,27 @@ _NO_SCHEMA = {"supportsOutputFormat": False}
 PROVIDERS: Dict[str, Provider] = {provider.name: provider for provider in (
     Provider("anthropic", {"anthropic-messages": "https://api.anthropic.com"},
              env=("ANTHROPIC_OAUTH_TOKEN", "ANTHROPIC_API_KEY"), compat={"supportsStrictTools": True}),
-    Provider("openai", {"openai-completions": "https://api.openai.com/v1"}, env=("OPENAI_API_KEY",), compat=_STRICT),
-    Provider("xai", {"openai-completions": "https://api.x.ai/v1"}, env=("XAI_API_KEY",),
-             compat={**_BASIC, "supportsReasoningEffort": False}),
+    Provider("openai", {"openai-responses": "https://api.openai.com/v1"}, env=("OPENAI_API_KEY",), compat=_STRICT),
+    Provider("openai-codex", {"openai-codex-responses": "https://chatgpt.com/backend-api"},
+             compat={"supportsOpenAIGrammarTools": True, "supportsMidConvoSystemMessages": True}),
+    Provider("google", {"google-generative-ai": "https://generativelanguage.googleapis.com/v1beta"},
+             env=("GEMINI_API_KEY",)),
+    Provider("google-gemini-cli", {"google-gemini-cli": "https://cloudcode-pa.googleapis.com"},
+             compat={"codeAssistAgent": "gemini-cli"}, source="code-assist"),
+    Provider("google-antigravity", {"google-gemini-cli": "https://daily-cloudcode-pa.googleapis.com"},
+             compat={"codeAssistAgent": "antigravity"}, source="code-assist"),
+    Provider("xai", {"openai-responses": "https://api.x.ai/v1"}, env=("XAI_API_KEY",)),
+    Provider("meta", {"openai-responses": "https://api.meta.ai/v1"}, env=("META_API_KEY",)),
+    Provider("mistral", {"mistral-conversations": "https://api.mistral.ai"}, env=("MISTRAL_API_KEY",)),
     Provider("deepseek", {"openai-completions": "https://api.deepseek.com"}, env=("DEEPSEEK_API_KEY",),
              compat={**_LIMITED, **_STRICT, "requiresReasoningContentOnAssistantMessages": True,
-                     "thinkingFormat": "deepseek"}),
+             "thinkingFormat": "deepseek"}),
     Provider("moonshotai", {"openai-completions": "https://api.moonshot.ai/v1"}, env=("MOONSHOT_API_KEY",),
-             compat=_KIMI),
+             compat={**_KIMI, "thinkingFormat": "openai"}),
     Provider("moonshotai-cn", {"openai-completions": "https://api.moonshot.cn/v1"}, env=("MOONSHOT_API_KEY",),
-             compat=_KIMI),
+             compat={**_KIMI, "thinkingFormat": "openai"}),
     Provider("kimi-coding", {"openai-completions": "https://api.kimi.com/coding/v1"}, env=("KIMI_API_KEY",),
-             compat=_KIMI),
+             compat={**_KIMI, "thinkingFormat": "openai"}),
     Provider("zai", {"openai-completions": "https://api.z.ai/api/coding/paas/v4"}, env=("ZAI_API_KEY",), compat=_ZAI),
     Provider("zai-coding-cn", {"openai-completions": "https://open.bigmodel.cn/api/coding/paas/v4"},
              env=("ZAI_CODING_CN_API_KEY",), compat=_ZAI),
@@ -4122,45 +7043,60 @@ PROVIDERS: Dict[str, Provider] = {provider.name: provider for provider in (
              compat=_BASIC),
     Provider("together", {"openai-completions": "https://api.together.ai/v1"}, env=("TOGETHER_API_KEY",),
              compat={**_LIMITED, "supportsReasoningEffort": False, "thinkingFormat": "together",
-                     "supportsStrictMode": False}),
-    Provider("fireworks",
-             {"openai-completions": "https://api.fireworks.ai/inference/v1",
-              "anthropic-messages": "https://api.fireworks.ai/inference"}, env=("FIREWORKS_API_KEY",),
-             compat={**_BASIC, **_STRICT, **_NO_SCHEMA, "sendSessionAffinityHeaders": True,
-                     "supportsCacheControlOnTools": False, "forceAdaptiveThinking": True,
-                     "allowEmptySignature": True}),
+             "supportsStrictMode": False}),
+    Provider("fireworks", {"openai-completions": "https://api.fireworks.ai/inference/v1",
+             "anthropic-messages": "https://api.fireworks.ai/inference"}, env=("FIREWORKS_API_KEY",),
+             compat={**_BASIC, **_NO_SCHEMA, **_STRICT, "sendSessionAffinityHeaders": True,
+             "supportsCacheControlOnTools": False, "forceAdaptiveThinking": True, "allowEmptySignature": True}),
     Provider("baseten", {"openai-completions": "https://inference.baseten.co/v1"}, env=("BASETEN_API_KEY",),
-             compat={**_LIMITED, **_STRICT, "supportsReasoningEffort": True, "sendSessionAffinityHeaders": True}),
+             compat={**_LIMITED, **_STRICT, "supportsReasoningEffort": True, "supportsUsageInStreaming": True,
+             "sendSessionAffinityHeaders": True}),
     Provider("nvidia", {"openai-completions": "https://integrate.api.nvidia.com/v1"}, env=("NVIDIA_API_KEY",),
-             headers={"NVCF-POLL-SECONDS": "3600"},
-             compat={**_LIMITED, "supportsReasoningEffort": False, "supportsStrictMode": False}),
+             headers={"NVCF-POLL-SECONDS": "3600"}, compat={**_LIMITED, "supportsReasoningEffort": False,
+             "supportsStrictMode": False}),
     Provider("cloudflare-workers-ai",
              {"openai-completions": "https://api.cloudflare.com/client/v4/accounts/{CLOUDFLARE_ACCOUNT_ID}/ai/v1"},
              env=("CLOUDFLARE_API_KEY",), compat={**_BASIC, **_STRICT, "sendSessionAffinityHeaders": True}),
     Provider("cloudflare-ai-gateway",
-             {"openai-completions": "https://gateway.ai.cloudflare.com/v1/"
-                                    "{CLOUDFLARE_ACCOUNT_ID}/{CLOUDFLARE_GATEWAY_ID}/compat",
-              "anthropic-messages": "https://gateway.ai.cloudflare.com/v1/"
-                                    "{CLOUDFLARE_ACCOUNT_ID}/{CLOUDFLARE_GATEWAY_ID}/anthropic"},
-             env=("CLOUDFLARE_API_KEY",), auth="cf-aig-authorization",
-             compat={**_LIMITED, "supportsReasoningEffort": False, "sendSessionAffinityHeaders": True}),
-    Provider("opencode",
-             {"openai-completions": "https://opencode.ai/inference/openai/v1",
-              "anthropic-messages": "https://opencode.ai/inference/anthropic"}, env=("OPENCODE_API_KEY",),
-             compat={**_LIMITED, **_STRICT}),
-    Provider("opencode-go",
-             {"openai-completions": "https://opencode.ai/inference/go/openai/v1",
-              "anthropic-messages": "https://opencode.ai/inference/go/anthropic"}, env=("OPENCODE_API_KEY",),
-             compat={**_LIMITED, **_STRICT}),
+             {"openai-responses": "https://gateway.ai.cloudflare.com/v1/{CLOUDFLARE_ACCOUNT_ID}/{CLOUDFLARE_GATEWAY_ID}/openai",
+             "openai-completions": "https://gateway.ai.cloudflare.com/v1/{CLOUDFLARE_ACCOUNT_ID}/{CLOUDFLARE_GATEWAY_ID}/compat",
+             "anthropic-messages": "https://gateway.ai.cloudflare.com/v1/{CLOUDFLARE_ACCOUNT_ID}/{CLOUDFLARE_GATEWAY_ID}/anthropic"},
+             env=("CLOUDFLARE_API_KEY",), compat={"supportsStore": False, "maxTokensField": "max_tokens",
+             "sendSessionAffinityHeaders": True}, auth="cf-aig-authorization"),
+    Provider("azure", {"azure-openai-responses": "", "openai-completions": ""}, env=("AZURE_OPENAI_API_KEY",),
+             compat={"requiresReasoningContentOnAssistantMessages": True, "thinkingFormat": "openai"}, source="azure"),
+    Provider("azure-openai-responses", {"azure-openai-responses": "", "openai-completions": ""},
+             env=("AZURE_OPENAI_API_KEY",), compat={"requiresReasoningContentOnAssistantMessages": True,
+             "thinkingFormat": "openai"}, models="azure", source="azure"),
+    Provider("google-vertex", {"google-vertex": "https://{location}-aiplatform.googleapis.com"},
+             env=("GOOGLE_CLOUD_API_KEY",), source="google"),
+    Provider("amazon-bedrock", {"bedrock-converse-stream": "https://bedrock-runtime.us-east-1.amazonaws.com"},
+             env=("AWS_BEARER_TOKEN_BEDROCK",), discover=True, source="aws"),
+    Provider("github-copilot", {"openai-responses": "https://api.individual.githubcopilot.com",
+             "anthropic-messages": "https://api.individual.githubcopilot.com",
+             "openai-completions": "https://api.individual.githubcopilot.com"}, env=("COPILOT_GITHUB_TOKEN",),
+             headers={"Copilot-Integration-Id": "vscode-chat", "Editor-Plugin-Version": "copilot-chat/0.35.0",
+             "Editor-Version": "vscode/1.107.0", "User-Agent": "GitHubCopilotChat/0.35.0"},
+             compat={"supportsStore": False, "supportsReasoningOff": False, "requestHeaders": "copilot"},
+             auth="bearer", source="copilot", discover=True),
+    Provider("opencode", {"openai-responses": "https://opencode.ai/inference/openai/v1",
+             "openai-completions": "https://opencode.ai/inference/openai/v1",
+             "anthropic-messages": "https://opencode.ai/inference/anthropic",
+             "google-generative-ai": "https://opencode.ai/inference/google/v1beta"}, env=("OPENCODE_API_KEY",),
+             compat={**_LIMITED, **_STRICT, "sessionAffinityFormat": "openai-nosession"}),
+    Provider("opencode-go", {"openai-completions": "https://opencode.ai/inference/go/openai/v1",
+             "anthropic-messages": "https://opencode.ai/inference/go/anthropic",
+             "openai-responses": "https://opencode.ai/inference/go/openai/v1",
+             "google-generative-ai": "https://opencode.ai/inference/go/google/v1beta"}, env=("OPENCODE_API_KEY",),
+             compat={**_LIMITED, **_STRICT, "sessionAffinityFormat": "openai-nosession"}),
     Provider("huggingface", {"openai-completions": "https://router.huggingface.co/v1"}, env=("HF_TOKEN",),
              compat={**_STRICT, "supportsDeveloperRole": False}, discover=True),
     Provider("vercel-ai-gateway", {"anthropic-messages": "https://ai-gateway.vercel.sh"}, env=("AI_GATEWAY_API_KEY",),
              compat={"allowEmptySignature": True}, discover=True),
-    Provider("openrouter",
-             {"openai-completions": "https://openrouter.ai/api/v1",
-              "anthropic-messages": "https://openrouter.ai/api"}, env=("OPENROUTER_API_KEY",),
-             compat={**_STRICT, "supportsDeveloperRole": False, "thinkingFormat": "openrouter",
-                     "sendSessionAffinityHeaders": True, "sessionAffinityFormat": "openrouter"}, discover=True),
+    Provider("openrouter", {"openai-completions": "https://openrouter.ai/api/v1",
+             "anthropic-messages": "https://openrouter.ai/api"}, env=("OPENROUTER_API_KEY",), compat={**_STRICT,
+             "supportsDeveloperRole": False, "thinkingFormat": "openrouter", "sendSessionAffinityHeaders": True,
+             "sessionAffinityFormat": "openrouter"}, discover=True),
     DEMO_PROVIDER,
 )}
 
@@ -4185,7 +7121,7 @@ def parse_model_line(line: str, provider: Provider) -> Model:
     protocol = fields[7] or provider.protocol
     return Model(
         id=fields[0], provider=provider.name, protocol=protocol, base_url=provider.endpoints[protocol],
-        context_window=int(fields[1]), max_tokens=int(fields[2]), reasoning="r" in fields[3],
+        context_window=int(fields[1]), max_tokens=min(int(fields[2]), int(fields[1])), reasoning="r" in fields[3],
         input=("text", "image") if "i" in fields[3] else ("text",),
         cost=tuple(float(price) for price in fields[4].split(",") if price), thinking_levels=levels, compat=compat,
         headers=provider.headers)
@@ -4214,6 +7150,8 @@ class Catalogue:
 
     def models_of(self, provider: Provider) -> Dict[str, Model]:
         """Its models by id: built in, then the user's, then what the server itself lists."""
+        if provider.name in self._discovered:
+            return self._discovered[provider.name]
         models = self._models.get(provider.name)
         if models is None:
             lines = MODELS.get(provider.models or provider.name, "").split("\n")
@@ -4222,12 +7160,15 @@ class Catalogue:
                 models = {DEMO_MODEL.id: DEMO_MODEL}
             models.update(self._custom.get(provider.name, {}))
             self._models[provider.name] = models
-        found = self._discovered.get(provider.name)
-        return {**found, **models} if found else models
+        return models
 
-    def discover(self, provider: Provider, models: Mapping[str, Model]) -> None:
-        """Takes the list that the provider's own server gave."""
-        self._discovered[provider.name] = dict(models)
+    def discover(self, provider: Provider, found: Mapping[str, Model], wins: bool = False) -> None:
+        """Takes the list that the provider's own server gave; what is known otherwise is better, unless `wins`."""
+        if not self.is_discovered(provider):
+            self.models_of(provider)
+        known = self._models[provider.name]
+        merged = {**known, **found} if wins else {**found, **known}
+        self._discovered[provider.name] = merged
 
     def is_discovered(self, provider: Provider) -> bool:
         """Whether the provider's own list has been seen."""
@@ -4314,6 +7255,48 @@ def read_model_list(body: Mapping[str, Any], provider: Provider) -> Dict[str, Mo
             max_tokens=token_count(top.get("max_completion_tokens") or item.get("max_tokens")),
             input=tuple(modalities) if isinstance(modalities, list) else None,
             reasoning="reasoning" in parameters if isinstance(parameters, list) else None)
+    return {model_id: borrow_claude(model, provider) for model_id, model in models.items()}
+
+
+def borrow_claude(model: Model, provider: Provider) -> Model:
+    """A Claude model that an aggregator lists, with what the catalogue knows of Claude, over the aggregator's Messages
+    endpoint where it has one: only there do thinking and its signatures survive."""
+    own_id = model.id[len("anthropic/"):].replace(".", "-") if model.id.startswith("anthropic/") else ""
+    line = next((line for line in MODELS["anthropic"].split("\n") if line.partition("|")[0] == own_id), "")
+    if not own_id or not line:
+        return model
+    claude = parse_model_line(line, PROVIDERS["anthropic"])
+    endpoint = provider.endpoints.get(AnthropicMessages.name)
+    model = replace(model, reasoning=claude.reasoning, thinking_levels=claude.thinking_levels,
+                    compat={**claude.compat, **model.compat})
+    return replace(model, protocol=AnthropicMessages.name, base_url=endpoint) if endpoint else model
+
+
+# Copilot says of each model at which paths it can be called; the first of these that it names is the best.
+COPILOT_ENDPOINTS = {"/v1/messages": "anthropic-messages", "/responses": "openai-responses",
+                     "/chat/completions": "openai-completions"}
+
+
+def read_copilot_models(body: Mapping[str, Any], provider: Provider, known: Mapping[str, Model]) -> Dict[str, Model]:
+    """The models in Copilot's answer to GET /models that its user may call, each with the protocol that its
+    `supported_endpoints` name; facts of `known` models are kept."""
+    models = {}
+    for item in map(as_dict, body.get("data") or ()):
+        model_id, capabilities = item.get("id"), as_dict(item.get("capabilities"))
+        if not isinstance(model_id, str) or as_dict(item.get("policy")).get("state") == "disabled" or (
+                capabilities.get("type", "chat") != "chat"):
+            continue
+        paths = item.get("supported_endpoints") or ["/chat/completions"]
+        protocol = next((name for path, name in COPILOT_ENDPOINTS.items() if path in paths), None)
+        if protocol is None:
+            continue
+        limits, supports = as_dict(capabilities.get("limits")), as_dict(capabilities.get("supports"))
+        model = known.get(model_id) or unlisted_model(
+            provider, model_id, name=item.get("name") or "",
+            context_window=token_count(limits.get("max_context_window_tokens")),
+            max_tokens=token_count(limits.get("max_output_tokens")),
+            input=("text", "image") if supports.get("vision") else ("text",))
+        models[model_id] = replace(model, protocol=protocol, base_url=provider.endpoints[protocol])
     return models
 
 
@@ -4389,8 +7372,14 @@ def _merge_provider(name: str, fields: Mapping[str, Any], path: str) -> Provider
     return Provider(
         name, endpoints, env=known.env if known else (), headers=headers, compat=compat,
         discover=known.discover if known else not fields["models"], models=known.models if known else "",
-        auth=known.auth if known else "", keyless=known is None, auth_header=bool(fields["authHeader"]),
+        auth=known.auth if known else "", source=known.source if known else PROTOCOL_SOURCES.get(default, ""),
+        keyless=known is None, auth_header=bool(fields["authHeader"]),
         api_key=fields["apiKey"])
+
+
+# Where the credential for a provider of the user's own comes from, by the protocol it speaks; else just its key.
+PROTOCOL_SOURCES = {"bedrock-converse-stream": "aws", "google-vertex": "google", "azure-openai-responses": "azure",
+                    "google-gemini-cli": "code-assist"}
 
 
 def compat_of_host(base_url: str) -> Mapping[str, Any]:
@@ -4461,6 +7450,8 @@ COST_FIELDS = ("input", "output", "cacheRead", "cacheWrite")
 
 _INTERPOLATION = re.compile(r"\$(?:(\$)|(!)|([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9_]*)\})")
 _PLACEHOLDER = re.compile(r"\{([A-Z][A-Z0-9_]*)\}")
+AZURE_VARIABLES = {"base_url": "AZURE_OPENAI_BASE_URL", "resource": "AZURE_OPENAI_RESOURCE_NAME",
+                   "api_version": "AZURE_OPENAI_API_VERSION", "deployment_map": "AZURE_OPENAI_DEPLOYMENT_NAME_MAP"}
 SENTINEL = "<authenticated>"        # pi's mark for ambient cloud credentials; never a key
 
 
@@ -4517,10 +7508,14 @@ class Credentials:
     """Finds what authorises a call: auth.json first, then models.json's `apiKey`, then the environment (the order of pi
     0.77 and later). Values may be literal, `$NAME` or `!command`, and for older files the bare name of a variable."""
 
-    def __init__(self, auth_file: str, environ: Mapping[str, str], clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, auth_file: str, environ: Mapping[str, str], clock: Callable[[], float] = time.time,
+                 transport: Optional[Transport] = None) -> None:
         self._auth = FileCache(auth_file)
         self._environ = environ
         self._clock = clock
+        direct = Transport(Limits(1.0, 2.0, 2.0), proxies={})      # for this machine's metadata services only
+        self._google_tokens = GoogleTokens(transport, clock)
+        self._aws_credentials = AwsCredentials(transport or direct, direct, clock)
         self._lock = threading.Lock()
         self._commands: Dict[str, Tuple[float, Optional[str]]] = {}
         self._warned: set[str] = set()
@@ -4530,6 +7525,8 @@ class Credentials:
         entry = as_dict(self._auth.read().get(provider.name))
         has_key = bool(provider.keyless or entry.get("key") or entry.get("access") or provider.api_key
                        or any(self._environ.get(name) for name in provider.env))
+        if provider.source in self.ambient and (not has_key or provider.source == "azure"):
+            has_key = self.ambient[provider.source](self, entry, has_key)
         return has_key and all(self._variable(name, entry) for url in provider.endpoints.values()
                                for name in _PLACEHOLDER.findall(url))
 
@@ -4546,14 +7543,67 @@ class Credentials:
     def get(self, provider: Provider, model: Model) -> Credential:
         """The credential for a call. Raises `Unauthorized`, code no_credentials, that says what to set."""
         entry = as_dict(self._auth.read().get(provider.name))
+        credential = self.sources.get(provider.source, Credentials._key)(self, provider, entry)
+        headers = {name: self._header(provider, name, value, entry)
+                   for name, value in {**provider.headers, **model.headers}.items()}
+        if provider.auth_header and credential.token:
+            headers["authorization"] = f"Bearer {credential.token}"
+        return replace(credential, headers=headers)
+
+    def _key(self, provider: Provider, entry: Mapping[str, Any]) -> Credential:
+        """A key or token as it stands."""
         token, kind = self._token(provider, entry)
         if not token and (not provider.keyless or provider.api_key or entry.get("key")):
             raise Unauthorized(self._advice(provider, entry), code="no_credentials", param="model")
-        headers = {name: self._header(provider, name, value, entry)
-                   for name, value in {**provider.headers, **model.headers}.items()}
-        if provider.auth_header and token:
-            headers["authorization"] = f"Bearer {token}"
-        return Credential(kind if token else "none", token or "", headers)
+        return Credential(kind if token else "none", token or "")
+
+    def _aws(self, provider: Provider, entry: Mapping[str, Any]) -> Credential:
+        stored = entry.get("key")
+        key = self.resolve(stored, entry) if isinstance(stored, str) else None
+        if not stored and provider.api_key:
+            key = self.resolve(provider.api_key, entry)
+        return self._aws_credentials.get(self._environ, as_dict(entry.get("env")), key)
+
+    def _google(self, provider: Provider, entry: Mapping[str, Any]) -> Credential:
+        token, _ = self._token(provider, entry)
+        if not token:
+            return self._google_tokens.token(self._environ, as_dict(entry.get("env")))
+        parts = {"project": self._variable("GOOGLE_CLOUD_PROJECT", entry) or self._variable("GCLOUD_PROJECT", entry),
+                 "location": self._variable("GOOGLE_CLOUD_LOCATION", entry)}
+        return Credential("api_key", token, parts=present(**parts) if all(parts.values()) else {})
+
+    def _azure(self, provider: Provider, entry: Mapping[str, Any]) -> Credential:
+        parts = {name: self._variable(variable, entry) for name, variable in AZURE_VARIABLES.items()}
+        parts = present(**parts, endpoint=azure_base_url(present(**parts), provider.endpoints[provider.protocol]))
+        return replace(self._key(provider, entry), parts=parts)
+
+    def _code_assist(self, provider: Provider, entry: Mapping[str, Any]) -> Credential:
+        project = entry.get("projectId") or self._variable("GOOGLE_CLOUD_PROJECT", entry)
+        return replace(self._key(provider, entry), parts=present(project=project))
+
+    def _copilot(self, provider: Provider, entry: Mapping[str, Any]) -> Credential:
+        credential = self._key(provider, entry)
+        domain = entry.get("enterpriseUrl")
+        endpoint = copilot_base_url(credential.token, domain if isinstance(domain, str) else "")
+        return replace(credential, parts={"endpoint": endpoint})
+
+    sources: Mapping[str, Callable[[Any, Provider, Mapping[str, Any]], Credential]] = {
+        "aws": _aws, "google": _google, "azure": _azure, "code-assist": _code_assist, "copilot": _copilot}
+
+    def _has_aws(self, entry: Mapping[str, Any], has_key: bool) -> bool:
+        settings = {**self._environ, **as_dict(entry.get("env"))}
+        return AwsCredentials.is_ambient(settings) or entry.get("type") == "api_key"
+
+    def _has_google(self, entry: Mapping[str, Any], has_key: bool) -> bool:
+        settings = {**self._environ, **as_dict(entry.get("env"))}
+        has_project = settings.get("GOOGLE_CLOUD_PROJECT") or settings.get("GCLOUD_PROJECT")
+        return bool(has_project and self._google_tokens.usable(settings))
+
+    def _has_azure(self, entry: Mapping[str, Any], has_key: bool) -> bool:
+        return has_key and any(self._variable(AZURE_VARIABLES[name], entry) for name in ("base_url", "resource"))
+
+    ambient: Mapping[str, Callable[[Any, Mapping[str, Any], bool], bool]] = {
+        "aws": _has_aws, "google": _has_google, "azure": _has_azure}
 
     def fill(self, url: str, provider: Provider) -> str:
         """A base URL with its {NAME} placeholders filled in."""
@@ -4637,6 +7687,768 @@ class Credentials:
             keep = COMMAND_CACHE_S if value else COMMAND_TIMEOUT_S
             self._commands[command] = (self._clock() + keep, value or None)
             return value or None
+
+
+# --- Google Cloud -----------------------------------------------------------------------------------------------------
+#
+# Application Default Credentials: where a token for Google Cloud comes from when no key is set.
+
+GOOGLE_TOKEN_URL = "https://oauth2.googleapis.com/token"
+GOOGLE_SCOPE = "https://www.googleapis.com/auth/cloud-platform"
+GOOGLE_EARLY_S = 225.0              # google-auth renews a token 3:45 before it ends
+GOOGLE_LIFETIME_S = 3600            # the longest that a signed assertion may be valid
+GOOGLE_FAILURE_S = 15.0             # for so long a failure is told again without asking again
+GOOGLE_TRIES, GOOGLE_PAUSE_S = 3, 0.5
+GOOGLE_RETRIED = frozenset({408, 429, 500, 502, 503, 504})
+GOOGLE_PASSING = ("internal_failure", "server_error", "temporarily_unavailable")
+GOOGLE_LOGIN = 'run "gcloud auth application-default login"'
+METADATA_HOST = "169.254.169.254"   # link-local, so that no DNS server is asked on machines that have none
+METADATA_TIMEOUT_S = 3.0
+METADATA_HEADERS = {"Metadata-Flavor": "Google"}
+METADATA_ROOT = "/computeMetadata/v1"
+# DigestInfo of SHA-256 up to the digest itself (RFC 8017 §9.2, note 1)
+_SHA256_PREFIX = bytes.fromhex("3031300d060960864801650304020105000420")
+_DER_INTEGER, _DER_OCTETS, _DER_SEQUENCE = 0x02, 0x04, 0x30
+
+
+class RsaKey(NamedTuple):
+    """The numbers of an RSA private key, in the order of PKCS#1 (RFC 8017 §A.1.2)."""
+
+    n: int
+    e: int
+    d: int
+    p: int
+    q: int
+    dp: int
+    dq: int
+    qinv: int
+
+
+def read_der(data: bytes) -> List[Tuple[int, bytes]]:
+    """The (tag, content) pairs that follow each other in `data`. Raises ValueError when one is cut."""
+    items, place = [], 0
+    while place < len(data):
+        if place + 2 > len(data):
+            raise ValueError("cut DER value")
+        tag, length, place = data[place], data[place + 1], place + 2
+        if length & 0x80:
+            width = length & 0x7f
+            length, place = int.from_bytes(data[place:place + width], "big"), place + width
+        if place + length > len(data):
+            raise ValueError("cut DER value")
+        items.append((tag, data[place:place + length]))
+        place += length
+    return items
+
+
+def parse_pem(text: str) -> RsaKey:
+    """The RSA key in a PEM text, PKCS#8 or PKCS#1; its label is not believed. Raises ValueError."""
+    if "ENCRYPTED" in text:
+        raise ValueError("the private key is encrypted")
+    lines = [line.strip() for line in text.replace("\\n", "\n").splitlines()]
+    try:
+        data = base64.b64decode("".join(line for line in lines if not line.startswith("-----")), validate=True)
+        fields = read_der(read_der(data)[0][1])
+        if fields[1][0] == _DER_SEQUENCE:       # PKCS#8: version, algorithm, the key as an octet string
+            fields = read_der(read_der(fields[2][1])[0][1])
+        numbers = [int.from_bytes(content, "big") for tag, content in fields[1:9] if tag == _DER_INTEGER]
+        return RsaKey(*numbers)
+    except (ValueError, IndexError, TypeError):
+        raise ValueError("the private key is not an RSA key in PEM form") from None
+
+
+def sign_rs256(key: RsaKey, message: bytes) -> bytes:
+    """The RSASSA-PKCS1-v1_5 signature with SHA-256 (RFC 8017 §8.2.1), by the Chinese remainder theorem. Raises
+    ValueError when it does not verify: the key is damaged. Not in constant time, which is fine for signing one's own
+    assertions, and not for what strangers send."""
+    size = (key.n.bit_length() + 7) // 8
+    digest = _SHA256_PREFIX + hashlib.sha256(message).digest()
+    if size < len(digest) + 11:
+        raise ValueError("the RSA key is too short")
+    padded = b"\x00\x01" + b"\xff" * (size - 3 - len(digest)) + b"\x00" + digest
+    number = int.from_bytes(padded, "big")
+    first, second = pow(number % key.p, key.dp, key.p), pow(number % key.q, key.dq, key.q)
+    signature = second + key.qinv * (first - second) % key.p * key.q
+    if pow(signature, key.e, key.n) != number:
+        raise ValueError("the RSA key is damaged")
+    return signature.to_bytes(size, "big")
+
+
+def base64url(data: bytes) -> str:
+    """Base64 as in a JWT: URL-safe, without padding."""
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode("ascii")
+
+
+def service_account_assertion(info: Mapping[str, Any], now: float) -> str:
+    """The signed JWT by which a service account asks for a token (RFC 7523 §2.1). `info` is its key file; `now` in
+    epoch seconds. Raises ValueError or KeyError when the file is not one."""
+    issued = int(now)
+    header = present(alg="RS256", typ="JWT", kid=info.get("private_key_id"))
+    claims = {"iss": info["client_email"], "scope": GOOGLE_SCOPE, "aud": GOOGLE_TOKEN_URL, "iat": issued,
+              "exp": issued + GOOGLE_LIFETIME_S}
+    signed = ".".join(base64url(dumps(part).encode("ascii")) for part in (header, claims))
+    return f"{signed}.{base64url(sign_rs256(parse_pem(info['private_key']), signed.encode('ascii')))}"
+
+
+def adc_path(environ: Mapping[str, str]) -> str:
+    """Where gcloud keeps the application default credentials; "" when the environment names no home."""
+    if environ.get("CLOUDSDK_CONFIG"):
+        folder = environ["CLOUDSDK_CONFIG"]
+    elif os.name == "nt":
+        folder = os.path.join(environ.get("APPDATA") or environ.get("SystemDrive", "C:") + "\\", "gcloud")
+    else:
+        folder = os.path.join(environ["HOME"], ".config", "gcloud") if environ.get("HOME") else ""
+    return os.path.join(folder, "application_default_credentials.json") if folder else ""
+
+
+def no_credentials(message: str) -> Unauthorized:
+    """The error of a log-in that is missing or over."""
+    return Unauthorized(message, code="no_credentials", param="model")
+
+
+class GoogleToken:
+    """One source's token, renewed when it is about to end. One thread renews, the others wait for it; a source that
+    failed is left alone for a moment."""
+
+    def __init__(self, fetch: Callable[[], Tuple[str, float]], clock: Callable[[], float]) -> None:
+        self._fetch = fetch
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._token = ""
+        self._expires_at = 0.0
+        self._failure: Optional[GatewayError] = None
+        self._retry_at = 0.0
+
+    def get(self) -> str:
+        """A token with some life left. Raises what the source raises."""
+        with self._lock:
+            now = self._clock()
+            if now < self._expires_at - GOOGLE_EARLY_S:
+                return self._token
+            if self._failure is None or now >= self._retry_at:
+                self._renew()
+            if self._failure is None or (now < self._expires_at and not isinstance(self._failure, Unauthorized)):
+                return self._token              # the old one is still good while Google is not
+            failed = self._failure              # a fresh one for each thread
+            raise type(failed)(failed.message, code=failed.named_code, param=failed.param)
+
+    def _renew(self) -> None:
+        try:
+            self._token, lifetime_s = self._fetch()
+            self._expires_at, self._failure = self._clock() + lifetime_s, None
+        except GatewayError as error:
+            self._failure, self._retry_at = error, self._clock() + GOOGLE_FAILURE_S
+
+
+class GoogleTokens:
+    """Google Cloud's Application Default Credentials: the file that GOOGLE_APPLICATION_CREDENTIALS names, else
+    gcloud's, else the metadata server of the machine. Understands authorized_user and service_account files.
+
+    `transport` has `open(call, scope)` as in `Transport`; the metadata server is asked without it, never by a proxy."""
+
+    def __init__(self, transport: Any, clock: Callable[[], float] = time.time,
+                 pause: Callable[[float], None] = time.sleep) -> None:
+        self._transport = transport
+        self._clock = clock
+        self._pause = pause
+        self._lock = threading.Lock()
+        self._sources: Dict[str, GoogleToken] = {}
+        self._projects: Dict[str, str] = {}
+
+    def usable(self, environ: Mapping[str, str], entry_env: Mapping[str, str] = MappingProxyType({})) -> bool:
+        """Whether there is something to try; opens no connection."""
+        settings = {**environ, **entry_env}
+        named = settings.get("GOOGLE_APPLICATION_CREDENTIALS") or settings.get("GCE_METADATA_HOST")
+        return bool(named or os.path.isfile(adc_path(settings)))
+
+    def token(self, environ: Mapping[str, str], entry_env: Mapping[str, str] = MappingProxyType({})) -> Credential:
+        """A credential of kind oauth, its parts project, location and quota_project as far as known. `entry_env` is a
+        stored entry's own environment and goes first. Raises `Unauthorized`, code no_credentials, or an
+        `UpstreamError` when Google cannot be reached."""
+        settings = {**environ, **entry_env}
+        info, text = self._read(settings)
+        host = metadata_host(settings)
+        fetch = functools.partial(self._fetch, info) if info else functools.partial(fetch_metadata_token, host)
+        token = self._source(text or host, fetch).get()
+        project = settings.get("GOOGLE_CLOUD_PROJECT") or settings.get("GCLOUD_PROJECT") or (
+            info.get("project_id") if info else self._project(host))
+        parts = present(project=project, location=settings.get("GOOGLE_CLOUD_LOCATION"),
+                        quota_project=settings.get("GOOGLE_CLOUD_QUOTA_PROJECT") or info.get("quota_project_id"))
+        return Credential("oauth", token, parts={name: value for name, value in parts.items() if value})
+
+    def _read(self, settings: Mapping[str, str]) -> Tuple[Dict[str, Any], str]:
+        """(the credentials file, its text), both empty when there is none."""
+        named = settings.get("GOOGLE_APPLICATION_CREDENTIALS")
+        path = named or adc_path(settings)
+        try:
+            with open(path, encoding="utf-8-sig") as file:
+                text = file.read()
+        except (OSError, UnicodeDecodeError):
+            if named:                           # named but missing is an error, not a reason to look elsewhere
+                raise no_credentials("the file that GOOGLE_APPLICATION_CREDENTIALS names cannot be read") from None
+            return {}, ""
+        try:
+            info = json.loads(text)
+        except ValueError:
+            info = None
+        if not isinstance(info, dict) or info.get("type") not in GOOGLE_GRANTS:
+            kind = as_dict(info).get("type")
+            raise no_credentials(f'Google Cloud credentials of type "{kind}" are not supported; {GOOGLE_LOGIN}'
+                                 if kind else f"the Google Cloud credentials file is not valid JSON; {GOOGLE_LOGIN}")
+        return info, text
+
+    def _source(self, key: str, fetch: Callable[[], Tuple[str, float]]) -> GoogleToken:
+        """By the file's text, so that a new log-in is a new source."""
+        with self._lock:
+            return self._sources.setdefault(key, GoogleToken(fetch, self._clock))
+
+    def _project(self, host: str) -> Optional[str]:
+        if host not in self._projects:
+            self._projects[host] = ask_metadata(host, METADATA_ROOT + "/project/project-id").decode("utf-8", "replace")
+        return self._projects[host].strip() or None
+
+    def _fetch(self, info: Mapping[str, Any]) -> Tuple[str, float]:
+        """(token, lifetime in seconds) for a credentials file."""
+        try:
+            form = GOOGLE_GRANTS[info["type"]](info, self._clock())
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            said = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+            raise no_credentials(f"the Google Cloud credentials file cannot be used: {said}") from None
+        url = info.get("token_uri") if info["type"] == "service_account" else None
+        status, body = self._post(url or GOOGLE_TOKEN_URL, form)
+        if status != 200:
+            raise token_refusal(status, body)
+        return read_token(body)
+
+    def _post(self, url: str, form: Mapping[str, str]) -> Tuple[int, bytes]:
+        call = Call("POST", url, {"content-type": "application/x-www-form-urlencoded", "accept": "application/json",
+                                  "user-agent": USER_AGENT}, urllib.parse.urlencode(form).encode("ascii"))
+        for number in range(1, GOOGLE_TRIES + 1):
+            response = self._transport.open(call, Scope())
+            try:
+                status, body = response.status, response.read(MAX_ERROR_BYTES)
+            finally:
+                response.close()
+            if status not in GOOGLE_RETRIED or number == GOOGLE_TRIES:
+                break
+            self._pause(GOOGLE_PAUSE_S * 2 ** (number - 1))
+        return status, body
+
+
+def _refresh_form(info: Mapping[str, Any], now: float) -> Dict[str, str]:
+    return {"grant_type": "refresh_token",
+            **{name: str(info[name]) for name in ("client_id", "client_secret", "refresh_token")}}
+
+
+def _assertion_form(info: Mapping[str, Any], now: float) -> Dict[str, str]:
+    return {"grant_type": "urn:ietf:params:oauth:grant-type:jwt-bearer",
+            "assertion": service_account_assertion(info, now)}
+
+
+# type of a credentials file → the form that asks for its token
+GOOGLE_GRANTS: Dict[str, Callable[[Mapping[str, Any], float], Dict[str, str]]] = {
+    "authorized_user": _refresh_form, "service_account": _assertion_form}
+
+
+def token_refusal(status: int, body: bytes) -> GatewayError:
+    """The error that the token server's answer means: a log-in that is over, or a passing fault."""
+    try:
+        fields = as_dict(json.loads(body))
+    except (ValueError, RecursionError):
+        fields = {}
+    said = str(fields.get("error_description") or fields.get("error") or f"status {status}")
+    if status in GOOGLE_RETRIED or fields.get("error") in GOOGLE_PASSING:
+        return UpstreamError(f"Google's token server failed: {said}")
+    if fields.get("error") == "invalid_grant":
+        return no_credentials(f"the Google Cloud log-in is no longer valid ({said}); {GOOGLE_LOGIN}")
+    return no_credentials(f"Google refused the Google Cloud credentials: {said}")
+
+
+def read_token(body: bytes) -> Tuple[str, float]:
+    """(token, lifetime in seconds) of a token server's answer; the lifetime may be a string. Raises
+    `UpstreamProtocolError`."""
+    try:
+        fields = as_dict(json.loads(body))
+        return str(fields["access_token"]), float(fields.get("expires_in") or GOOGLE_LIFETIME_S)
+    except (KeyError, ValueError, TypeError):
+        raise UpstreamProtocolError("Google's token server answered without a token") from None
+
+
+def metadata_host(settings: Mapping[str, str]) -> str:
+    """Host and port of the metadata server; GCE_METADATA_ROOT is the older name of GCE_METADATA_HOST."""
+    return next((settings[name] for name in ("GCE_METADATA_HOST", "GCE_METADATA_ROOT", "GCE_METADATA_IP")
+                 if settings.get(name)), METADATA_HOST)
+
+
+def ask_metadata(host: str, path: str) -> bytes:
+    """An answer of the metadata server, asked directly. Raises `Unauthorized` when there is none: whatever else answers
+    at that address does not name its flavour."""
+    connection = http.client.HTTPConnection(host, timeout=METADATA_TIMEOUT_S)
+    try:
+        connection.request("GET", path, headers=METADATA_HEADERS)
+        response = connection.getresponse()
+        body = response.read(MAX_ERROR_BYTES)
+        if response.status == 200 and response.getheader("Metadata-Flavor") == "Google":
+            return body
+    except (OSError, http.client.HTTPException, ValueError):
+        pass
+    finally:
+        connection.close()
+    raise no_credentials("no Google Cloud credentials: set GOOGLE_APPLICATION_CREDENTIALS or GOOGLE_CLOUD_API_KEY, or "
+                         + GOOGLE_LOGIN)
+
+
+def fetch_metadata_token(host: str) -> Tuple[str, float]:
+    """(token, lifetime in seconds) of the machine's service account."""
+    return read_token(ask_metadata(host, METADATA_ROOT + "/instance/service-accounts/default/token"))
+
+
+# --- AWS credentials --------------------------------------------------------------------------------------------------
+
+AWS_EARLY_S = 600.0                 # temporary keys are renewed this long before they expire, as AWS's SDKs do
+AWS_STATIC_S = 60.0                 # keys without an end are looked up again after this: a file may change
+AWS_FAILED_S = 15.0                 # and a failure is not tried again before this
+AWS_ANSWER_S = 10.0                 # STS and SSO answer within this
+AWS_CONTAINER_TRIES = 3
+AWS_MAX_BYTES = 256 * KIB
+AWS_ADVICE = ("no AWS credentials: set AWS_BEARER_TOKEN_BEDROCK, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
+              "AWS_PROFILE")
+CONTAINER_HOST = "http://169.254.170.2"
+CONTAINER_HOSTS = frozenset({"169.254.170.2", "169.254.170.23", "fd00:ec2::23", "127.0.0.1", "::1", "localhost"})
+INSTANCE_HOST = "http://169.254.169.254/latest"
+INSTANCE_TOKEN_S = "21600"
+STS_VERSION = "2011-06-15"
+METADATA_NAMES = ("AccessKeyId", "SecretAccessKey", "Token", "Expiration")
+
+
+class AwsKeys(NamedTuple):
+    """A key pair, the token that goes with a temporary one, and its end in epoch seconds (None: it has none)."""
+
+    access_key_id: str
+    secret_access_key: str
+    session_token: str = ""
+    expires_at: Optional[float] = None
+
+    @property
+    def parts(self) -> Dict[str, str]:
+        """As the parts of a `Credential`."""
+        pieces = zip(self._fields[:3], self[:3])
+        return {name: value for name, value in pieces if value}
+
+
+class AwsLayers:
+    """The variables of one provider entry over those of the process."""
+
+    def __init__(self, environ: Mapping[str, str], entry: Mapping[str, str]) -> None:
+        self.environ = environ
+        self.entry = entry
+
+    def get(self, *names: str) -> str:
+        """The first of the variables that is set; "" if none is."""
+        return next((value for name in names for value in (self.entry.get(name), self.environ.get(name)) if value), "")
+
+    def keys(self) -> Optional[AwsKeys]:
+        """The key pair of one layer: an id is never joined with another layer's secret."""
+        for layer in (self.entry, self.environ):
+            key_id, secret = layer.get("AWS_ACCESS_KEY_ID"), layer.get("AWS_SECRET_ACCESS_KEY")
+            if key_id and secret:
+                return AwsKeys(key_id, secret, layer.get("AWS_SESSION_TOKEN") or layer.get("AWS_SECURITY_TOKEN") or "")
+        return None
+
+    def path(self, name: str, default: str) -> str:
+        """The file that a variable names, or its usual place."""
+        home = self.get("HOME", "USERPROFILE") or os.path.expanduser("~")
+        path = self.get(name) or default
+        return home + path[1:] if path.startswith("~/") else path
+
+    @property
+    def identity(self) -> Tuple[Tuple[str, str], ...]:
+        """All that a credential may depend on, to remember it by."""
+        names = {name for name in (*self.environ, *self.entry)
+                 if name.startswith("AWS_") or name in ("HOME", "USERPROFILE")}
+        return tuple((name, self.get(name)) for name in sorted(names))
+
+
+class _Kept(NamedTuple):
+    fresh_until: float
+    usable_until: float
+    result: Union[Credential, Unauthorized]
+
+
+class AwsCredentials:
+    """Finds what authorises calls to AWS, in the order of AWS's own SDKs: bearer token, keys in the environment,
+    profiles, container, instance. Temporary keys are renewed ten minutes early, by one thread while the others wait.
+
+    `transport` reaches AWS; `direct` reaches this machine's metadata services: no proxy, short timeouts."""
+
+    def __init__(self, transport: Transport, direct: Transport, clock: Callable[[], float] = time.time) -> None:
+        self._transport = transport
+        self._direct = direct
+        self._clock = clock
+        self._locks: Dict[Any, threading.Lock] = {}
+        self._kept: Dict[Any, _Kept] = {}
+
+    @staticmethod
+    def is_ambient(environ: Mapping[str, str]) -> bool:
+        """Whether the environment says that there are credentials; asks nobody and opens nothing. Keys in files without
+        AWS_PROFILE do not count, so that a machine's own AWS account is not used by accident."""
+        pair = environ.get("AWS_ACCESS_KEY_ID") and environ.get("AWS_SECRET_ACCESS_KEY")
+        return bool(pair or any(environ.get(name) for name in (
+            "AWS_PROFILE", "AWS_BEARER_TOKEN_BEDROCK", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+            "AWS_CONTAINER_CREDENTIALS_FULL_URI", "AWS_WEB_IDENTITY_TOKEN_FILE")))
+
+    def get(self, environ: Mapping[str, str], entry_env: Mapping[str, str] = MappingProxyType({}),
+            stored_key: Optional[str] = None) -> Credential:
+        """The credential: kind api_key (then `token` is a bearer token) or aws (then `parts` has the key pair). `parts`
+        of either may have `region`, `profile_region`, `skip_auth` and `force_cache`. `entry_env` and `stored_key` are
+        the provider's own in auth.json and win. Raises `Unauthorized`, code no_credentials."""
+        layers = AwsLayers(environ, entry_env)
+        identity = (layers.identity, stored_key)
+        kept = self._kept.get(identity)
+        if kept is None or self._clock() >= kept.fresh_until:
+            with self._locks.setdefault(identity, threading.Lock()):
+                kept = self._kept.get(identity)
+                if kept is None or self._clock() >= kept.fresh_until:
+                    kept = self._kept[identity] = self._renew(kept, layers, stored_key)
+        if isinstance(kept.result, Unauthorized):
+            raise unauthorized_aws(kept.result.message)
+        return kept.result
+
+    def _renew(self, kept: Optional[_Kept], layers: AwsLayers, stored_key: Optional[str]) -> _Kept:
+        now = self._clock()
+        try:
+            found = self._find(layers, stored_key)
+        except GatewayError as error:
+            if kept and now < kept.usable_until:        # the old keys still have some minutes
+                return kept._replace(fresh_until=min(now + AWS_FAILED_S, kept.usable_until))
+            message = error.message if isinstance(error, Unauthorized) else f"no AWS credentials: {error.message}"
+            return _Kept(now + AWS_FAILED_S, now, unauthorized_aws(message))
+        credential, expires_at = found
+        if expires_at is None:
+            return _Kept(now + AWS_STATIC_S, now, credential)
+        return _Kept(max(expires_at - AWS_EARLY_S, min(now + AWS_STATIC_S, expires_at)), expires_at, credential)
+
+    def _find(self, layers: AwsLayers, stored_key: Optional[str]) -> Tuple[Credential, Optional[float]]:
+        parts = {"force_cache": "1"} if is_set(layers.get("AWS_BEDROCK_FORCE_CACHE")) else {}
+        chain = AwsChain(layers, self._ask, self._clock)
+        parts.update(chain.regions())
+        if is_set(layers.get("AWS_BEDROCK_SKIP_AUTH")):
+            return Credential("aws", parts={**parts, "skip_auth": "1"}), None
+        token = stored_key if stored_key and stored_key != SENTINEL else layers.get("AWS_BEARER_TOKEN_BEDROCK")
+        if token:
+            return Credential("api_key", token, parts=parts), None
+        keys = chain.find()
+        return Credential("aws", parts={**parts, **keys.parts}), keys.expires_at
+
+    def _ask(self, call: Call, is_local: bool) -> bytes:
+        """The body of an answer with status 200. Raises `UpstreamError` for any other, and when none comes in time."""
+        scope = Scope()
+        host = urllib.parse.urlsplit(call.url).netloc
+        late = UpstreamTimeout(f"{host} did not answer within {AWS_ANSWER_S:g} seconds")
+        timer = threading.Timer(AWS_ANSWER_S, scope.cancel, [late])
+        timer.daemon = True
+        timer.start()
+        try:
+            response = (self._direct if is_local else self._transport).open(call, scope)
+            try:
+                body = response.read(AWS_MAX_BYTES)
+            finally:
+                response.close()
+        finally:
+            timer.cancel()
+        if response.status != 200:
+            raise aws_refusal(response.status, host, body)
+        return body
+
+
+def is_set(value: str) -> bool:
+    """Whether a variable's value means yes."""
+    return value.strip().lower() in ("1", "true", "yes", "on")
+
+
+def unauthorized_aws(message: str) -> Unauthorized:
+    """A fresh error, since an exception that is raised twice keeps both tracebacks."""
+    return Unauthorized(message, code="no_credentials", param="model")
+
+
+def aws_refusal(status: int, host: str, body: bytes) -> UpstreamError:
+    """The error for an answer of STS, SSO or a metadata service that is not 200; STS says why in XML."""
+    said = re.search(rb"<Message>(.*?)</Message>", body, re.DOTALL)
+    message = said.group(1).decode("utf-8", "replace") if said else error_fields(body)[0]
+    return UpstreamError(f"{host} answered {status}" + (f": {message}" if message else ""))
+
+
+class AwsChain:
+    """One walk through the places where AWS keys may be. `ask(call, is_local)` sends a call and returns the body."""
+
+    def __init__(self, layers: AwsLayers, ask: Callable[[Call, bool], bytes], clock: Callable[[], float]) -> None:
+        self._layers = layers
+        self._ask = ask
+        self._clock = clock
+        self._named = layers.get("AWS_PROFILE", "AWS_DEFAULT_PROFILE")
+
+    @functools.cached_property
+    def _config(self) -> Dict[str, Dict[str, str]]:
+        return read_profiles(self._layers.path("AWS_CONFIG_FILE", "~/.aws/config"))
+
+    @functools.cached_property
+    def _shared(self) -> Dict[str, Dict[str, str]]:
+        return read_profiles(self._layers.path("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials"))
+
+    def regions(self) -> Dict[str, str]:
+        """`region`: as configured, by variable or by a profile that was chosen; `profile_region`: the profile's, chosen
+        or default. A broken file is no matter here: who has a bearer token needs none."""
+        region = self._layers.get("AWS_REGION", "AWS_DEFAULT_REGION")
+        try:
+            of_profile = self._profile(self._named or "default").get("region", "")
+        except Unauthorized:
+            of_profile = ""
+        found = {"region": region or (of_profile if self._named else ""), "profile_region": of_profile}
+        return {name: value for name, value in found.items() if value}
+
+    def find(self) -> AwsKeys:
+        """The keys. A profile chosen for the provider itself goes before keys in the environment, one that is merely in
+        the environment behind them. Raises `Unauthorized` that says what to set."""
+        explicit = self._layers.entry.get("AWS_PROFILE")
+        keys = None if explicit else self._layers.keys()
+        keys = keys or (None if explicit else self._web_identity_of_environment())
+        keys = keys or self._of_profile(explicit or self._named or "default", ())
+        keys = keys or self._container() or self._instance()
+        if keys is None:
+            hint = f'; the profile "{self._named}" has no keys' if self._named else ""
+            raise unauthorized_aws(AWS_ADVICE + hint)
+        return keys
+
+    # profiles
+
+    def _of_config(self, name: str) -> Dict[str, str]:
+        return self._config.get(f"profile {name}") or (self._config.get(name, {}) if name == "default" else {})
+
+    def _profile(self, name: str) -> Dict[str, str]:
+        return {**self._of_config(name), **self._shared.get(name, {})}
+
+    def _of_profile(self, name: str, seen: Tuple[str, ...]) -> Optional[AwsKeys]:
+        """The keys of a profile; `seen` are the profiles whose role they are for."""
+        profile = self._profile(name)
+        if not profile and name != "default":
+            raise unauthorized_aws(f'no AWS profile "{name}" in ~/.aws/config or ~/.aws/credentials; check AWS_PROFILE')
+        for needed, method in self._steps:
+            has_all = all(profile.get(key) for key in needed)
+            if has_all and not ("role_arn" in needed and name in seen):     # a profile may be its own source
+                keys = method(self, name, profile, seen)
+                if keys:
+                    return keys
+        return None
+
+    def _assume_from_profile(self, name: str, profile: Mapping[str, str], seen: Tuple[str, ...]) -> AwsKeys:
+        source = profile["source_profile"]
+        if source in seen:
+            raise unauthorized_aws(f'the AWS profiles {" → ".join((*seen, name, source))} form a ring')
+        keys = self._of_profile(source, (*seen, name))
+        return self._assume(name, profile, keys, f'profile "{source}"')
+
+    def _assume_from_source(self, name: str, profile: Mapping[str, str], seen: Tuple[str, ...]) -> AwsKeys:
+        source = profile["credential_source"]
+        sources = {"Environment": self._layers.keys, "EcsContainer": self._container,
+                   "Ec2InstanceMetadata": self._instance}
+        if source not in sources:
+            raise unauthorized_aws(f'the AWS profile "{name}" has an unknown credential_source; known: '
+                                   f'{", ".join(sources)}')
+        return self._assume(name, profile, sources[source](), source)
+
+    def _assume(self, name: str, profile: Mapping[str, str], keys: Optional[AwsKeys], source: str) -> AwsKeys:
+        if keys is None:
+            raise unauthorized_aws(f'the AWS profile "{name}" takes its keys from {source}, which has none')
+        if profile.get("mfa_serial"):
+            raise unauthorized_aws(f'the AWS profile "{name}" wants a one-time code, which nobody can type here; use a '
+                                   "profile without mfa_serial, or keys that `aws sts` gave")
+        extra = {"ExternalId": profile["external_id"]} if profile.get("external_id") else {}
+        return self._sts("AssumeRole", profile, {**extra, "DurationSeconds": profile.get("duration_seconds") or "3600"},
+                         keys)
+
+    def _web_identity(self, name: str, profile: Mapping[str, str], seen: Tuple[str, ...]) -> AwsKeys:
+        token = read_text(self._layers.path("", profile["web_identity_token_file"]), "the AWS web identity token")
+        return self._sts("AssumeRoleWithWebIdentity", profile, {"WebIdentityToken": token}, None)
+
+    def _web_identity_of_environment(self) -> Optional[AwsKeys]:
+        profile = {"web_identity_token_file": self._layers.get("AWS_WEB_IDENTITY_TOKEN_FILE"),
+                   "role_arn": self._layers.get("AWS_ROLE_ARN"),
+                   "role_session_name": self._layers.get("AWS_ROLE_SESSION_NAME")}
+        has_both = profile["web_identity_token_file"] and profile["role_arn"]
+        return self._web_identity("", profile, ()) if has_both else None
+
+    def _sts(self, action: str, profile: Mapping[str, str], fields: Mapping[str, str], keys: Optional[AwsKeys],
+             ) -> AwsKeys:
+        regions = self.regions()
+        region = profile.get("region") or regions.get("region") or regions.get("profile_region") or AWS_DEFAULT_REGION
+        form = {"Action": action, "Version": STS_VERSION, "RoleArn": profile["role_arn"],
+                "RoleSessionName": profile.get("role_session_name") or NAME, **fields}
+        call = Call("POST", f"https://{aws_host('sts', region)}/",
+                    {"content-type": "application/x-www-form-urlencoded; charset=utf-8", "user-agent": USER_AGENT},
+                    urllib.parse.urlencode(form).encode("ascii"))
+        if keys:
+            call = sign_v4(call, keys.parts, region, "sts", self._clock())
+        return read_sts(self._ask(call, False))
+
+    def _sso(self, name: str, profile: Mapping[str, str], seen: Tuple[str, ...]) -> AwsKeys:
+        """By the token that `aws sso login` left; it is not renewed here, so that the CLI's own stays valid."""
+        session = self._config.get(f"sso-session {profile.get('sso_session')}", {})
+        region = session.get("sso_region") or profile.get("sso_region") or AWS_DEFAULT_REGION
+        key = profile.get("sso_session") or profile.get("sso_start_url") or ""
+        file = hashlib.sha1(key.encode("utf-8")).hexdigest() + ".json"
+        cached = self._sso_token(self._layers.path("", f"~/.aws/sso/cache/{file}"), name)
+        query = urllib.parse.urlencode({"role_name": profile["sso_role_name"], "account_id": profile["sso_account_id"]})
+        call = Call("GET", f"https://{aws_host('portal.sso', region)}/federation/credentials?{query}",
+                    {"x-amz-sso_bearer_token": cached, "accept": "application/json", "user-agent": USER_AGENT})
+        found = as_dict(parse_answer(self._ask(call, False)).get("roleCredentials"))
+        return keys_of(found, "accessKeyId", "secretAccessKey", "sessionToken", "expiration")
+
+    def _sso_token(self, path: str, name: str) -> str:
+        try:
+            cached = as_dict(json.loads(read_text(path, "the SSO log-in")))
+            if parse_time(cached.get("expiresAt")) > self._clock():
+                return str(cached["accessToken"])
+        except (GatewayError, KeyError, TypeError, ValueError):
+            pass
+        raise unauthorized_aws(f'the AWS log-in of profile "{name}" is missing or has expired: run '
+                               f"aws sso login --profile {name}")
+
+    def _static_shared(self, name: str, profile: Mapping[str, str], seen: Tuple[str, ...]) -> Optional[AwsKeys]:
+        return static_keys(self._shared.get(name, {}))
+
+    def _static_config(self, name: str, profile: Mapping[str, str], seen: Tuple[str, ...]) -> Optional[AwsKeys]:
+        return static_keys(self._of_config(name))
+
+    def _process(self, name: str, profile: Mapping[str, str], seen: Tuple[str, ...]) -> AwsKeys:
+        """From a command, run without a shell, that prints JSON."""
+        try:
+            done = subprocess.run(shlex.split(profile["credential_process"], posix=os.name != "nt"), check=True,
+                                  stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                  timeout=COMMAND_TIMEOUT_S, env=dict(self._layers.environ))
+            found = as_dict(json.loads(done.stdout))
+        except (OSError, ValueError, subprocess.SubprocessError) as error:
+            raise unauthorized_aws(f'the credential_process of AWS profile "{name}" failed ({type(error).__name__}); '
+                                   "run it by hand to see why") from None
+        if found.get("Version") != 1:
+            raise unauthorized_aws(f'the credential_process of AWS profile "{name}" did not print "Version": 1')
+        return keys_of(found, "AccessKeyId", "SecretAccessKey", "SessionToken", "Expiration")
+
+    # In botocore's order.
+    _steps: Tuple[Tuple[Tuple[str, ...], Callable[..., Optional[AwsKeys]]], ...] = (
+        (("role_arn", "source_profile"), _assume_from_profile),
+        (("role_arn", "credential_source"), _assume_from_source),
+        (("role_arn", "web_identity_token_file"), _web_identity), (("sso_account_id", "sso_role_name"), _sso),
+        (("aws_access_key_id",), _static_shared), (("credential_process",), _process),
+        (("aws_access_key_id",), _static_config))
+
+    # metadata services
+
+    def _container(self) -> Optional[AwsKeys]:
+        """ECS, EKS and Greengrass: URL and token are in the environment. Only AWS's own hosts may see the token."""
+        relative, full = (self._layers.get(f"AWS_CONTAINER_CREDENTIALS_{kind}_URI") for kind in ("RELATIVE", "FULL"))
+        if not relative and not full:
+            return None
+        url = CONTAINER_HOST + "/" + relative.lstrip("/") if relative else full
+        split = urllib.parse.urlsplit(url)
+        is_local = split.hostname in CONTAINER_HOSTS
+        if split.scheme != "https" and not (split.scheme == "http" and is_local):
+            raise unauthorized_aws("AWS_CONTAINER_CREDENTIALS_FULL_URI must be https, or http on this machine or at "
+                                   "AWS's own addresses")
+        call = Call("GET", url, {"accept": "application/json", "user-agent": USER_AGENT, **self._container_token()})
+        return keys_of(parse_answer(self._persist(call, is_local)), *METADATA_NAMES)
+
+    def _container_token(self) -> Dict[str, str]:
+        path = self._layers.get("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE")
+        token = (read_text(path, "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE") if path
+                 else self._layers.get("AWS_CONTAINER_AUTHORIZATION_TOKEN"))
+        if re.search(r"[\r\n]", token):
+            raise unauthorized_aws("the AWS container authorization token has a line break in it")
+        return {"authorization": token} if token else {}
+
+    def _persist(self, call: Call, is_local: bool) -> bytes:
+        for _ in range(AWS_CONTAINER_TRIES - 1):
+            try:
+                return self._ask(call, is_local)
+            except UpstreamError:
+                continue
+        return self._ask(call, is_local)
+
+    def _instance(self) -> Optional[AwsKeys]:
+        """The role of an EC2 machine (metadata service, version 2); None elsewhere."""
+        if is_set(self._layers.get("AWS_EC2_METADATA_DISABLED")):
+            return None
+        path = f"{INSTANCE_HOST}/meta-data/iam/security-credentials/"
+        try:
+            token = self._ask(Call("PUT", f"{INSTANCE_HOST}/api/token",
+                                   {"x-aws-ec2-metadata-token-ttl-seconds": INSTANCE_TOKEN_S}), True)
+            headers = {"x-aws-ec2-metadata-token": token.decode("ascii").strip()}
+            role = self._ask(Call("GET", path, headers), True).decode("ascii").strip().partition("\n")[0].strip()
+            found = parse_answer(self._ask(Call("GET", path + urllib.parse.quote(role), headers), True))
+        except (UpstreamError, ValueError):
+            return None                         # not on EC2, or no role
+        return keys_of(found, *METADATA_NAMES) if found.get("Code", "Success") == "Success" else None
+
+
+def read_profiles(path: str) -> Dict[str, Dict[str, str]]:
+    """The sections of an AWS file, {} when there is none. Raises `Unauthorized` when it cannot be read as one."""
+    parser = configparser.RawConfigParser(default_section=None)     # type: ignore[arg-type]  # raw: secrets hold %
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            parser.read_file(file)
+        return {" ".join(shlex.split(name) if '"' in name else name.split()): dict(parser.items(name))
+                for name in parser.sections()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, configparser.Error) as error:
+        name = os.path.basename(path)
+        raise unauthorized_aws(f"the AWS file {name} cannot be read ({type(error).__name__})") from None
+
+
+def static_keys(section: Mapping[str, str]) -> Optional[AwsKeys]:
+    """The key pair that a section spells out: a pair is never made of two files."""
+    key_id, secret = section.get("aws_access_key_id"), section.get("aws_secret_access_key")
+    return AwsKeys(key_id, secret, section.get("aws_session_token", "")) if key_id and secret else None
+
+
+def read_text(path: str, what: str) -> str:
+    """A small file's text without blanks around. Raises `Unauthorized` that names `what`, not the path."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read(AWS_MAX_BYTES).strip()
+    except (OSError, ValueError) as error:
+        raise unauthorized_aws(f"{what} cannot be read ({type(error).__name__})") from None
+
+
+def parse_time(value: Any) -> float:
+    """Epoch seconds of an ISO 8601 time ("2026-01-02T03:04:05Z", "…UTC", "…+00:00"), or of milliseconds. Raises
+    ValueError."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return value / 1000
+    text = re.sub(r"\.\d+", "", str(value).replace("UTC", "Z").replace("Z", "+00:00"))
+    moment = datetime.datetime.fromisoformat(text)
+    return (moment if moment.tzinfo else moment.replace(tzinfo=datetime.timezone.utc)).timestamp()
+
+
+def keys_of(found: Mapping[str, Any], key_id: str, secret: str, token: str, expiration: str) -> AwsKeys:
+    """The keys under these names of an answer; each of AWS's services has its own. Raises `UpstreamError`."""
+    pieces = [found.get(name) for name in (key_id, secret)]
+    if not all(isinstance(piece, str) and piece for piece in pieces):
+        raise UpstreamError("the answer has no AWS keys")
+    try:
+        expires_at = parse_time(found[expiration]) if found.get(expiration) else None
+    except ValueError:
+        raise UpstreamError("the AWS keys have an unreadable end") from None
+    return AwsKeys(str(pieces[0]), str(pieces[1]), str(found.get(token) or ""), expires_at)
+
+
+def read_sts(body: bytes) -> AwsKeys:
+    """The keys in STS's XML answer; four elements without attributes or entities."""
+    names = ("AccessKeyId", "SecretAccessKey", "SessionToken", "Expiration")
+    found = {}
+    for name in names:
+        match = re.search(f"<{name}>\\s*([^<]*?)\\s*</{name}>", body.decode("utf-8", "replace"))
+        found[name] = match.group(1) if match else ""
+    return keys_of(found, *names)
 
 
 # ======================================================================================================================
@@ -5100,11 +8912,12 @@ class Transport:
     """The only way out: opens calls, with proxies and CA certificates as the environment says, redirects not followed
     (a key must not travel on), and failures of the network made ours."""
 
-    def __init__(self, limits: Limits = Limits(), ca_bundle: Optional[str] = None, demo_delay_s: float = 0.02) -> None:
+    def __init__(self, limits: Limits = Limits(), ca_bundle: Optional[str] = None, demo_delay_s: float = 0.02,
+                 proxies: Optional[Dict[str, str]] = None) -> None:
         self._limits = limits
         self._handler = PooledHandler(limits, ca_bundle)
         self._opener = urllib.request.OpenerDirector()
-        for handler in (urllib.request.ProxyHandler(), self._handler, DemoHandler(demo_delay_s)):
+        for handler in (urllib.request.ProxyHandler(proxies), self._handler, DemoHandler(demo_delay_s)):
             self._opener.add_handler(handler)
 
     def open(self, call: Call, scope: Scope) -> Response:
@@ -5163,6 +8976,7 @@ class Gateway:
         self.credentials = credentials
         self.transport = transport
         self.clock = clock
+        self.signatures = SignatureMemory()
         self._scopes: set[Scope] = set()
         self._scopes_lock = threading.Lock()
 
@@ -5187,6 +9001,7 @@ class Gateway:
             request = replace(request, reasoning=Reasoning(model.level))
         if request.images and model.input is not None and "image" not in model.input:
             refuse([(request.images[0], f"{model.full_id} does not take images")])
+        request = with_remembered(request, self.signatures, self.clock())
         upstream = UPSTREAM_PROTOCOLS[model.protocol]
         lane = choose_lane(exchange.client, upstream, request)(exchange.client, upstream, request, model, exchange.stamp)
         self._run(lane, credential, exchange)
@@ -5217,11 +9032,13 @@ class Gateway:
         if credential.kind == "oauth" and not self.config.exposes_subscriptions:
             raise Forbidden(f'"{provider.name}" is a personal subscription and not offered on this address '
                             "(--expose-oauth-subscriptions)", code="subscription_exposure_disabled", param="model")
-        return replace(model, base_url=self.credentials.fill(model.base_url, provider), headers={}), credential
+        base_url = credential.parts.get("endpoint") or self.credentials.fill(model.base_url, provider)
+        return replace(model, base_url=base_url, headers={}), credential
 
     def _run(self, lane: Lane, credential: Credential, exchange: Exchange) -> None:
         lane.secrets = credential.secrets
         call, dropped = lane.call(credential)
+        call = call._replace(headers={**call.headers, **request_headers(lane.request, lane.model)})
         call = lane.upstream.sign(call, credential, self.clock())
         dropped = list(dict.fromkeys(dropped))
         if dropped and (self.config.strict or exchange.headers.get("x-pigateway-strict") in ("1", "true")):
@@ -5230,17 +9047,31 @@ class Gateway:
         exchange.answer_headers.update({"x-pigateway-lane": lane.name, "x-pigateway-model": header_text(lane.model.full_id)})
         if dropped:
             exchange.answer_headers["x-pigateway-dropped"] = header_text(", ".join(dropped))
+        asked = lane.request.reasoning
+        if asked and lane.model.reasoning and fit_level(asked.level, lane.model) != asked.level:
+            exchange.answer_headers["x-pigateway-effort"] = fit_level(asked.level, lane.model) or "model default"
         scope = exchange.responder.scope()
         with self._scopes_lock:
             self._scopes.add(scope)
         try:
-            self._call_provider(lane, call, scope, exchange)
+            self._attempts(lane, call, scope, exchange)
         except GatewayError as error:
             error.message = redact(error.message, credential.secrets)
             raise
         finally:
             with self._scopes_lock:
                 self._scopes.discard(scope)
+
+    def _attempts(self, lane: Lane, call: Call, scope: Scope, exchange: Exchange) -> None:
+        """Sends the call; once more, and once more, when the answer is empty and the client has not heard a thing."""
+        for pause_s in (*EMPTY_PAUSES_S, None):
+            try:
+                return self._call_provider(lane, call, scope, exchange)
+            except EmptyAnswer:
+                if pause_s is None or exchange.responder.has_begun:
+                    raise
+                scope.wait(None, pause_s)
+                lane = lane.again()
 
     def _call_provider(self, lane: Lane, call: Call, scope: Scope, exchange: Exchange) -> None:
         exchange.log["lane"] = lane.name
@@ -5255,9 +9086,7 @@ class Gateway:
             is_stream = lane.upstream.stream_type in response.headers.get("content-type", "")
             if isinstance(lane, NativeLane) and is_stream != lane.request.stream:
                 # the provider chose the other form: only the representation can turn one into the other
-                switched_from = lane
-                lane = TranslatedLane(lane.client, lane.upstream, lane.request, lane.model, lane.stamp)
-                lane.secrets = switched_from.secrets
+                lane = lane.again(TranslatedLane)
                 exchange.answer_headers["x-pigateway-lane"] = lane.name
             self._carry(lane, response, is_stream, exchange)
         finally:
@@ -5292,6 +9121,7 @@ class Gateway:
         held = b""
         for out in self._outputs(lane, response, is_stream):
             held += out
+            self._remember(lane)
             if lane.error and not exchange.responder.has_begun and not lane.started:
                 raise lane.error                # nothing was shown yet: it can still be an HTTP status
             if lane.request.stream and held and (lane.started or exchange.responder.has_begun):
@@ -5308,6 +9138,12 @@ class Gateway:
             exchange.responder.finish(lane.error is None)
         else:
             exchange.responder.send(200, {**exchange.answer_headers, "content-type": "application/json"}, held)
+
+    def _remember(self, lane: Lane) -> None:
+        """Keeps the seals of calls before the client sees the calls: it may answer them at once."""
+        while lane.signed_calls:
+            call = lane.signed_calls.pop()
+            self.signatures.remember(call.id, call.maker, call.signature or "", self.clock())
 
     def _outputs(self, lane: Lane, response: Response, is_stream: bool) -> Iterator[bytes]:
         try:
@@ -5347,6 +9183,9 @@ def session_of(headers: Mapping[str, str], data: Mapping[str, Any]) -> str:
 def header_text(text: str) -> str:
     """`text` as a header value: printable ASCII, at most 1000 characters."""
     return re.sub(r"[^\x20-\x7e]", "?", text)[:1000]
+
+
+Fetch = Callable[[Call], Dict[str, Any]]
 
 
 class Discovery:
@@ -5393,23 +9232,55 @@ class Discovery:
         gateway = self._gateway
         try:
             model = unlisted_model(provider, "")
-            model = replace(model, base_url=gateway.credentials.fill(model.base_url, provider), headers={})
             credential = gateway.credentials.get(provider, model)
-            path, headers = "/models", authorization(model, credential, provider.auth or "bearer")
-            if provider.protocol == AnthropicMessages.name:
-                path, headers = "/v1/models", UPSTREAM_PROTOCOLS[provider.protocol].headers(model, credential, {})
-            response = gateway.transport.open(Call("GET", join_url(model.base_url, path), headers), scope)
-            try:
-                body = response.read(MAX_EVENT_BYTES)
-            finally:
-                response.close()
-            models = read_model_list(parse_answer(body), provider) if response.status == 200 else {}
-        except (GatewayError, AttributeError, TypeError) as error:
-            log.debug("no model list from %s: %s", provider.name, error)
+            base_url = credential.parts.get("endpoint") or gateway.credentials.fill(model.base_url, provider)
+            model = replace(model, base_url=base_url, headers={})
+            get = functools.partial(self._get, model, credential, scope)
+            found = self.listers.get(provider.source, Discovery._list)(self, provider, model, credential, get)
+        except (GatewayError, AttributeError, KeyError, TypeError) as error:
+            log.debug("no model list from %s: %s", provider.name, redact(str(error)))
             return False
-        if models:
-            gateway.catalogue.discover(provider, models)
-        return bool(models)
+        if found:
+            gateway.catalogue.discover(provider, found, provider.source == "copilot")
+        return bool(found)
+
+    def _get(self, model: Model, credential: Credential, scope: Scope, call: Call) -> Dict[str, Any]:
+        gateway = self._gateway
+        call = UPSTREAM_PROTOCOLS[model.protocol].sign(call, credential, gateway.clock())
+        response = gateway.transport.open(call, scope)
+        try:
+            body = response.read(MAX_EVENT_BYTES)
+        finally:
+            response.close()
+        if response.status != 200:
+            raise UpstreamError(f"the provider answered {response.status}")
+        return parse_answer(body)
+
+    def _list(self, provider: Provider, model: Model, credential: Credential, get: Fetch) -> Dict[str, Model]:
+        path, headers = "/models", authorization(model, credential, provider.auth or "bearer")
+        if provider.protocol == AnthropicMessages.name:
+            path, headers = "/v1/models", UPSTREAM_PROTOCOLS[provider.protocol].headers(model, credential, {})
+        call = Call("GET", join_url(model.base_url, path), headers)
+        return read_model_list(get(call), provider)
+
+    def _list_copilot(self, provider: Provider, model: Model, credential: Credential, get: Fetch) -> Dict[str, Model]:
+        headers = {**authorization(model, credential), "x-github-api-version": COPILOT_API_VERSION}
+        body = get(Call("GET", join_url(model.base_url, "/models"), headers))
+        return read_copilot_models(body, provider, self._gateway.catalogue.models_of(provider))
+
+    def _list_bedrock(self, provider: Provider, model: Model, credential: Credential, get: Fetch) -> Dict[str, Model]:
+        foundation = get(bedrock_list_call("foundation-models", model, credential))
+        profiles: List[Any] = []
+        token = ""
+        for _ in range(BEDROCK_PAGES):
+            page = get(bedrock_list_call("inference-profiles", model, credential, token))
+            profiles.extend(page.get("inferenceProfileSummaries") or ())
+            token = page.get("nextToken") or ""
+            if not token:
+                break
+        return read_bedrock_models(foundation, {"inferenceProfileSummaries": profiles}, provider)
+
+    listers: Mapping[str, Callable[..., Dict[str, Model]]] = {"copilot": _list_copilot, "aws": _list_bedrock}
 
 
 # ======================================================================================================================
@@ -6196,7 +10067,8 @@ def build_gateway(config: Config, environ: Mapping[str, str]) -> Gateway:
     # SSL_CERT_FILE and SSL_CERT_DIR are honoured by OpenSSL itself
     ca_bundle = config.ca_bundle or (None if environ.get("SSL_CERT_FILE") else environ.get("REQUESTS_CA_BUNDLE")) or None
     transport = Transport(limits, ca_bundle, config.demo_delay_ms / 1000)
-    return Gateway(config, catalogue, Credentials(os.path.join(folder, "auth.json"), environ), transport)
+    credentials = Credentials(os.path.join(folder, "auth.json"), environ, transport=transport)
+    return Gateway(config, catalogue, credentials, transport)
 
 
 class ServerHandle:
@@ -6594,11 +10466,91 @@ o3-mini|200000|100000|r|1.1,4.4,0.55,0|off=- minimal=- low=low medium=medium hig
 o3-pro|200000|100000|ri|20,80,0,0|off=- minimal=- low=low medium=medium high=high xhigh=- max=-
 o4-mini|200000|100000|ri|1.1,4.4,0.275,0|off=- minimal=- low=low medium=medium high=high xhigh=- max=-
 """,
+"openai-codex": """
+gpt-5.6-luna|272000|128000|ri|0.2,1.2,0.02,0.25|minimal=low xhigh=xhigh max=max
+gpt-5.6-sol|272000|128000|ri|4,20,0.4,5|minimal=low xhigh=xhigh max=max
+gpt-5.6-terra|272000|128000|ri|2,12,0.2,2.5|minimal=low xhigh=xhigh max=max
+gpt-6-astra|272000|128000|ri|10,50,1,12.5|off=- minimal=low low=low medium=medium high=high xhigh=xhigh max=max
+gpt-6-luna|272000|128000|ri|0.1,0.5,0.01,0.125|off=none minimal=low low=low medium=medium high=high xhigh=xhigh max=max
+gpt-6-sol|272000|128000|ri|2,10,0.2,2.5|off=none minimal=low low=low medium=medium high=high xhigh=xhigh max=max
+gpt-6.1-sol|500000|128000|ri|2,10,0.1,2.5|off=- minimal=low low=low medium=medium high=high xhigh=xhigh max=max
+gpt-6.1-terra|500000|128000|ri|1,5,0.05,1.25|off=none minimal=low low=low medium=medium high=high xhigh=xhigh max=max
+""",
+"google": """
+deep-research-max-preview-04-2026|1048576|65536|ri|2,12,0.2,0
+deep-research-preview-04-2026|1048576|65536|ri|2,12,0.2,0
+gemini-2.5-computer-use-preview-10-2025|128000|64000|ri|1.25,10,0,0
+gemini-2.5-flash|1048576|65536|ri|0.3,2.5,0.03,0
+gemini-2.5-flash-lite|1048576|65536|ri|0.1,0.4,0.01,0
+gemini-2.5-pro|1048576|65536|ri|1.25,10,0.125,0
+gemini-3-flash-preview|1048576|65536|ri|0.5,3,0.05,0|off=- minimal=minimal low=low medium=medium high=high xhigh=- max=-
+gemini-3.1-flash-lite|1048576|65536|ri|0.25,1.5,0.025,0|off=- minimal=minimal low=low medium=medium high=high xhigh=- max=-
+gemini-3.1-flash-lite-preview|1048576|65536|ri|0.25,1.5,0.025,0|off=- minimal=minimal low=low medium=medium high=high xhigh=- max=-
+gemini-3.1-pro-preview|1048576|65536|ri|2,12,0.2,0|off=- minimal=- low=low medium=medium high=high xhigh=- max=-
+gemini-3.1-pro-preview-customtools|1048576|65536|ri|2,12,0.2,0|off=- minimal=- low=low medium=medium high=high xhigh=- max=-
+gemini-3.5-flash|1048576|65536|ri|1.5,9,0.15,0|off=- minimal=minimal low=low medium=medium high=high xhigh=- max=-
+gemini-3.5-flash-lite|1048576|65536|ri|0.3,2.5,0.03,0|off=- minimal=minimal low=low medium=medium high=high xhigh=- max=-
+gemini-3.6-flash|1048576|65536|ri|0.75,3.75,0.075,0|off=- minimal=minimal low=low medium=medium high=high xhigh=- max=-
+gemini-3.7-flash|1048576|65536|ri|0.75,3.75,0.075,0|off=- minimal=- low=low medium=medium high=high xhigh=- max=-
+gemini-3.8-flash|1048576|65536|ri|0.75,3.75,0.075,0|off=- minimal=- low=low medium=medium high=high xhigh=- max=-
+gemini-4-argon|1048576|32768|ri|2,10,0.1,0|off=- minimal=- low=low medium=medium high=high xhigh=- max=-
+gemini-flash-latest|1048576|65536|ri|1.5,9,0.15,0|off=- minimal=minimal low=low medium=medium high=high xhigh=- max=-
+gemini-flash-lite-latest|1048576|65536|ri|0.25,1.5,0.025,0|off=- minimal=minimal low=low medium=medium high=high xhigh=- max=-
+gemini-pro-latest|1048576|65536|ri|2,12,0.2,0|off=- minimal=- low=low medium=medium high=high xhigh=- max=-
+gemini-robotics-er-2-preview|131072|65536|ri|1,5,0.1,0|off=- minimal=minimal low=low medium=medium high=high xhigh=- max=-
+gemma-4-26b-a4b-it|262144|32768|ri||off=- minimal=MINIMAL low=- medium=- high=HIGH
+gemma-4-31b-it|262144|32768|ri||off=- minimal=MINIMAL low=- medium=- high=HIGH
+""",
 "xai": """
 grok-4.3|1000000|30000|ri|1.25,2.5,0.2,0|off=none minimal=- low=low medium=medium high=high xhigh=xhigh max=-
 grok-4.5|500000|500000|ri|2,6,0.3,0|off=- minimal=- low=low medium=medium high=high xhigh=xhigh max=-
 grok-4.6|500000|500000|ri|2,6,0.5,0|off=- minimal=- low=low medium=medium high=high xhigh=xhigh max=-
 grok-4.7|500000|500000|ri|2,6,0.5,0|off=- minimal=- low=low medium=medium high=high xhigh=xhigh max=-
+""",
+"meta": """
+muse-ember-1.0|1048576|524288|ri|0.1,0.5,0.004,0|off=- minimal=minimal low=low medium=medium high=high xhigh=xhigh max=max
+muse-spark-1.1|1048576|131072|ri|1.25,4.25,0.15,0|off=- minimal=minimal low=low medium=medium high=high xhigh=xhigh max=-
+muse-spark-1.2|1048576|131072|ri|1.25,4.25,0.15,0|off=- minimal=minimal low=low medium=medium high=high xhigh=xhigh max=-
+muse-spark-1.2-contributor|1048576|131072|ri|0.1,0.2,0.002,0|off=- minimal=minimal low=low medium=medium high=high xhigh=xhigh max=-
+muse-spark-1.3|1048576|131072|ri|1.25,4.25,0.15,0|off=- minimal=minimal low=low medium=medium high=high xhigh=xhigh max=max
+muse-spark-1.3-contributor|1048576|131072|ri|0.1,0.2,0.002,0|off=- minimal=minimal low=low medium=medium high=high xhigh=xhigh max=-
+muse-wonder-1.0|1048576|131072|ri|4,20,0.2,0|off=- minimal=minimal low=low medium=medium high=high xhigh=xhigh max=max
+""",
+"mistral": """
+codestral-2508|256000|8192||0.3,0.9,0.03,0
+codestral-latest|256000|4096||0.3,0.9,0.03,0
+deepseek-v4-1-flash-1017|1048576|128000|r|0.3,1.2,0.007,0|off=none minimal=- low=low medium=- high=high xhigh=- max=max
+devstral-2512|262144|262144||0.4,2,0.04,0
+devstral-latest|262144|262144||0.4,2,0.04,0
+devstral-medium-latest|262144|262144||0.4,2,0.04,0
+glm-5-2|1048576|131072|r|1.4,4.4,0.14,0|off=none minimal=- low=- medium=- high=high xhigh=- max=max
+labs-devstral-small-2512|256000|256000|i
+labs-leanstral-1-5-1|262144|128000|ri||off=none minimal=- low=- medium=- high=high xhigh=- max=-
+magistral-medium-latest|262144|16384|ri|2,5,0.2,0|off=none minimal=- low=- medium=- high=high xhigh=- max=-
+ministral-14b-2512|262144|262144|i|0.2,0.2,0.02,0
+ministral-3b-2512|131072|262144|i|0.1,0.1,0.01,0
+ministral-3b-latest|131072|128000|i|0.1,0.1,0.01,0
+ministral-8b-2512|262144|262144|i|0.15,0.15,0.015,0
+ministral-8b-latest|262144|128000|i|0.15,0.15,0.015,0
+mistral-large-2512|262144|262144|i|0.5,1.5,0.05,0
+mistral-large-4|1048576|262144|ri|0.7,2.1,0.07,0|off=- minimal=- low=low medium=medium high=high xhigh=- max=-
+mistral-large-4-0-8|1048576|262144|ri|0.7,2.1,0.07,0|off=- minimal=- low=low medium=medium high=high xhigh=- max=-
+mistral-large-latest|262144|262144|i|0.5,1.5,0.05,0
+mistral-medium-2505|131072|131072|i|0.4,2,0.04,0
+mistral-medium-2508|262144|262144|i|0.4,2,0.04,0
+mistral-medium-2604|262144|262144|ri|1.5,7.5,0.15,0|off=none minimal=- low=- medium=- high=high xhigh=- max=-
+mistral-medium-3.5|262144|262144|ri|1.5,7.5,0,0|off=none minimal=- low=- medium=- high=high xhigh=- max=-
+mistral-medium-latest|262144|262144|ri|1.5,7.5,0.15,0|off=none minimal=- low=- medium=- high=high xhigh=- max=-
+mistral-small-2506|128000|16384|i|0.1,0.3,0.01,0
+mistral-small-2603|262144|256000|ri|0.15,0.6,0.015,0|off=none minimal=- low=- medium=- high=high xhigh=- max=-
+mistral-small-latest|262144|256000|ri|0.15,0.6,0.015,0|off=none minimal=- low=- medium=- high=high xhigh=- max=-
+open-mistral-nemo|128000|128000||0.15,0.15,0.015,0
+pixtral-12b|128000|128000|i|0.15,0.15,0.015,0
+voxtral-small-2507|32768|32000||0.1,0.4,0.01,0
+voxtral-small-latest|32768|32000||0.1,0.4,0.01,0
+zai-glm-5-2|1048576|131072|r|1.4,4.4,0.14,0|off=none minimal=- low=- medium=- high=high xhigh=- max=max
+zai-glm-5-3|1048576|131072|r|1.4,4.4,0.14,0|off=- minimal=- low=low medium=- high=high xhigh=- max=max
+zai-glm-5-3-flash|1048576|131072|ri|0.15,0.5,0.03,0|off=- minimal=- low=low medium=- high=high xhigh=- max=max
 """,
 "deepseek": """
 deepseek-flash|1000000|384000|ri|0.3,1.2,0.006,0|minimal=- low=low medium=- high=high max=max
@@ -6839,25 +10791,142 @@ claude-sonnet-4-5|200000|64000|ri|3,15,0.3,3.75|||anthropic-messages
 claude-sonnet-4-6|1000000|128000|ri|3,15,0.3,3.75|max=max|forceAdaptiveThinking|anthropic-messages
 claude-sonnet-5|1000000|128000|ri|2,10,0.2,2.5|xhigh=xhigh max=max|forceAdaptiveThinking !supportsTemperature|anthropic-messages
 claude-sonnet-5-5|1000000|128000|ri|2,10,0.1,2.5|xhigh=xhigh max=max|forceAdaptiveThinking !supportsTemperature|anthropic-messages
-workers-ai/@cf/deepseek-ai/deepseek-v4-flash-0731|1048576|1048576|r|0.44,1.32,0.014,0|minimal=- low=- medium=- high=high max=max|!supportsLongCacheRetention requiresReasoningContentOnAssistantMessages thinkingFormat=deepseek
-workers-ai/@cf/deepseek-ai/deepseek-v4-pro-0813|1048576|1048576|r|1.32,3.96,0.044,0|minimal=- low=- medium=- high=high max=max|!supportsLongCacheRetention requiresReasoningContentOnAssistantMessages thinkingFormat=deepseek
-workers-ai/@cf/deepseek-ai/deepseek-v4.1-flash-1017|1048576|1048576|ri|0.3,1.2,0.006,0|minimal=- low=- medium=- high=high max=max|!supportsLongCacheRetention requiresReasoningContentOnAssistantMessages thinkingFormat=deepseek
-workers-ai/@cf/google/gemma-4-26b-a4b-it|256000|16384|ri|0.1,0.3,0.05,0||!supportsLongCacheRetention
-workers-ai/@cf/ibm-granite/granite-4.0-h-micro|131000|131000||0.017,0.112,0,0||!supportsLongCacheRetention
-workers-ai/@cf/meta/llama-3.3-70b-instruct-fp8-fast|24000|24000||0.293,2.253,0,0||!supportsLongCacheRetention
-workers-ai/@cf/meta/llama-4-scout-17b-16e-instruct|131000|16384|i|0.27,0.85,0,0||!supportsLongCacheRetention
-workers-ai/@cf/mistralai/mistral-small-3.1-24b-instruct|128000|128000|i|0.351,0.555,0,0||!supportsLongCacheRetention
-workers-ai/@cf/moonshotai/kimi-k2.6|262144|256000|ri|0.95,4,0.16,0||!supportsLongCacheRetention
-workers-ai/@cf/moonshotai/kimi-k2.7-code|262144|262144|ri|0.95,4,0.19,0||!supportsLongCacheRetention
-workers-ai/@cf/nvidia/nemotron-3-120b-a12b|256000|256000|r|0.5,1.5,0,0||!supportsLongCacheRetention
-workers-ai/@cf/openai/gpt-oss-120b|128000|16384|r|0.35,0.75,0,0||!supportsLongCacheRetention
-workers-ai/@cf/openai/gpt-oss-20b|128000|16384|r|0.2,0.3,0,0||!supportsLongCacheRetention
-workers-ai/@cf/qwen/qwen3-30b-a3b-fp8|32768|32768|r|0.0509,0.335,0,0||!supportsLongCacheRetention
-workers-ai/@cf/qwen/qwen3.8-27b|262144|262144|ri|0.45,3.2,0.05,0||!supportsLongCacheRetention
-workers-ai/@cf/zai-org/glm-4.7-flash|131072|131072|r|0.0605,0.4,0,0||!supportsLongCacheRetention
-workers-ai/@cf/zai-org/glm-5.2|262144|256000|r|1.4,4.4,0.26,0||!supportsLongCacheRetention
-workers-ai/@cf/zai-org/glm-5.3|1048576|1048576|r|1.4,4.4,0.26,0||!supportsLongCacheRetention
-workers-ai/@cf/zai-org/glm-5.3-flash|1048576|1048576|ri|0.15,0.5,0.03,0||!supportsLongCacheRetention
+workers-ai/@cf/deepseek-ai/deepseek-v4-flash-0731|1048576|1048576|r|0.44,1.32,0.014,0|minimal=- low=- medium=- high=high max=max|!supportsDeveloperRole !supportsReasoningEffort !supportsLongCacheRetention requiresReasoningContentOnAssistantMessages thinkingFormat=deepseek|openai-completions
+workers-ai/@cf/deepseek-ai/deepseek-v4-pro-0813|1048576|1048576|r|1.32,3.96,0.044,0|minimal=- low=- medium=- high=high max=max|!supportsDeveloperRole !supportsReasoningEffort !supportsLongCacheRetention requiresReasoningContentOnAssistantMessages thinkingFormat=deepseek|openai-completions
+workers-ai/@cf/deepseek-ai/deepseek-v4.1-flash-1017|1048576|1048576|ri|0.3,1.2,0.006,0|minimal=- low=- medium=- high=high max=max|!supportsDeveloperRole !supportsReasoningEffort !supportsLongCacheRetention requiresReasoningContentOnAssistantMessages thinkingFormat=deepseek|openai-completions
+workers-ai/@cf/google/gemma-4-26b-a4b-it|256000|16384|ri|0.1,0.3,0.05,0||!supportsDeveloperRole !supportsReasoningEffort !supportsLongCacheRetention|openai-completions
+workers-ai/@cf/ibm-granite/granite-4.0-h-micro|131000|131000||0.017,0.112,0,0||!supportsDeveloperRole !supportsReasoningEffort !supportsLongCacheRetention|openai-completions
+workers-ai/@cf/meta/llama-3.3-70b-instruct-fp8-fast|24000|24000||0.293,2.253,0,0||!supportsDeveloperRole !supportsReasoningEffort !supportsLongCacheRetention|openai-completions
+workers-ai/@cf/meta/llama-4-scout-17b-16e-instruct|131000|16384|i|0.27,0.85,0,0||!supportsDeveloperRole !supportsReasoningEffort !supportsLongCacheRetention|openai-completions
+workers-ai/@cf/mistralai/mistral-small-3.1-24b-instruct|128000|128000|i|0.351,0.555,0,0||!supportsDeveloperRole !supportsReasoningEffort !supportsLongCacheRetention|openai-completions
+workers-ai/@cf/moonshotai/kimi-k2.6|262144|256000|ri|0.95,4,0.16,0||!supportsDeveloperRole !supportsReasoningEffort !supportsLongCacheRetention|openai-completions
+workers-ai/@cf/moonshotai/kimi-k2.7-code|262144|262144|ri|0.95,4,0.19,0||!supportsDeveloperRole !supportsReasoningEffort !supportsLongCacheRetention|openai-completions
+workers-ai/@cf/nvidia/nemotron-3-120b-a12b|256000|256000|r|0.5,1.5,0,0||!supportsDeveloperRole !supportsReasoningEffort !supportsLongCacheRetention|openai-completions
+workers-ai/@cf/openai/gpt-oss-120b|128000|16384|r|0.35,0.75,0,0||!supportsDeveloperRole !supportsReasoningEffort !supportsLongCacheRetention|openai-completions
+workers-ai/@cf/openai/gpt-oss-20b|128000|16384|r|0.2,0.3,0,0||!supportsDeveloperRole !supportsReasoningEffort !supportsLongCacheRetention|openai-completions
+workers-ai/@cf/qwen/qwen3-30b-a3b-fp8|32768|32768|r|0.0509,0.335,0,0||!supportsDeveloperRole !supportsReasoningEffort !supportsLongCacheRetention|openai-completions
+workers-ai/@cf/qwen/qwen3.8-27b|262144|262144|ri|0.45,3.2,0.05,0||!supportsDeveloperRole !supportsReasoningEffort !supportsLongCacheRetention|openai-completions
+workers-ai/@cf/zai-org/glm-4.7-flash|131072|131072|r|0.0605,0.4,0,0||!supportsDeveloperRole !supportsReasoningEffort !supportsLongCacheRetention|openai-completions
+workers-ai/@cf/zai-org/glm-5.2|262144|256000|r|1.4,4.4,0.26,0||!supportsDeveloperRole !supportsReasoningEffort !supportsLongCacheRetention|openai-completions
+workers-ai/@cf/zai-org/glm-5.3|1048576|1048576|r|1.4,4.4,0.26,0||!supportsDeveloperRole !supportsReasoningEffort !supportsLongCacheRetention|openai-completions
+workers-ai/@cf/zai-org/glm-5.3-flash|1048576|1048576|ri|0.15,0.5,0.03,0||!supportsDeveloperRole !supportsReasoningEffort !supportsLongCacheRetention|openai-completions
+gpt-4.1|1047576|32768|i|2,8,0.5,0||supportsStrictMode
+gpt-4.1-mini|1047576|32768|i|0.4,1.6,0.1,0||supportsStrictMode
+gpt-4.1-nano|1000000|32768|i|0.1,0.4,0.025,0||supportsStrictMode
+gpt-4o|128000|16384|i|1.25,5,0.625,0||supportsStrictMode
+gpt-4o-mini|128000|16384|i|0.075,0.3,0.0375,0||supportsStrictMode
+gpt-5|128000|128000|ri|1.25,10,0.125,0|off=- minimal=minimal low=low medium=medium high=high xhigh=- max=-|supportsStrictMode supportsOpenAIGrammarTools
+gpt-5-mini|128000|128000|ri|0.25,2,0.025,0|off=- minimal=minimal low=low medium=medium high=high xhigh=- max=-|supportsStrictMode supportsOpenAIGrammarTools
+gpt-5-nano|128000|128000|ri|0.05,0.4,0.005,0|off=- minimal=minimal low=low medium=medium high=high xhigh=- max=-|supportsStrictMode supportsOpenAIGrammarTools
+gpt-5.1|128000|128000|ri|1.25,10,0.125,0|off=- minimal=- low=low medium=medium high=high xhigh=- max=-|supportsStrictMode supportsOpenAIGrammarTools
+gpt-5.4|1000000|128000|ri|2.5,15,0.25,0|off=- minimal=- low=low medium=medium high=high xhigh=xhigh max=-|supportsStrictMode supportsOpenAIGrammarTools
+gpt-5.4-mini|128000|128000|ri|0.75,4.5,0.075,0|off=- minimal=- low=low medium=medium high=high xhigh=xhigh max=-|supportsStrictMode supportsOpenAIGrammarTools
+gpt-5.4-nano|128000|128000|ri|0.2,1.25,0.02,0|off=- minimal=- low=low medium=medium high=high xhigh=xhigh max=-|supportsStrictMode supportsOpenAIGrammarTools
+gpt-5.4-pro|1000000|128000|ri|30,180,0,0|off=- minimal=- low=- medium=medium high=high xhigh=xhigh max=-|supportsStrictMode supportsOpenAIGrammarTools
+gpt-5.5|1000000|128000|ri|5,30,0,0|off=- minimal=- low=low medium=medium high=high xhigh=xhigh max=-|supportsStrictMode supportsOpenAIGrammarTools
+gpt-5.5-pro|1000000|128000|ri|30,180,0,0|off=- minimal=- low=- medium=medium high=high xhigh=xhigh max=-|supportsStrictMode supportsOpenAIGrammarTools
+gpt-5.6-luna|1050000|128000|ri|0.2,1.2,0.02,0.25|off=- minimal=- low=low medium=medium high=high xhigh=xhigh max=max|supportsStrictMode supportsOpenAIGrammarTools
+gpt-5.6-sol|1050000|128000|ri|4,20,0.4,5|off=- minimal=- low=low medium=medium high=high xhigh=xhigh max=max|supportsStrictMode supportsOpenAIGrammarTools
+gpt-5.6-terra|1050000|128000|ri|2,12,0.2,2.5|off=- minimal=- low=low medium=medium high=high xhigh=xhigh max=max|supportsStrictMode supportsOpenAIGrammarTools
+gpt-6-astra|1050000|128000|ri|10,50,1,12.5|off=- minimal=- low=low medium=medium high=high xhigh=xhigh max=max|supportsStrictMode supportsOpenAIGrammarTools
+gpt-6-luna|1050000|128000|ri|0.1,0.5,0.01,0.125|off=none minimal=- low=low medium=medium high=high xhigh=xhigh max=max|supportsStrictMode supportsOpenAIGrammarTools
+gpt-6-sol|1050000|128000|ri|2,10,0.2,2.5|off=none minimal=- low=low medium=medium high=high xhigh=xhigh max=max|supportsStrictMode supportsOpenAIGrammarTools
+gpt-6.1-sol|1050000|128000|ri|2,10,0.1,2.5|off=- minimal=- low=low medium=medium high=high xhigh=xhigh max=max|supportsStrictMode supportsOpenAIGrammarTools
+gpt-6.1-terra|1050000|128000|ri|1,5,0.05,1.25|off=none minimal=- low=low medium=medium high=high xhigh=xhigh max=max|supportsStrictMode supportsOpenAIGrammarTools
+o3|200000|100000|ri|2,8,0.5,0|off=- minimal=- low=low medium=medium high=high xhigh=- max=-|supportsStrictMode
+o3-mini|200000|100000|r|1.1,4.4,0.55,0|off=- minimal=- low=low medium=medium high=high xhigh=- max=-|supportsStrictMode
+o4-mini|200000|100000|ri|1.1,4.4,0.275,0|off=- minimal=- low=low medium=medium high=high xhigh=- max=-|supportsStrictMode
+""",
+"azure": """
+chat-latest|400000|128000|ri|5,30,0.5,0
+gpt-4|8192|8192||30,60,0,0
+gpt-4-turbo|128000|4096|i|10,30,0,0
+gpt-4.1|1047576|32768|i|2,8,0.5,0
+gpt-4.1-mini|1047576|32768|i|0.4,1.6,0.1,0
+gpt-4.1-nano|1047576|32768|i|0.1,0.4,0.025,0
+gpt-4o|128000|16384|i|2.5,10,1.25,0
+gpt-4o-2024-05-13|128000|4096|i|5,15,0,0
+gpt-4o-2024-08-06|128000|16384|i|2.5,10,1.25,0
+gpt-4o-2024-11-20|128000|16384|i|2.5,10,1.25,0
+gpt-4o-mini|128000|16384|i|0.15,0.6,0.075,0
+gpt-5|400000|128000|ri|1.25,10,0.125,0|off=-|supportsOpenAIGrammarTools
+gpt-5-chat-latest|128000|16384|i|1.25,10,0.125,0|off=-|supportsOpenAIGrammarTools
+gpt-5-mini|400000|128000|ri|0.25,2,0.025,0|off=-|supportsOpenAIGrammarTools
+gpt-5-nano|400000|128000|ri|0.05,0.4,0.005,0|off=-|supportsOpenAIGrammarTools
+gpt-5-pro|400000|128000|ri|15,120,0,0|off=-|supportsOpenAIGrammarTools
+gpt-5.1|400000|128000|ri|1.25,10,0.125,0|off=-|supportsOpenAIGrammarTools
+gpt-5.2|400000|128000|ri|1.75,14,0.175,0|off=- xhigh=xhigh|supportsOpenAIGrammarTools
+gpt-5.2-pro|400000|128000|ri|21,168,0,0|off=- xhigh=xhigh|supportsOpenAIGrammarTools
+gpt-5.3-codex|400000|128000|ri|1.75,14,0.175,0|off=- xhigh=xhigh|supportsOpenAIGrammarTools
+gpt-5.3-codex-spark|128000|32000|ri|1.75,14,0.175,0|off=- xhigh=xhigh|supportsOpenAIGrammarTools
+gpt-5.4|1050000|128000|ri|2.5,15,0.25,0|off=- xhigh=xhigh|supportsOpenAIGrammarTools
+gpt-5.4-mini|400000|128000|ri|0.75,4.5,0.075,0|off=- xhigh=xhigh|supportsOpenAIGrammarTools
+gpt-5.4-nano|400000|128000|ri|0.2,1.25,0.02,0|off=- xhigh=xhigh|supportsOpenAIGrammarTools
+gpt-5.4-pro|1050000|128000|ri|30,180,0,0|off=- xhigh=xhigh|supportsOpenAIGrammarTools
+gpt-5.5|1050000|128000|ri|5,30,0.5,0|off=- xhigh=xhigh|supportsOpenAIGrammarTools
+gpt-5.5-pro|1050000|128000|ri|30,180,0,0|off=- minimal=- low=- xhigh=xhigh|supportsOpenAIGrammarTools
+gpt-5.6-cyber|400000|128000|ri|12.5,75,1.25,15.625|off=- xhigh=xhigh max=max|supportsOpenAIGrammarTools
+gpt-5.6-luna|1050000|128000|ri|0.2,1.2,0.02,0.25|off=- xhigh=xhigh max=max|supportsOpenAIGrammarTools
+gpt-5.6-sol|1050000|128000|ri|4,20,0.4,5|off=- xhigh=xhigh max=max|supportsOpenAIGrammarTools
+gpt-5.6-terra|1050000|128000|ri|2,12,0.2,2.5|off=- xhigh=xhigh max=max|supportsOpenAIGrammarTools
+gpt-6-astra|1050000|128000|ri|10,50,1,12.5|off=- minimal=- low=low medium=medium high=high xhigh=xhigh max=max|supportsOpenAIGrammarTools
+gpt-6-luna|1050000|128000|ri|0.1,0.5,0.01,0.125|off=none minimal=- low=low medium=medium high=high xhigh=xhigh max=max|supportsOpenAIGrammarTools
+gpt-6-sol|1050000|128000|ri|2,10,0.2,2.5|off=none minimal=- low=low medium=medium high=high xhigh=xhigh max=max|supportsOpenAIGrammarTools
+gpt-6.1-sol|1050000|128000|ri|2,10,0.1,2.5|off=- minimal=- low=low medium=medium high=high xhigh=xhigh max=max|supportsOpenAIGrammarTools
+gpt-6.1-terra|1050000|128000|ri|1,5,0.05,1.25|off=none minimal=- low=low medium=medium high=high xhigh=xhigh max=max|supportsOpenAIGrammarTools
+gpt-daybreak-blue-latest|1050000|128000|ri|4,20,0.4,5
+gpt-daybreak-red-latest|400000|128000|ri|12.5,75,1.25,15.625
+o1|200000|100000|ri|15,60,7.5,0
+o1-pro|200000|100000|ri|150,600,0,0
+o3|200000|100000|ri|2,8,0.5,0
+o3-mini|200000|100000|r|1.1,4.4,0.55,0
+o3-pro|200000|100000|ri|20,80,0,0
+o4-mini|200000|100000|ri|1.1,4.4,0.275,0
+deepseek-v4-pro|1000000|384000|r|1.925,3.828,0.165,0|minimal=- low=low medium=medium high=high xhigh=- max=-|supportsStrictMode !supportsDeveloperRole supportsMidConvoSystemMessages !supportsLongCacheRetention|openai-completions
+""",
+"google-vertex": """
+gemini-2.5-flash|1048576|65536|ri|0.3,2.5,0.03,0
+gemini-2.5-flash-lite|1048576|65536|ri|0.1,0.4,0.01,0
+gemini-2.5-pro|1048576|65536|ri|1.25,10,0.125,0
+gemini-3-flash-preview|1048576|65536|ri|0.5,3,0.05,0|off=- minimal=minimal low=low medium=medium high=high xhigh=- max=-
+gemini-3.1-flash-lite|1048576|65536|ri|0.25,1.5,0.025,0|off=- minimal=minimal low=low medium=medium high=high xhigh=- max=-
+gemini-3.1-pro-preview|1048576|65536|ri|2,12,0.2,0|off=- minimal=- low=low medium=medium high=high xhigh=- max=-
+gemini-3.1-pro-preview-customtools|1048576|65536|ri|2,12,0.2,0|off=- minimal=- low=low medium=medium high=high xhigh=- max=-
+gemini-3.5-flash|1048576|65536|ri|1.5,9,0.15,0|off=- minimal=minimal low=low medium=medium high=high xhigh=- max=-
+gemini-3.5-flash-lite|1048576|65536|ri|0.3,2.5,0.03,0|off=- minimal=minimal low=low medium=medium high=high xhigh=- max=-
+gemini-3.6-flash|1048576|65536|ri|0.75,3.75,0.075,0|off=- minimal=minimal low=low medium=medium high=high xhigh=- max=-
+gemini-3.7-flash|1048576|65536|ri|0.75,3.75,0.075,0|off=- minimal=- low=low medium=medium high=high xhigh=- max=-
+gemini-3.8-flash|1048576|65536|ri|0.75,3.75,0.075,0|off=- minimal=- low=low medium=medium high=high xhigh=- max=-
+gemini-4-argon|1048576|65536|ri|2,10,0.1,0|off=- minimal=- low=low medium=medium high=high xhigh=- max=-
+""",
+"github-copilot": """
+claude-fable-5|1000000|128000|ri|10,50,1,12.5|off=- xhigh=xhigh max=max|forceAdaptiveThinking supportsMidConvoSystemMessages|anthropic-messages
+claude-fable-5.1|1000000|128000|ri|10,50,0.25,12.5|off=- xhigh=xhigh max=max|forceAdaptiveThinking supportsMidConvoSystemMessages|anthropic-messages
+claude-haiku-4.5|200000|64000|ri|1,5,0.1,1.25||!supportsEagerToolInputStreaming|anthropic-messages
+claude-haiku-5.5|1000000|128000|ri|0.1,0.5,0.01,0.125|xhigh=xhigh max=max|forceAdaptiveThinking !supportsTemperature supportsMidConvoSystemMessages|anthropic-messages
+claude-opus-4.8|1000000|64000|ri|5,25,0.5,6.25|minimal=low xhigh=xhigh max=max|forceAdaptiveThinking !supportsTemperature supportsMidConvoSystemMessages|anthropic-messages
+claude-opus-5|1000000|64000|ri|5,25,0.5,6.25|minimal=low xhigh=xhigh max=max|forceAdaptiveThinking !supportsTemperature supportsMidConvoSystemMessages|anthropic-messages
+claude-opus-5.5|1000000|128000|ri|4,20,0.2,5|off=- minimal=- low=low medium=medium high=high xhigh=xhigh max=max|forceAdaptiveThinking !supportsTemperature supportsMidConvoSystemMessages|anthropic-messages
+claude-sonnet-4.6|1000000|32000|ri|3,15,0.3,3.75|minimal=low max=max|forceAdaptiveThinking|anthropic-messages
+claude-sonnet-5|1000000|128000|ri|2,10,0.2,2.5|xhigh=xhigh max=max|forceAdaptiveThinking !supportsTemperature|anthropic-messages
+claude-sonnet-5.5|1000000|128000|ri|2,10,0.1,2.5|xhigh=xhigh max=max|forceAdaptiveThinking !supportsTemperature supportsMidConvoSystemMessages|anthropic-messages
+gemini-3.8-flash|1000000|64000|ri|0.75,3.75,0.075,0||supportsStrictMode !supportsDeveloperRole !supportsReasoningEffort|openai-completions
+gemini-4-argon|1048576|65536|ri|2,10,0.1,0||supportsStrictMode !supportsDeveloperRole !supportsReasoningEffort|openai-completions
+kimi-k3|1048576|131072|ri|3,15,0.3,0||supportsStrictMode !supportsDeveloperRole !supportsReasoningEffort supportsMidConvoSystemMessages|openai-completions
+gpt-5.3-codex|1000000|128000|ri|1.75,14,0.175,0|off=- minimal=low low=low medium=medium high=high xhigh=xhigh max=-|supportsOpenAIGrammarTools
+gpt-5.4-nano|400000|128000|ri|0.2,1.25,0.02,0|off=- minimal=low low=low medium=medium high=high xhigh=xhigh max=-|supportsOpenAIGrammarTools
+gpt-5.6-luna|1050000|128000|ri|0.2,1.2,0.02,0.25|off=- minimal=low low=low medium=medium high=high xhigh=xhigh max=max|supportsMidConvoSystemMessages supportsAdditionalTools supportsOpenAIGrammarTools
+gpt-5.6-sol|1050000|128000|ri|4,20,0.4,5|off=- minimal=low low=low medium=medium high=high xhigh=xhigh max=max|supportsMidConvoSystemMessages supportsAdditionalTools supportsOpenAIGrammarTools
+gpt-5.6-terra|1050000|128000|ri|2,12,0.2,2.5|off=- minimal=low low=low medium=medium high=high xhigh=xhigh max=max|supportsMidConvoSystemMessages supportsAdditionalTools supportsOpenAIGrammarTools
+gpt-6-astra|1000000|128000|ri|10,50,1,12.5|off=- minimal=- low=low medium=medium high=high xhigh=xhigh max=max|supportsMidConvoSystemMessages supportsAdditionalTools supportsOpenAIGrammarTools
+gpt-6-luna|1000000|128000|ri|0.1,0.5,0.01,0.125|off=none minimal=- low=low medium=medium high=high xhigh=xhigh max=max|supportsMidConvoSystemMessages supportsAdditionalTools supportsOpenAIGrammarTools
+gpt-6-sol|1000000|128000|ri|2,10,0.2,2.5|off=none minimal=- low=low medium=medium high=high xhigh=xhigh max=max|supportsMidConvoSystemMessages supportsAdditionalTools supportsOpenAIGrammarTools
+gpt-6.1-sol|1050000|128000|ri|2,10,0.1,2.5|off=- minimal=- low=low medium=medium high=high xhigh=xhigh max=max|supportsMidConvoSystemMessages supportsAdditionalTools supportsOpenAIGrammarTools
+gpt-6.1-terra|1050000|128000|ri|1,5,0.05,1.25|off=none minimal=- low=low medium=medium high=high xhigh=xhigh max=max|supportsMidConvoSystemMessages supportsAdditionalTools supportsOpenAIGrammarTools
+grok-4.5|500000|128000|ri|2,6,0.5,0|off=- minimal=- low=low medium=medium high=high xhigh=- max=-
+grok-4.6|500000|128000|ri|2,6,0.5,0|off=- minimal=- low=low medium=medium high=high xhigh=xhigh max=-
+grok-4.7|500000|128000|ri|2,6,0.5,0|off=- minimal=- low=low medium=medium high=high xhigh=xhigh max=-
+mai-code-1.1-flash|256000|128000|ri|0.2,1.2,0.02,0|off=- minimal=- low=low medium=medium high=high xhigh=- max=-
 """,
 "opencode": """
 claude-fable-5|1000000|128000|ri|10,50,1,12.5|off=- xhigh=xhigh max=max|forceAdaptiveThinking supportsMidConvoSystemMessages|anthropic-messages
@@ -6878,34 +10947,73 @@ claude-sonnet-5-5|1000000|128000|ri|2,10,0.1,2.5|off=- xhigh=xhigh max=max|force
 qwen3.5-plus|262144|65536|ri|0.2,1.2,0.02,0.25|||anthropic-messages
 qwen3.6-plus|262144|65536|ri|0.5,3,0.05,0.625|||anthropic-messages
 qwen3.8-flash|1000000|131072|ri|0.15,0.47,0.016,0.2||allowEmptySignature|anthropic-messages
-beam-free|1048576|131072|r||off=- minimal=- low=low medium=medium high=high xhigh=xhigh max=max
-big-pickle|200000|32000|r
-deepseek-v4-pro|1000000|384000|r|1.74,3.48,0.145,0|off=- minimal=- low=- medium=- high=high xhigh=- max=max|!supportsLongCacheRetention requiresReasoningContentOnAssistantMessages
-deepseek-v4.1-flash|1000000|384000|ri|0.3,1.2,0.006,0|off=- minimal=- low=low medium=- high=high xhigh=- max=max|!supportsLongCacheRetention requiresReasoningContentOnAssistantMessages
-deepseek-v4.1-flash-free|200000|32000|ri||off=- minimal=- low=low medium=- high=high xhigh=- max=max|requiresReasoningContentOnAssistantMessages
-flint-40b-free|262144|65536|r||off=- minimal=- low=low medium=medium high=high xhigh=xhigh max=max
-glm-5|204800|131072|r|1,3.2,0.2,0
-glm-5.1|204800|131072|r|1.4,4.4,0.26,0
-glm-5.2|1000000|131072|r|1.4,4.4,0.26,0|off=- minimal=- low=- medium=- high=high xhigh=- max=max
-glm-5.3|1000000|131072|r|1.4,4.4,0.26,0|off=- minimal=- low=low medium=- high=high xhigh=- max=max
-glm-5.3-flash|1000000|131072|ri|0.15,0.5,0.03,0|off=- minimal=- low=low medium=- high=high xhigh=- max=max
-glm-5.3-flash-free|200000|32000|ri||off=- minimal=- low=low medium=- high=high xhigh=- max=max
-iceman-free|262144|131072|r
-inkling-2-small-free|1048576|131072|ri||off=none minimal=minimal low=low medium=medium high=high xhigh=- max=max
-kimi-k2.5|262144|65536|ri|0.6,3,0.1,0||!supportsLongCacheRetention
-kimi-k2.6|262144|65536|ri|0.95,4,0.16,0||thinkingFormat=deepseek !supportsReasoningEffort !supportsLongCacheRetention
-kimi-k2.7-code|262144|262144|ri|0.95,4,0.19,0
-kimi-k3|1048576|131072|ri|3,15,0.3,3|off=- minimal=- low=low medium=- high=high xhigh=- max=max|supportsMidConvoSystemMessages supportsMidConvoToolAdditions
-longcat-2.5-free|1000000|262144|ri
-mimo-v2.6-flash-free|200000|32000|ri
-minimax-m2.5|204800|131072|r|0.3,1.2,0.06,0
-minimax-m2.7|204800|131072|r|0.3,1.2,0.06,0||!supportsLongCacheRetention
-minimax-m3|512000|128000|ri|0.3,1.2,0.06,0
-minimax-m3.1-flash-free|1000000|512000|ri||off=- minimal=- low=low medium=medium high=high xhigh=xhigh max=max
-mistral-large-4|524288|262144|ri|0.68,2.09,0.07,0|off=none minimal=- low=- medium=- high=high xhigh=- max=-
-nemotron-3.5-lightning-free|262144|262144|r
-nemotron-3.5-super-vl-free|1048576|131072|ri||off=none minimal=minimal low=low medium=medium high=high xhigh=xhigh max=-
-qwen3.8-max|262144|131072|ri|2,6,0.25,2.5|off=- minimal=- low=low medium=medium high=- xhigh=xhigh max=-
+gemini-3-flash|1048576|65536|ri|0.5,3,0.05,0|off=- minimal=minimal low=low medium=medium high=high xhigh=- max=-||google-generative-ai
+gemini-3.1-pro|1048576|65536|ri|2,12,0.2,0|off=- minimal=- low=low medium=medium high=high xhigh=- max=-||google-generative-ai
+gemini-3.5-flash|1048576|65536|ri|1.5,9,0.15,0|off=- minimal=minimal low=low medium=medium high=high xhigh=- max=-||google-generative-ai
+gemini-3.5-flash-lite|1048576|65536|ri|0.3,2.5,0.03,0|off=- minimal=minimal low=low medium=medium high=high xhigh=- max=-||google-generative-ai
+gemini-3.6-flash|1048576|65536|ri|0.75,3.75,0.075,0|off=- minimal=minimal low=low medium=medium high=high xhigh=- max=-||google-generative-ai
+gemini-3.7-flash|1048576|65536|ri|0.75,3.75,0.075,0|off=- minimal=- low=low medium=medium high=high xhigh=- max=-||google-generative-ai
+gemini-3.8-flash|1048576|65536|ri|0.75,3.75,0.075,0|off=- minimal=- low=low medium=medium high=high xhigh=- max=-||google-generative-ai
+gemini-4-argon|1048576|65536|ri|2,10,0.1,0|off=- minimal=- low=low medium=medium high=high xhigh=- max=-||google-generative-ai
+beam-free|1048576|131072|r||off=- minimal=- low=low medium=medium high=high xhigh=xhigh max=max|!supportsDeveloperRole supportsStrictMode|openai-completions
+big-pickle|200000|32000|r|||!supportsDeveloperRole supportsStrictMode|openai-completions
+deepseek-v4-pro|1000000|384000|r|1.74,3.48,0.145,0|off=- minimal=- low=- medium=- high=high xhigh=- max=max|!supportsDeveloperRole supportsStrictMode !supportsLongCacheRetention requiresReasoningContentOnAssistantMessages|openai-completions
+deepseek-v4.1-flash|1000000|384000|ri|0.3,1.2,0.006,0|off=- minimal=- low=low medium=- high=high xhigh=- max=max|!supportsDeveloperRole supportsStrictMode !supportsLongCacheRetention requiresReasoningContentOnAssistantMessages|openai-completions
+deepseek-v4.1-flash-free|200000|32000|ri||off=- minimal=- low=low medium=- high=high xhigh=- max=max|!supportsDeveloperRole supportsStrictMode requiresReasoningContentOnAssistantMessages|openai-completions
+flint-40b-free|262144|65536|r||off=- minimal=- low=low medium=medium high=high xhigh=xhigh max=max|!supportsDeveloperRole supportsStrictMode|openai-completions
+glm-5|204800|131072|r|1,3.2,0.2,0||!supportsDeveloperRole supportsStrictMode|openai-completions
+glm-5.1|204800|131072|r|1.4,4.4,0.26,0||!supportsDeveloperRole supportsStrictMode|openai-completions
+glm-5.2|1000000|131072|r|1.4,4.4,0.26,0|off=- minimal=- low=- medium=- high=high xhigh=- max=max|!supportsDeveloperRole supportsStrictMode|openai-completions
+glm-5.3|1000000|131072|r|1.4,4.4,0.26,0|off=- minimal=- low=low medium=- high=high xhigh=- max=max|!supportsDeveloperRole supportsStrictMode|openai-completions
+glm-5.3-flash|1000000|131072|ri|0.15,0.5,0.03,0|off=- minimal=- low=low medium=- high=high xhigh=- max=max|!supportsDeveloperRole supportsStrictMode|openai-completions
+glm-5.3-flash-free|200000|32000|ri||off=- minimal=- low=low medium=- high=high xhigh=- max=max|!supportsDeveloperRole supportsStrictMode|openai-completions
+iceman-free|262144|131072|r|||!supportsDeveloperRole supportsStrictMode|openai-completions
+inkling-2-small-free|1048576|131072|ri||off=none minimal=minimal low=low medium=medium high=high xhigh=- max=max|!supportsDeveloperRole supportsStrictMode|openai-completions
+kimi-k2.5|262144|65536|ri|0.6,3,0.1,0||!supportsDeveloperRole supportsStrictMode !supportsLongCacheRetention|openai-completions
+kimi-k2.6|262144|65536|ri|0.95,4,0.16,0||!supportsDeveloperRole supportsStrictMode thinkingFormat=deepseek !supportsReasoningEffort !supportsLongCacheRetention|openai-completions
+kimi-k2.7-code|262144|262144|ri|0.95,4,0.19,0||!supportsDeveloperRole supportsStrictMode|openai-completions
+kimi-k3|1048576|131072|ri|3,15,0.3,3|off=- minimal=- low=low medium=- high=high xhigh=- max=max|!supportsDeveloperRole supportsStrictMode supportsMidConvoSystemMessages supportsMidConvoToolAdditions|openai-completions
+longcat-2.5-free|1000000|262144|ri|||!supportsDeveloperRole supportsStrictMode|openai-completions
+mimo-v2.6-flash-free|200000|32000|ri|||!supportsDeveloperRole supportsStrictMode|openai-completions
+minimax-m2.5|204800|131072|r|0.3,1.2,0.06,0||!supportsDeveloperRole supportsStrictMode|openai-completions
+minimax-m2.7|204800|131072|r|0.3,1.2,0.06,0||!supportsDeveloperRole supportsStrictMode !supportsLongCacheRetention|openai-completions
+minimax-m3|512000|128000|ri|0.3,1.2,0.06,0||!supportsDeveloperRole supportsStrictMode|openai-completions
+minimax-m3.1-flash-free|1000000|512000|ri||off=- minimal=- low=low medium=medium high=high xhigh=xhigh max=max|!supportsDeveloperRole supportsStrictMode|openai-completions
+mistral-large-4|524288|262144|ri|0.68,2.09,0.07,0|off=none minimal=- low=- medium=- high=high xhigh=- max=-|!supportsDeveloperRole supportsStrictMode|openai-completions
+nemotron-3.5-lightning-free|262144|262144|r|||!supportsDeveloperRole supportsStrictMode|openai-completions
+nemotron-3.5-super-vl-free|1048576|131072|ri||off=none minimal=minimal low=low medium=medium high=high xhigh=xhigh max=-|!supportsDeveloperRole supportsStrictMode|openai-completions
+qwen3.8-max|262144|131072|ri|2,6,0.25,2.5|off=- minimal=- low=low medium=medium high=- xhigh=xhigh max=-|!supportsDeveloperRole supportsStrictMode|openai-completions
+gpt-5|400000|128000|ri|1.07,8.5,0.107,0|off=- minimal=minimal low=low medium=medium high=high xhigh=- max=-|sessionAffinityFormat=openai-nosession supportsOpenAIGrammarTools
+gpt-5-codex|400000|128000|ri|1.07,8.5,0.107,0|off=- minimal=- low=low medium=medium high=high xhigh=- max=-|sessionAffinityFormat=openai-nosession supportsOpenAIGrammarTools
+gpt-5-nano|400000|128000|ri|0.05,0.4,0.005,0|off=- minimal=minimal low=low medium=medium high=high xhigh=- max=-|sessionAffinityFormat=openai-nosession supportsOpenAIGrammarTools
+gpt-5.1|400000|128000|ri|1.07,8.5,0.107,0|off=- minimal=- low=low medium=medium high=high xhigh=- max=-|sessionAffinityFormat=openai-nosession supportsOpenAIGrammarTools
+gpt-5.1-codex|400000|128000|ri|1.07,8.5,0.107,0|off=- minimal=- low=low medium=medium high=high xhigh=- max=-|sessionAffinityFormat=openai-nosession supportsOpenAIGrammarTools
+gpt-5.1-codex-max|400000|128000|ri|1.25,10,0.125,0|off=- minimal=- low=low medium=medium high=high xhigh=xhigh max=-|sessionAffinityFormat=openai-nosession supportsOpenAIGrammarTools
+gpt-5.1-codex-mini|400000|128000|ri|0.25,2,0.025,0|off=- minimal=- low=low medium=medium high=high xhigh=- max=-|sessionAffinityFormat=openai-nosession supportsOpenAIGrammarTools
+gpt-5.2|400000|128000|ri|1.75,14,0.175,0|off=- minimal=- low=low medium=medium high=high xhigh=xhigh max=-|sessionAffinityFormat=openai-nosession supportsOpenAIGrammarTools
+gpt-5.2-codex|400000|128000|ri|1.75,14,0.175,0|off=- minimal=- low=low medium=medium high=high xhigh=xhigh max=-|sessionAffinityFormat=openai-nosession supportsOpenAIGrammarTools
+gpt-5.3-codex|400000|128000|ri|1.75,14,0.175,0|off=- minimal=- low=low medium=medium high=high xhigh=xhigh max=-|sessionAffinityFormat=openai-nosession supportsOpenAIGrammarTools
+gpt-5.4|272000|128000|ri|2.5,15,0.25,0|off=- minimal=- low=low medium=medium high=high xhigh=xhigh max=-|sessionAffinityFormat=openai-nosession supportsMidConvoSystemMessages supportsOpenAIGrammarTools
+gpt-5.4-mini|400000|128000|ri|0.75,4.5,0.075,0|off=- minimal=- low=low medium=medium high=high xhigh=xhigh max=-|sessionAffinityFormat=openai-nosession supportsMidConvoSystemMessages supportsOpenAIGrammarTools
+gpt-5.4-nano|400000|128000|ri|0.2,1.25,0.02,0|off=- minimal=- low=low medium=medium high=high xhigh=xhigh max=-|sessionAffinityFormat=openai-nosession supportsOpenAIGrammarTools
+gpt-5.4-pro|1050000|128000|ri|30,180,30,0|off=- minimal=- low=- medium=medium high=high xhigh=xhigh max=-|sessionAffinityFormat=openai-nosession supportsMidConvoSystemMessages supportsOpenAIGrammarTools
+gpt-5.5|1050000|128000|ri|5,30,0.5,0|off=- minimal=- low=low medium=medium high=high xhigh=xhigh max=-|sessionAffinityFormat=openai-nosession supportsMidConvoSystemMessages supportsOpenAIGrammarTools
+gpt-5.5-pro|1050000|128000|ri|30,180,30,0|off=- minimal=- low=- medium=medium high=high xhigh=xhigh max=-|sessionAffinityFormat=openai-nosession supportsOpenAIGrammarTools
+gpt-5.6-luna|1050000|128000|ri|0.2,1.2,0.02,0.25|off=- minimal=- low=low medium=medium high=high xhigh=xhigh max=max|sessionAffinityFormat=openai-nosession supportsMidConvoSystemMessages supportsAdditionalTools supportsOpenAIGrammarTools
+gpt-5.6-sol|1050000|128000|ri|4,20,0.4,5|off=- minimal=- low=low medium=medium high=high xhigh=xhigh max=max|sessionAffinityFormat=openai-nosession supportsMidConvoSystemMessages supportsAdditionalTools supportsOpenAIGrammarTools
+gpt-5.6-terra|1050000|128000|ri|2,12,0.2,2.5|off=- minimal=- low=low medium=medium high=high xhigh=xhigh max=max|sessionAffinityFormat=openai-nosession supportsMidConvoSystemMessages supportsAdditionalTools supportsOpenAIGrammarTools
+gpt-6-astra|1050000|128000|ri|10,50,1,12.5|off=- minimal=- low=low medium=medium high=high xhigh=xhigh max=max|sessionAffinityFormat=openai-nosession supportsMidConvoSystemMessages supportsAdditionalTools supportsOpenAIGrammarTools
+gpt-6-luna|1050000|128000|ri|0.1,0.5,0.01,0.125|off=none minimal=- low=low medium=medium high=high xhigh=xhigh max=max|sessionAffinityFormat=openai-nosession supportsMidConvoSystemMessages supportsAdditionalTools supportsOpenAIGrammarTools
+gpt-6-sol|1050000|128000|ri|2,10,0.2,2.5|off=none minimal=- low=low medium=medium high=high xhigh=xhigh max=max|sessionAffinityFormat=openai-nosession supportsMidConvoSystemMessages supportsAdditionalTools supportsOpenAIGrammarTools
+gpt-6.1-sol|1050000|128000|ri|2,10,0.1,2.5|off=- minimal=- low=low medium=medium high=high xhigh=xhigh max=max|sessionAffinityFormat=openai-nosession supportsMidConvoSystemMessages supportsAdditionalTools supportsOpenAIGrammarTools
+grok-4.5|500000|500000|ri|2,6,0.3,0|off=- minimal=- low=low medium=medium high=high xhigh=- max=-|sessionAffinityFormat=openai-nosession
+grok-4.6|500000|500000|ri|2,6,0.5,0|off=- minimal=- low=low medium=medium high=high xhigh=xhigh max=-|sessionAffinityFormat=openai-nosession
+grok-4.7|500000|500000|ri|2,6,0.5,0|off=- minimal=- low=low medium=medium high=high xhigh=xhigh max=-|sessionAffinityFormat=openai-nosession
+grok-build-0.1|256000|256000|ri|1,2,0.2,0|off=- minimal=- low=- medium=-|sessionAffinityFormat=openai-nosession !supportsReasoningEffort
+muse-ember-1.0|1048576|270000|ri|0.1,0.5,0.004,0|off=- minimal=minimal low=low medium=medium high=high xhigh=xhigh max=max|sessionAffinityFormat=openai-nosession
+muse-spark-1.2|1048576|131072|ri|1.25,4.25,0.15,0|off=- minimal=minimal low=low medium=medium high=high xhigh=xhigh max=-|sessionAffinityFormat=openai-nosession
+muse-spark-1.3|1048576|131072|ri|1.25,4.25,0.15,0|off=- minimal=minimal low=low medium=medium high=high xhigh=xhigh max=-|sessionAffinityFormat=openai-nosession
+muse-wonder-1.0|1048576|131072|ri|4,20,0.2,0|off=- minimal=minimal low=low medium=medium high=high xhigh=xhigh max=max|sessionAffinityFormat=openai-nosession
 """,
 "opencode-go": """
 claude-haiku-5-5|1000000|128000|ri|0.1,0.5,0.01,0.125|xhigh=xhigh max=max|forceAdaptiveThinking !supportsTemperature supportsMidConvoEffort|anthropic-messages
@@ -6913,27 +11021,238 @@ minimax-m3|1000000|131072|ri|0.3,1.2,0.06,0|||anthropic-messages
 qwen3.7-plus|1000000|65536|ri|0.4,1.6,0.04,0.5|||anthropic-messages
 qwen3.8-flash|1000000|131072|ri|0.15,0.47,0.016,0.2||allowEmptySignature|anthropic-messages
 qwen3.8-max|1000000|131072|ri|2,6,0.25,2.5|||anthropic-messages
-beam-free|1048576|131072|r||off=- minimal=- low=low medium=medium high=high xhigh=xhigh max=max
-deepseek-v4-pro|1000000|384000|r|0.66,1.98,0.022,0|minimal=- low=- medium=- high=high max=max|requiresReasoningContentOnAssistantMessages thinkingFormat=deepseek
-deepseek-v4.1-flash|1000000|384000|ri|0.15,0.6,0.003,0|off=- minimal=- low=low medium=- high=high xhigh=- max=max|requiresReasoningContentOnAssistantMessages thinkingFormat=deepseek
-glm-5.2|1000000|131072|r|1.4,4.4,0.26,0|off=- minimal=- low=- medium=- high=high xhigh=- max=max
-glm-5.3|1000000|131072|r|1.4,4.4,0.26,0|off=- minimal=- low=low medium=- high=high xhigh=- max=max
-glm-5.3-flash|1000000|131072|ri|0.15,0.5,0.03,0|off=- minimal=- low=low medium=- high=high xhigh=- max=max
-hy3|256000|128000|r|0.14,0.58,0.035,0|off=none minimal=- low=low medium=- high=high xhigh=- max=-
-hy4|1048576|65536|ri|0.834,2.501,0.042,0|off=none minimal=- low=- medium=- high=high xhigh=- max=-
-hy4-preview|1024000|64000|r|0.834,2.501,0.042,0|off=none minimal=- low=- medium=- high=high xhigh=- max=-
-iceman-contributor-free|262144|131072|r
-kimi-k2.7-code|262144|262144|ri|0.95,4,0.19,0
-kimi-k3|1048576|131072|ri|3,15,0.3,3|off=- minimal=- low=- medium=- high=- xhigh=- max=max|supportsMidConvoSystemMessages supportsMidConvoToolAdditions
-kimi-k3.1-pro|1048576|131072|ri|2,10,0.2,2|off=- minimal=- low=low medium=- high=high xhigh=- max=max|supportsMidConvoSystemMessages supportsMidConvoToolAdditions
-longcat-2.0|1000000|131072|r|0.3,1.2,0.006,0
-longcat-2.5-free|1000000|262144|ri
-mimo-v2.5|1000000|128000|ri|0.14,0.28,0.0028,0
-mimo-v2.5-pro|1048576|128000|r|0.435,0.87,0.003625,0
-mimo-v2.6-flash|1048576|131072|ri|0.14,0.28,0.0028,0
-mimo-v2.6-pro|1048576|131072|ri|0.435,0.87,0.003625,0
-minimax-m3.1-flash|1000000|512000|ri|0.15,0.6,0.015,0|off=- minimal=- low=low medium=medium high=high xhigh=xhigh max=max
-step-5-preview|1000000|65536|ri|1,2.7,0.1,0|off=- minimal=- low=low medium=medium high=high xhigh=- max=-
+gemini-4-argon|1048576|65536|ri|2,10,0.1,0|off=- minimal=- low=low medium=medium high=high xhigh=- max=-||google-generative-ai
+beam-free|1048576|131072|r||off=- minimal=- low=low medium=medium high=high xhigh=xhigh max=max|!supportsDeveloperRole supportsStrictMode
+deepseek-v4-pro|1000000|384000|r|0.66,1.98,0.022,0|minimal=- low=- medium=- high=high max=max|!supportsDeveloperRole supportsStrictMode requiresReasoningContentOnAssistantMessages thinkingFormat=deepseek
+deepseek-v4.1-flash|1000000|384000|ri|0.15,0.6,0.003,0|off=- minimal=- low=low medium=- high=high xhigh=- max=max|!supportsDeveloperRole supportsStrictMode requiresReasoningContentOnAssistantMessages thinkingFormat=deepseek
+glm-5.2|1000000|131072|r|1.4,4.4,0.26,0|off=- minimal=- low=- medium=- high=high xhigh=- max=max|!supportsDeveloperRole supportsStrictMode
+glm-5.3|1000000|131072|r|1.4,4.4,0.26,0|off=- minimal=- low=low medium=- high=high xhigh=- max=max|!supportsDeveloperRole supportsStrictMode
+glm-5.3-flash|1000000|131072|ri|0.15,0.5,0.03,0|off=- minimal=- low=low medium=- high=high xhigh=- max=max|!supportsDeveloperRole supportsStrictMode
+hy3|256000|128000|r|0.14,0.58,0.035,0|off=none minimal=- low=low medium=- high=high xhigh=- max=-|!supportsDeveloperRole supportsStrictMode
+hy4|1048576|65536|ri|0.834,2.501,0.042,0|off=none minimal=- low=- medium=- high=high xhigh=- max=-|!supportsDeveloperRole supportsStrictMode
+hy4-preview|1024000|64000|r|0.834,2.501,0.042,0|off=none minimal=- low=- medium=- high=high xhigh=- max=-|!supportsDeveloperRole supportsStrictMode
+iceman-contributor-free|262144|131072|r|||!supportsDeveloperRole supportsStrictMode
+kimi-k2.7-code|262144|262144|ri|0.95,4,0.19,0||!supportsDeveloperRole supportsStrictMode
+kimi-k3|1048576|131072|ri|3,15,0.3,3|off=- minimal=- low=- medium=- high=- xhigh=- max=max|!supportsDeveloperRole supportsStrictMode supportsMidConvoSystemMessages supportsMidConvoToolAdditions
+kimi-k3.1-pro|1048576|131072|ri|2,10,0.2,2|off=- minimal=- low=low medium=- high=high xhigh=- max=max|!supportsDeveloperRole supportsStrictMode supportsMidConvoSystemMessages supportsMidConvoToolAdditions
+longcat-2.0|1000000|131072|r|0.3,1.2,0.006,0||!supportsDeveloperRole supportsStrictMode
+longcat-2.5-free|1000000|262144|ri|||!supportsDeveloperRole supportsStrictMode
+mimo-v2.5|1000000|128000|ri|0.14,0.28,0.0028,0||!supportsDeveloperRole supportsStrictMode
+mimo-v2.5-pro|1048576|128000|r|0.435,0.87,0.003625,0||!supportsDeveloperRole supportsStrictMode
+mimo-v2.6-flash|1048576|131072|ri|0.14,0.28,0.0028,0||!supportsDeveloperRole supportsStrictMode
+mimo-v2.6-pro|1048576|131072|ri|0.435,0.87,0.003625,0||!supportsDeveloperRole supportsStrictMode
+minimax-m3.1-flash|1000000|512000|ri|0.15,0.6,0.015,0|off=- minimal=- low=low medium=medium high=high xhigh=xhigh max=max|!supportsDeveloperRole supportsStrictMode
+step-5-preview|1000000|65536|ri|1,2.7,0.1,0|off=- minimal=- low=low medium=medium high=high xhigh=- max=-|!supportsDeveloperRole supportsStrictMode
+gpt-5.6-luna|1050000|128000|ri|0.2,1.2,0.02,0.25|off=- minimal=- low=low medium=medium high=high xhigh=xhigh max=max|sessionAffinityFormat=openai-nosession supportsMidConvoSystemMessages supportsAdditionalTools|openai-responses
+gpt-6-luna|1050000|128000|ri|0.1,0.5,0.01,0.125|off=none minimal=- low=low medium=medium high=high xhigh=xhigh max=max|sessionAffinityFormat=openai-nosession supportsMidConvoSystemMessages supportsAdditionalTools|openai-responses
+grok-4.7|500000|500000|ri|2,6,0.5,0|off=- minimal=- low=low medium=medium high=high xhigh=xhigh max=-|sessionAffinityFormat=openai-nosession|openai-responses
+muse-spark-1.2-contributor|1048576|131072|ri|0.1,0.2,0.002,0|off=- minimal=minimal low=low medium=medium high=high xhigh=xhigh max=-|sessionAffinityFormat=openai-nosession|openai-responses
+muse-spark-1.3-contributor|1048576|131072|ri|0.1,0.2,0.002,0|off=- minimal=minimal low=low medium=medium high=high xhigh=xhigh max=-|sessionAffinityFormat=openai-nosession|openai-responses
+""",
+"openrouter": """
+anthropic/claude-haiku-4.5|200000|64000|ri|1,5,0.1,1.25|||anthropic-messages
+anthropic/claude-haiku-5.5|1000000|128000|ri|0.1,0.5,0.01,0.125|off=none minimal=- low=low medium=medium high=high xhigh=xhigh max=max|forceAdaptiveThinking !supportsTemperature supportsMidConvoEffort|anthropic-messages
+anthropic/claude-opus-4.8|1000000|128000|ri|5,25,0.5,6.25|off=none minimal=- low=low medium=medium high=high xhigh=xhigh max=max|forceAdaptiveThinking !supportsTemperature|anthropic-messages
+anthropic/claude-opus-5|1000000|128000|ri|5,25,0.5,6.25|off=none minimal=- low=low medium=medium high=high xhigh=xhigh max=max|forceAdaptiveThinking !supportsTemperature|anthropic-messages
+anthropic/claude-opus-5.5|1000000|128000|ri|4,20,0.2,5|off=- minimal=- low=low medium=medium high=high xhigh=xhigh max=max|forceAdaptiveThinking !supportsTemperature supportsMidConvoEffort|anthropic-messages
+anthropic/claude-sonnet-4.5|1000000|64000|ri|3,15,0.3,3.75|||anthropic-messages
+anthropic/claude-sonnet-5|1000000|128000|ri|2,10,0.2,2.5|off=none minimal=- low=low medium=medium high=high xhigh=xhigh max=max|forceAdaptiveThinking !supportsTemperature|anthropic-messages
+anthropic/claude-sonnet-5.5|1000000|128000|ri|2,10,0.1,2.5|off=- minimal=- low=low medium=medium high=high xhigh=xhigh max=max|forceAdaptiveThinking !supportsTemperature supportsMidConvoEffort|anthropic-messages
+~deepseek/deepseek-v4-flash-latest|1048576|943718|r|0.0434,0.3,0.035,0|off=none minimal=- low=low medium=- high=high xhigh=- max=max|requiresReasoningContentOnAssistantMessages
+anthropic/claude-haiku-4.5:batch|200000|64000|ri|0.5,2.5,0.05,0.625||supportsDeveloperRole cacheControlFormat=anthropic
+anthropic/claude-haiku-5.5:batch|1000000|128000|ri|0.05,0.25,0.005,0.0625|off=none minimal=- low=low medium=medium high=high xhigh=xhigh max=max|supportsDeveloperRole cacheControlFormat=anthropic
+anthropic/claude-opus-4.8:batch|1000000|128000|ri|2.5,12.5,0.25,3.125|off=none minimal=- low=low medium=medium high=high xhigh=xhigh max=max|supportsDeveloperRole cacheControlFormat=anthropic
+anthropic/claude-opus-5:batch|1000000|128000|ri|2.5,12.5,0.25,3.125|off=none minimal=- low=low medium=medium high=high xhigh=xhigh max=max|supportsDeveloperRole cacheControlFormat=anthropic
+anthropic/claude-opus-5.5:batch|1000000|128000|ri|2,10,0.1,2.5|off=- minimal=- low=low medium=medium high=high xhigh=xhigh max=max|supportsDeveloperRole cacheControlFormat=anthropic
+anthropic/claude-sonnet-4.5:batch|1000000|64000|ri|1.5,7.5,0.15,1.875||supportsDeveloperRole cacheControlFormat=anthropic
+anthropic/claude-sonnet-5:batch|1000000|128000|ri|1,5,0.1,1.25|off=none minimal=- low=low medium=medium high=high xhigh=xhigh max=max|supportsDeveloperRole cacheControlFormat=anthropic
+anthropic/claude-sonnet-5.5:batch|1000000|128000|ri|1,5,0.05,1.25|off=- minimal=- low=low medium=medium high=high xhigh=xhigh max=max|supportsDeveloperRole cacheControlFormat=anthropic
+deepseek/deepseek-r1-0528|163840|32768|r|0.5,2.15,0.35,0|off=-
+deepseek/deepseek-v4-flash|1048575|943717|r|0.091,0.182,0.0182,0|off=none minimal=- low=- medium=- high=high xhigh=xhigh max=-|requiresReasoningContentOnAssistantMessages
+deepseek/deepseek-v4-flash-0731|1048576|943718|r|0.0434,0.3,0.035,0|off=none minimal=- low=low medium=- high=high xhigh=- max=max|requiresReasoningContentOnAssistantMessages
+deepseek/deepseek-v4-flash-0731:batch|1048576|384000|r|0.048,0.144,0.012,0|off=none minimal=- low=low medium=- high=high xhigh=- max=max|requiresReasoningContentOnAssistantMessages
+deepseek/deepseek-v4-flash-vision-exp|1048575|943717|ri|0.44,1.32,0.014,0|off=none minimal=- low=low medium=- high=high xhigh=- max=max|requiresReasoningContentOnAssistantMessages
+deepseek/deepseek-v4-pro|1024000|384000|r|0.95526,1.91052,0.079605,0|off=none minimal=- low=- medium=- high=high xhigh=xhigh max=-|requiresReasoningContentOnAssistantMessages
+deepseek/deepseek-v4-pro-0813|1048576|943718|r|0.111,4.44,0.097,0|off=none minimal=- low=low medium=- high=high xhigh=- max=max|requiresReasoningContentOnAssistantMessages
+deepseek/deepseek-v4.1-flash|1048576|943718|ri|0.006,0.5,0.005,0|off=none minimal=- low=low medium=- high=high xhigh=- max=max|requiresReasoningContentOnAssistantMessages
+deepseek/deepseek-v4.1-flash-1017|1048576|943718|ri|0.006,0.5,0.005,0|off=none minimal=- low=low medium=- high=high xhigh=- max=max|requiresReasoningContentOnAssistantMessages
+deepseek/deepseek-v4.1-flash-1017:batch|1048576|943718|ri|0.011,0.2,0.002,0|off=none minimal=- low=low medium=- high=high xhigh=- max=max|requiresReasoningContentOnAssistantMessages
+deepseek/deepseek-v4.1-flash:batch|1048576|131072|ri|0.112,0.336,0.00336,0|off=none minimal=- low=low medium=- high=high xhigh=- max=max|requiresReasoningContentOnAssistantMessages
+google/gemini-2.5-flash|1048576|65535|ri|0.3,2.5,0.03,0.083333
+google/gemini-2.5-flash-lite|1048576|65535|ri|0.1,0.4,0.01,0.083333
+google/gemini-2.5-pro|1048576|65536|ri|1.25,10,0.125,0.375|off=-
+google/gemini-2.5-pro-preview|1048576|65536|ri|1.25,10,0.125,0.375|off=-
+google/gemini-3-flash-preview|1048576|65536|ri|0.5,3,0.05,0.083333|off=none minimal=minimal low=low medium=medium high=high xhigh=- max=-
+google/gemini-3-flash-preview:batch|1048576|65536|ri|0.25,1.5,0,0|off=none minimal=minimal low=low medium=medium high=high xhigh=- max=-
+google/gemini-3-pro-image|65536|32768|ri|2,12,0.2,0.375|off=-
+google/gemini-3.1-flash-lite|1048576|65536|ri|0.25,1.5,0.025,0.083333|off=none minimal=minimal low=low medium=medium high=high xhigh=- max=-
+google/gemini-3.1-flash-lite-preview|1048576|65536|ri|0.25,1.5,0.025,0.083333|off=none minimal=minimal low=low medium=medium high=high xhigh=- max=-
+google/gemini-3.1-flash-lite:batch|1048576|65536|ri|0.125,0.75,0.0125,0|off=none minimal=minimal low=low medium=medium high=high xhigh=- max=-
+google/gemini-3.1-pro-preview|1048576|65536|ri|2,12,0.2,0.375|off=- minimal=- low=low medium=medium high=high xhigh=- max=-
+google/gemini-3.1-pro-preview-customtools|1048576|65536|ri|2,12,0.2,0.375|off=- minimal=- low=low medium=medium high=high xhigh=- max=-
+""",
+"vercel-ai-gateway": """
+alibaba/qwen3-coder|262144|32768||0.22,1.8,0.022,0
+alibaba/qwen3-coder-30b-a3b|262144|8192||0.15,0.6,0,0
+alibaba/qwen3-coder-next|256000|256000||0.5,1.2,0,0
+alibaba/qwen3-max-thinking|256000|65536|r|1.2,6,0.24,0
+alibaba/qwen3.7-max|991000|64000|r|2.5,7.5,0.5,3.125
+alibaba/qwen3.8-max|262144|128000|ri|2,6,0.25,0
+alibaba/qwen3.8-max-0902|991000|128000|ri|2,6,0.25,2.5
+alibaba/qwen3.8-max-prime|1000000|131072|ri|4,12,0.5,5
+anthropic/claude-haiku-4.5|200000|64000|ri|1,5,0.1,1.25
+anthropic/claude-haiku-4.5-batch|200000|64000|ri|0.5,2.5,0.05,0.625
+anthropic/claude-haiku-5.5|1000000|128000|ri|0.1,0.5,0.01,0.125|xhigh=xhigh max=max|forceAdaptiveThinking !supportsTemperature
+anthropic/claude-haiku-5.5-batch|1000000|128000|ri|0.05,0.25,0.005,0.0625|xhigh=xhigh max=max|forceAdaptiveThinking !supportsTemperature
+anthropic/claude-opus-4.8|1000000|128000|ri|5,25,0.5,6.25|xhigh=xhigh max=max|forceAdaptiveThinking !supportsTemperature
+anthropic/claude-opus-4.8-batch|1000000|128000|ri|2.5,12.5,0.25,3.125|xhigh=xhigh max=max|forceAdaptiveThinking !supportsTemperature
+anthropic/claude-opus-4.8-fast|1000000|128000|ri|10,50,1,12.5|xhigh=xhigh max=max|forceAdaptiveThinking !supportsTemperature
+anthropic/claude-opus-5|1000000|128000|ri|5,25,0.5,6.25|xhigh=xhigh max=max|forceAdaptiveThinking !supportsTemperature
+anthropic/claude-opus-5-batch|1000000|128000|ri|2.5,12.5,0.25,3.125|xhigh=xhigh max=max|forceAdaptiveThinking !supportsTemperature
+anthropic/claude-opus-5-fast|1000000|128000|ri|10,50,1,12.5|xhigh=xhigh max=max|forceAdaptiveThinking !supportsTemperature
+anthropic/claude-opus-5.5|1000000|128000|ri|4,20,0.2,5|xhigh=xhigh max=max|forceAdaptiveThinking !supportsTemperature
+anthropic/claude-opus-5.5-batch|1000000|128000|ri|2,10,0.1,2.5|xhigh=xhigh max=max|forceAdaptiveThinking !supportsTemperature
+anthropic/claude-opus-5.5-fast|1000000|128000|ri|8,40,0.4,10|xhigh=xhigh max=max|forceAdaptiveThinking !supportsTemperature
+anthropic/claude-sonnet-4.5|1000000|64000|ri|3,15,0.3,3.75
+anthropic/claude-sonnet-4.5-batch|1000000|64000|ri|1.5,7.5,0.15,1.875
+anthropic/claude-sonnet-5|1000000|128000|ri|2,10,0.2,2.5|xhigh=xhigh max=max|forceAdaptiveThinking !supportsTemperature
+anthropic/claude-sonnet-5-batch|1000000|128000|ri|1,5,0.1,1.25|xhigh=xhigh max=max|forceAdaptiveThinking !supportsTemperature
+anthropic/claude-sonnet-5.5|1000000|128000|ri|2,10,0.1,2.5|xhigh=xhigh max=max|forceAdaptiveThinking !supportsTemperature
+anthropic/claude-sonnet-5.5-batch|1000000|128000|ri|1,5,0.05,1.25|xhigh=xhigh max=max|forceAdaptiveThinking !supportsTemperature
+deepseek/deepseek-r1|128000|8192|r|1.35,5.4,0,0
+deepseek/deepseek-v4-flash|1000000|384000|r|0.13,0.26,0.028,0
+deepseek/deepseek-v4-flash-0731|1000000|384000|r|0.13,0.26,0.028,0
+deepseek/deepseek-v4-flash-vision-exp|1048576|1048576|ri|0.2156,0.6468,0.0068,0
+deepseek/deepseek-v4-pro|1048600|1048600|r|1.32,3.96,0.132,0
+deepseek/deepseek-v4-pro-0813|1000000|384000|r|0.66,1.98,0.066,0
+deepseek/deepseek-v4.1-flash|1048576|32768|ri|0.3,1.2,0.007,0
+deepseek/deepseek-v4.1-flash-1017|1048576|262144|ri|0.3,1.2,0.007,0
+deepseek/deepseek-v4.1-flash-1017-fast|1048576|262144|ri|0.6,2.4,0.014,0
+deepseek/deepseek-v4.1-flash-1017-ultrafast|1048576|1048576|ri|2.4,9.6,0.048,0
+deepseek/deepseek-v4.1-flash-fast|1048576|32768|ri|0.6,2.4,0.014,0
+google/gemini-2.5-flash|1000000|65535|ri|0.3,2.5,0.03,0
+google/gemini-2.5-flash-batch|1000000|64000|ri|0.15,1.25,0.03,0
+""",
+"huggingface": """
+deepseek-ai/DeepSeek-V3|64000|8192||0.4,1.3,0,0
+deepseek-ai/DeepSeek-V3-0324|163840|163840||0.27,1.12,0,0
+deepseek-ai/DeepSeek-V3.1|131072|8192|r|0.27,1,0,0
+deepseek-ai/DeepSeek-V3.2|163840|65536|r|0.28,0.4,0,0
+deepseek-ai/DeepSeek-V4-Flash|1048576|384000|r|0.14,0.28,0,0
+deepseek-ai/DeepSeek-V4-Flash-0731|1048576|384000|r|0.14,0.28,0,0|off=- minimal=- low=- medium=- high=high xhigh=- max=max
+deepseek-ai/DeepSeek-V4-Flash-Vision-Exp|1048576|384000|ri|0.44,1.32,0,0|off=- minimal=- low=low medium=- high=high xhigh=- max=max
+deepseek-ai/DeepSeek-V4-Pro|1048576|393216|r|0.435,0.87,0.003625,0|off=- minimal=- low=- medium=- high=high xhigh=- max=-
+deepseek-ai/DeepSeek-V4-Pro-0813|1000000|384000|r|1.32,3.96,0,0|off=- minimal=- low=low medium=- high=high xhigh=- max=max
+deepseek-ai/DeepSeek-V4.1-Flash|1048576|384000|ri|0.3,1.2,0,0|off=none minimal=- low=low medium=- high=high xhigh=xhigh max=max
+deepseek-ai/DeepSeek-V4.1-Flash-1017|1048576|384000|ri|0.3,1.2,0,0|off=- minimal=- low=low medium=- high=high xhigh=- max=max
+MiniMaxAI/MiniMax-M1-80k|1000000|80000|r|0.55,2.2,0,0
+MiniMaxAI/MiniMax-M2|204800|131072|r|0.3,1.2,0,0
+MiniMaxAI/MiniMax-M2.1|204800|131072|r|0.3,1.2,0,0
+MiniMaxAI/MiniMax-M2.5|204800|131072|r|0.3,1.2,0.03,0
+MiniMaxAI/MiniMax-M2.7|204800|131072|r|0.3,1.2,0.06,0
+MiniMaxAI/MiniMax-M3|524288|512000|ri|0.3,1.2,0,0
+MiniMaxAI/MiniMax-M3.1-Flash|1000000|512000|ri|0.15,0.6,0,0|off=- minimal=- low=low medium=medium high=high xhigh=xhigh max=max
+moonshotai/Kimi-K2-Instruct|131072|16384||1,3,0,0
+moonshotai/Kimi-K2-Instruct-0905|262144|16384||1,3,0,0
+moonshotai/Kimi-K2-Thinking|262144|262144|r|0.6,2.5,0.15,0
+moonshotai/Kimi-K2.5|262144|262144|ri|0.6,3,0.1,0
+moonshotai/Kimi-K2.6|262144|262144|ri|0.95,4,0.16,0
+moonshotai/Kimi-K2.7-Code|262144|262144|ri|0.95,4,0,0
+moonshotai/Kimi-K3|1000000|131072|ri|3,15,0,0|off=- minimal=- low=low medium=- high=high xhigh=- max=max
+""",
+"amazon-bedrock": """
+amazon.nova-2-lite-v1:0|1000000|65535|ri|0.33,2.75,0.0825,0.33
+amazon.nova-lite-v1:0|300000|10000|i|0.06,0.24,0.015,0.06
+amazon.nova-micro-v1:0|128000|10000||0.035,0.14,0.00875,0.035
+amazon.nova-pro-v1:0|300000|10000|i|0.8,3.2,0.2,0.8
+eu.anthropic.claude-fable-5|1000000|128000|ri|11,55,1.1,13.75|off=- xhigh=xhigh max=max|supportsStrictMode
+eu.anthropic.claude-haiku-4-5-20251001-v1:0|200000|64000|ri|1.1,5.5,0.11,1.375||supportsStrictMode
+eu.anthropic.claude-haiku-5-5|1000000|128000|ri|0.11,0.55,0.011,0.1375|xhigh=xhigh max=max|supportsStrictMode
+eu.anthropic.claude-opus-4-5-20251101-v1:0|200000|64000|ri|5.5,27.5,0.55,6.875||supportsStrictMode
+eu.anthropic.claude-opus-4-6-v1|1000000|128000|ri|5.5,27.5,0.55,6.875|max=max|supportsStrictMode
+eu.anthropic.claude-opus-4-7|1000000|128000|ri|5.5,27.5,0.55,6.875|xhigh=xhigh max=max|supportsStrictMode
+eu.anthropic.claude-opus-4-8|1000000|128000|ri|5.5,27.5,0.55,6.875|xhigh=xhigh max=max|supportsStrictMode
+eu.anthropic.claude-opus-5|1000000|128000|ri|5.5,27.5,0.55,6.875|xhigh=xhigh max=max|supportsStrictMode
+eu.anthropic.claude-opus-5-5|1000000|128000|ri|4.4,22,0.22,5.5|xhigh=xhigh max=max|supportsStrictMode
+eu.anthropic.claude-sonnet-4-20250514-v1:0|200000|64000|ri|3,15,0.3,3.75
+eu.anthropic.claude-sonnet-4-5-20250929-v1:0|200000|64000|ri|3.3,16.5,0.33,4.125||supportsStrictMode
+eu.anthropic.claude-sonnet-4-6|1000000|128000|ri|3.3,16.5,0.33,4.125|max=max|supportsStrictMode
+eu.anthropic.claude-sonnet-5|1000000|128000|ri|2.2,11,0.22,2.75|xhigh=xhigh max=max|supportsStrictMode
+eu.anthropic.claude-sonnet-5-5|1000000|128000|ri|2.2,11,0.11,2.75|xhigh=xhigh max=max|supportsStrictMode
+global.anthropic.claude-fable-5|1000000|128000|ri|10,50,1,12.5|off=- xhigh=xhigh max=max|supportsStrictMode
+global.anthropic.claude-fable-5-1|1000000|128000|ri|10,50,0.25,12.5|off=- xhigh=xhigh max=max|supportsStrictMode
+global.anthropic.claude-fable-5-2|1000000|128000|ri|8,40,0.2,10|off=- xhigh=xhigh max=max|supportsStrictMode
+global.anthropic.claude-haiku-4-5-20251001-v1:0|200000|64000|ri|1,5,0.1,1.25||supportsStrictMode
+global.anthropic.claude-haiku-5-5|1000000|128000|ri|0.1,0.5,0.01,0.125|xhigh=xhigh max=max|supportsStrictMode
+global.anthropic.claude-opus-4-5-20251101-v1:0|200000|64000|ri|5,25,0.5,6.25||supportsStrictMode
+global.anthropic.claude-opus-4-6-v1|1000000|128000|ri|5,25,0.5,6.25|max=max|supportsStrictMode
+global.anthropic.claude-opus-4-7|1000000|128000|ri|5,25,0.5,6.25|xhigh=xhigh max=max|supportsStrictMode
+global.anthropic.claude-opus-4-8|1000000|128000|ri|5,25,0.5,6.25|xhigh=xhigh max=max|supportsStrictMode
+global.anthropic.claude-opus-5|1000000|128000|ri|5,25,0.5,6.25|xhigh=xhigh max=max|supportsStrictMode
+global.anthropic.claude-opus-5-5|1000000|128000|ri|4,20,0.2,5|xhigh=xhigh max=max|supportsStrictMode
+global.anthropic.claude-sonnet-4-20250514-v1:0|200000|64000|ri|3,15,0.3,3.75
+global.anthropic.claude-sonnet-4-5-20250929-v1:0|200000|64000|ri|3,15,0.3,3.75||supportsStrictMode
+global.anthropic.claude-sonnet-4-6|1000000|128000|ri|3,15,0.3,3.75|max=max|supportsStrictMode
+global.anthropic.claude-sonnet-5|1000000|128000|ri|2,10,0.2,2.5|xhigh=xhigh max=max|supportsStrictMode
+global.anthropic.claude-sonnet-5-5|1000000|128000|ri|2,10,0.1,2.5|xhigh=xhigh max=max|supportsStrictMode
+openai.gpt-5.4|1000000|128000|ri|2.75,16.5,0.275,0|xhigh=xhigh|supportsStrictMode
+openai.gpt-5.5|1000000|128000|ri|5.5,33,0.55,0|xhigh=xhigh|supportsStrictMode
+openai.gpt-5.6-luna|1050000|128000|ri|0.22,1.32,0.022,0.275|xhigh=xhigh|supportsStrictMode
+openai.gpt-5.6-sol|1050000|128000|ri|4.4,22,0.44,5.5|xhigh=xhigh|supportsStrictMode
+openai.gpt-5.6-terra|1050000|128000|ri|2.2,13.2,0.22,2.75|xhigh=xhigh|supportsStrictMode
+openai.gpt-6-astra|1050000|128000|ri|11,55,1.1,13.75|xhigh=xhigh|supportsStrictMode
+openai.gpt-6-luna|1050000|128000|ri|0.11,0.55,0.011,0.1375|xhigh=xhigh|supportsStrictMode
+openai.gpt-6-sol|1050000|128000|ri|2.2,11,0.22,2.75|xhigh=xhigh|supportsStrictMode
+openai.gpt-6.1-sol|1050000|128000|ri|2.2,11,0.11,2.75|xhigh=xhigh|supportsStrictMode
+openai.gpt-6.1-terra|1050000|128000|ri|1.1,5.5,0.055,1.375|xhigh=xhigh|supportsStrictMode
+openai.gpt-oss-120b|131072|131072|r|0.15,0.6,0,0||supportsStrictMode
+openai.gpt-oss-120b-1:0|131072|128000|r|0.15,0.6,0,0||supportsStrictMode
+openai.gpt-oss-20b|131072|131072|r|0.07,0.3,0,0||supportsStrictMode
+openai.gpt-oss-20b-1:0|131072|128000|r|0.07,0.3,0,0||supportsStrictMode
+openai.gpt-oss-safeguard-120b|128000|16384|r|0.15,0.6,0,0||supportsStrictMode
+openai.gpt-oss-safeguard-20b|128000|16384|r|0.07,0.2,0,0||supportsStrictMode
+us.amazon.nova-2-lite-v1:0|1000000|65535|ri|0.33,2.75,0.0825,0.33
+us.amazon.nova-lite-v1:0|300000|10000|i|0.06,0.24,0.015,0.06
+us.amazon.nova-micro-v1:0|128000|10000||0.035,0.14,0.00875,0.035
+us.amazon.nova-premier-v1:0|1000000|10000|i|2.5,12.5,0.625,2.5
+us.amazon.nova-pro-v1:0|300000|10000|i|0.8,3.2,0.2,0.8
+us.anthropic.claude-fable-5|1000000|128000|ri|11,55,1.1,13.75|off=- xhigh=xhigh max=max|supportsStrictMode
+us.anthropic.claude-fable-5-1|1000000|128000|ri|11,55,0.275,13.75|off=- xhigh=xhigh max=max|supportsStrictMode
+us.anthropic.claude-fable-5-2|1000000|128000|ri|8.8,44,0.22,11|off=- xhigh=xhigh max=max|supportsStrictMode
+us.anthropic.claude-haiku-4-5-20251001-v1:0|200000|64000|ri|1.1,5.5,0.11,1.375||supportsStrictMode
+us.anthropic.claude-haiku-5-5|1000000|128000|ri|0.11,0.55,0.011,0.1375|xhigh=xhigh max=max|supportsStrictMode
+us.anthropic.claude-opus-4-1-20250805-v1:0|200000|32000|ri|15,75,1.5,18.75
+us.anthropic.claude-opus-4-5-20251101-v1:0|200000|64000|ri|5.5,27.5,0.55,6.875||supportsStrictMode
+us.anthropic.claude-opus-4-6-v1|1000000|128000|ri|5.5,27.5,0.55,6.875|max=max|supportsStrictMode
+us.anthropic.claude-opus-4-7|1000000|128000|ri|5.5,27.5,0.55,6.875|xhigh=xhigh max=max|supportsStrictMode
+us.anthropic.claude-opus-4-8|1000000|128000|ri|5.5,27.5,0.55,6.875|xhigh=xhigh max=max|supportsStrictMode
+us.anthropic.claude-opus-5|1000000|128000|ri|5.5,27.5,0.55,6.875|xhigh=xhigh max=max|supportsStrictMode
+us.anthropic.claude-opus-5-5|1000000|128000|ri|4.4,22,0.22,5.5|xhigh=xhigh max=max|supportsStrictMode
+us.anthropic.claude-sonnet-4-20250514-v1:0|200000|64000|ri|3,15,0.3,3.75
+us.anthropic.claude-sonnet-4-5-20250929-v1:0|200000|64000|ri|3.3,16.5,0.33,4.125||supportsStrictMode
+us.anthropic.claude-sonnet-4-6|1000000|128000|ri|3.3,16.5,0.33,4.125|max=max|supportsStrictMode
+us.anthropic.claude-sonnet-5|1000000|128000|ri|2.2,11,0.22,2.75|xhigh=xhigh max=max|supportsStrictMode
+us.anthropic.claude-sonnet-5-5|1000000|128000|ri|2.2,11,0.11,2.75|xhigh=xhigh max=max|supportsStrictMode
+us.meta.llama3-1-70b-instruct-v1:0|128000|4096||0.72,0.72,0,0
+us.meta.llama3-1-8b-instruct-v1:0|128000|4096||0.22,0.22,0,0
+us.meta.llama3-3-70b-instruct-v1:0|128000|4096||0.72,0.72,0,0
+us.meta.llama4-maverick-17b-instruct-v1:0|1000000|8192|i|0.24,0.97,0,0
+us.meta.llama4-scout-17b-instruct-v1:0|10000000|8192|i|0.17,0.66,0,0
+""",
+"google-gemini-cli": """
+gemini-2.5-flash|1048576|65536|ri|0.3,2.5,0.03,0
+gemini-2.5-pro|1048576|65536|ri|1.25,10,0.125,0
+gemini-3-flash-preview|1048576|65536|ri|0.5,3,0.05,0|off=- minimal=minimal low=low medium=medium high=high xhigh=- max=-
+gemini-3-pro-preview|1048576|65536|ri
+gemini-3.1-pro-preview|1048576|65536|ri|2,12,0.2,0|off=- minimal=- low=low medium=medium high=high xhigh=- max=-
+gemini-2.5-flash-lite|1048576|65536|ri|0.1,0.4,0.01,0
+""",
+"google-antigravity": """
+claude-opus-4-6-thinking|200000|64000|ri
+claude-sonnet-4-6|200000|64000|ri
+gemini-3-flash|1048576|65536|ri
+gemini-3.1-pro-low|1048576|65536|ri
+gpt-oss-120b-medium|131072|32768|r
 """,
 }
 

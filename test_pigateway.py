@@ -31,7 +31,9 @@ if __name__ == "__main__":
     sys.exit(bootstrap())
 
 import base64
+import binascii
 import contextlib
+import datetime
 import hashlib
 import http.client
 import http.server
@@ -45,6 +47,7 @@ import shutil
 import signal
 import socket
 import stat
+import struct
 import threading
 import time
 import urllib.parse
@@ -1641,6 +1644,7 @@ ERRORS: List[Tuple[Any, Tuple[int, str, str], Tuple[int, str]]] = [
     (pg.Overloaded, (503, "service_unavailable_error", "server_is_overloaded"), (529, "overloaded_error")),
     (pg.UpstreamTimeout, (504, "server_error", "upstream_timeout"), (504, "timeout_error")),
     (pg.UpstreamProtocolError, (502, "upstream_error", "stream_incomplete"), (502, "api_error")),
+    (pg.EmptyAnswer, (502, "upstream_error", "empty_answer"), (502, "api_error")),
 ]
 
 
@@ -2893,7 +2897,8 @@ def test_every_line_of_the_catalogue_parses() -> None:
                                                                   "").split("\n") if line]) or (
             provider.name == pg.DEMO), "no id twice"
         for each in models.values():
-            assert each.protocol in pg.UPSTREAM_PROTOCOLS and each.base_url and each.provider == provider.name
+            assert each.protocol in pg.UPSTREAM_PROTOCOLS and each.provider == provider.name
+            assert each.base_url or provider.source == "azure"      # whose address is the user's own
             assert set(each.thinking_levels) <= set(pg.LEVELS) and len(each.cost) in (0, 4)
             assert each.context_window > 0 and 0 < each.max_tokens <= each.context_window
             assert each.id == each.id.strip() and all(price >= 0 for price in each.cost)
@@ -3097,7 +3102,7 @@ def test_models_json_over_the_built_in_table() -> None:
     mine = found_in(read, "openai/mine")
     assert (mine.max_tokens, mine.context_window) == (6, 8)
     assert "unknown" not in read.custom["openai"]
-    assert read.providers["openai"].env == pg.PROVIDERS["openai"].env and pg.PROVIDERS["openai"].protocol == "openai-completions"
+    assert read.providers["openai"].env == pg.PROVIDERS["openai"].env and pg.PROVIDERS["openai"].protocol == "openai-responses"
 
 
 def test_overrides_merge_cost_and_levels_field_by_field() -> None:
@@ -6522,6 +6527,3306 @@ def test_claude_code(tmp_path: Any, provider: str) -> None:
     assert len(asked) == 2
     if provider == "anth":
         assert SIGNED_THOUGHT.encode() in asked[-1].body
+
+
+# ======================================================================================================================
+# §8 Responses, Azure, Codex
+# ======================================================================================================================
+
+RESPONSES, AZURE, CODEX = pg.OpenAIResponses(), pg.AzureResponses(), pg.CodexResponses()
+RESPONSES_SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+RESPONSES_PATCH = "*** Begin Patch\n*** End Patch\n"
+
+
+def responses_model(**fields: Any) -> pg.Model:
+    compat = fields.pop("compat", {})
+    return pg.Model(**{"id": "m2", "provider": "p", "protocol": "openai-responses", "reasoning": True,
+                       "base_url": "https://api.test/v1", "input": ("text", "image"),
+                       "compat": {"supportsStrictMode": True, **compat}, **fields})
+
+
+def responses_read(data: bytes, step: Optional[int] = None, reader: Any = None, cut: Optional[int] = None) -> List[Any]:
+    settled = pg.Settled(reader or pg.ResponsesReader(STAMP))
+    events: List[Any] = []
+    data = data[:cut]
+    for place in range(0, len(data), step or max(1, len(data))):
+        events += settled.feed(data[place:place + (step or len(data))])
+    return events + settled.end()
+
+
+def responses_frames(*events: Any) -> bytes:
+    return sse(events)
+
+
+def responses_parts(events: Sequence[Any]) -> List[Any]:
+    """The finished parts."""
+    return [event.part for event in events if isinstance(event, pg.PartEnd)]
+
+
+def responses_final(status: str = "completed", **fields: Any) -> Dict[str, Any]:
+    """The last event."""
+    return {"type": "response." + status, "response": {"id": "r", "status": status, "output": [], **fields}}
+
+
+def responses_wire(*events: Any, named: bool = False) -> bytes:
+    """Events exactly as OpenAI writes them, without blanks."""
+    return b"".join((f"event: {event['type']}\n" if named else "").encode() + b"data: " + pg.dumps(event).encode()
+                    + b"\n\n" for event in events)
+
+
+# D4 to D7 of the wire reference, to the byte.
+RESPONSES_D4 = responses_wire(
+    {"type": "response.created", "sequence_number": 0,
+     "response": {"id": "resp_d4", "object": "response", "created_at": 1760000002, "status": "in_progress",
+                  "model": "m2", "output": [], "parallel_tool_calls": True, "tool_choice": "auto", "tools": []}},
+    {"type": "response.in_progress", "sequence_number": 1,
+     "response": {"id": "resp_d4", "object": "response", "created_at": 1760000002, "status": "in_progress",
+                  "model": "m2", "output": [], "parallel_tool_calls": True, "tool_choice": "auto", "tools": []}},
+    {"type": "response.output_item.added", "sequence_number": 2, "output_index": 0,
+     "item": {"id": "rs_1", "type": "reasoning", "summary": []}},
+    {"type": "response.reasoning_summary_part.added", "sequence_number": 3, "item_id": "rs_1", "output_index": 0,
+     "summary_index": 0, "part": {"type": "summary_text", "text": ""}},
+    {"type": "response.reasoning_summary_text.delta", "sequence_number": 4, "item_id": "rs_1", "output_index": 0,
+     "summary_index": 0, "delta": "Plan it."},
+    {"type": "response.reasoning_summary_text.done", "sequence_number": 5, "item_id": "rs_1", "output_index": 0,
+     "summary_index": 0, "text": "Plan it."},
+    {"type": "response.reasoning_summary_part.done", "sequence_number": 6, "item_id": "rs_1", "output_index": 0,
+     "summary_index": 0, "part": {"type": "summary_text", "text": "Plan it."}},
+    {"type": "response.output_item.done", "sequence_number": 7, "output_index": 0,
+     "item": {"id": "rs_1", "type": "reasoning", "summary": [{"type": "summary_text", "text": "Plan it."}],
+              "encrypted_content": "ENC1"}},
+    {"type": "response.output_item.added", "sequence_number": 8, "output_index": 1,
+     "item": {"id": "msg_1", "type": "message", "role": "assistant", "status": "in_progress", "content": []}},
+    {"type": "response.content_part.added", "sequence_number": 9, "item_id": "msg_1", "output_index": 1,
+     "content_index": 0, "part": {"type": "output_text", "text": "", "annotations": []}},
+    {"type": "response.output_text.delta", "sequence_number": 10, "item_id": "msg_1", "output_index": 1,
+     "content_index": 0, "delta": "Done.", "logprobs": []},
+    {"type": "response.output_text.done", "sequence_number": 11, "item_id": "msg_1", "output_index": 1,
+     "content_index": 0, "text": "Done.", "logprobs": []},
+    {"type": "response.content_part.done", "sequence_number": 12, "item_id": "msg_1", "output_index": 1,
+     "content_index": 0, "part": {"type": "output_text", "text": "Done.", "annotations": []}},
+    {"type": "response.output_item.done", "sequence_number": 13, "output_index": 1,
+     "item": {"id": "msg_1", "type": "message", "role": "assistant", "status": "completed", "phase": "final_answer",
+              "content": [{"type": "output_text", "text": "Done.", "annotations": []}]}},
+    {"type": "response.completed", "sequence_number": 14,
+     "response": {"id": "resp_d4", "object": "response", "created_at": 1760000002, "status": "completed", "model": "m2",
+                  "parallel_tool_calls": True, "tool_choice": "auto", "tools": [],
+                  "output": [{"id": "rs_1", "type": "reasoning",
+                              "summary": [{"type": "summary_text", "text": "Plan it."}], "encrypted_content": "ENC1"},
+                             {"id": "msg_1", "type": "message", "role": "assistant", "status": "completed",
+                              "phase": "final_answer",
+                              "content": [{"type": "output_text", "text": "Done.", "annotations": []}]}],
+                  "usage": {"input_tokens": 40, "input_tokens_details": {"cached_tokens": 10, "cache_write_tokens": 0},
+                            "output_tokens": 12, "output_tokens_details": {"reasoning_tokens": 8},
+                            "total_tokens": 52}}}, named=True)
+RESPONSES_D5 = responses_wire(
+    {"type": "response.created", "sequence_number": 0,
+     "response": {"id": "resp_d5", "object": "response", "created_at": 1760000003, "status": "in_progress",
+                  "model": "m2", "output": [], "parallel_tool_calls": True, "tool_choice": "auto", "tools": []}},
+    {"type": "response.output_item.added", "sequence_number": 1, "output_index": 0,
+     "item": {"id": "fc_1", "type": "function_call", "call_id": "call_1", "name": "wx", "arguments": "",
+              "status": "in_progress"}},
+    {"type": "response.function_call_arguments.delta", "sequence_number": 2, "item_id": "fc_1", "output_index": 0,
+     "delta": '{"city":"Ro'},
+    {"type": "response.function_call_arguments.delta", "sequence_number": 3, "item_id": "fc_1", "output_index": 0,
+     "delta": 'me"}'},
+    {"type": "response.function_call_arguments.done", "sequence_number": 4, "item_id": "fc_1", "output_index": 0,
+     "arguments": '{"city":"Rome"}'},
+    {"type": "response.output_item.done", "sequence_number": 5, "output_index": 0,
+     "item": {"id": "fc_1", "type": "function_call", "call_id": "call_1", "name": "wx", "arguments": '{"city":"Rome"}',
+              "status": "completed"}},
+    {"type": "response.output_item.added", "sequence_number": 6, "output_index": 1,
+     "item": {"id": "ctc_2", "type": "custom_tool_call", "call_id": "call_2", "name": "apply_patch", "input": ""}},
+    {"type": "response.custom_tool_call_input.delta", "sequence_number": 7, "item_id": "ctc_2", "output_index": 1,
+     "delta": "*** Begin Patch\n*** End Patch\n"},
+    {"type": "response.custom_tool_call_input.done", "sequence_number": 8, "item_id": "ctc_2", "output_index": 1,
+     "input": "*** Begin Patch\n*** End Patch\n"},
+    {"type": "response.output_item.done", "sequence_number": 9, "output_index": 1,
+     "item": {"id": "ctc_2", "type": "custom_tool_call", "call_id": "call_2", "name": "apply_patch",
+              "input": "*** Begin Patch\n*** End Patch\n"}},
+    {"type": "response.completed", "sequence_number": 10,
+     "response": {"id": "resp_d5", "object": "response", "created_at": 1760000003, "status": "completed", "model": "m2",
+                  "parallel_tool_calls": True, "tool_choice": "auto", "tools": [],
+                  "output": [{"id": "fc_1", "type": "function_call", "call_id": "call_1", "name": "wx",
+                              "arguments": '{"city":"Rome"}', "status": "completed"},
+                             {"id": "ctc_2", "type": "custom_tool_call", "call_id": "call_2", "name": "apply_patch",
+                              "input": "*** Begin Patch\n*** End Patch\n"}],
+                  "usage": {"input_tokens": 5, "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+                            "output_tokens": 7, "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": 12}}},
+    named=True)
+RESPONSES_D6 = responses_wire(
+    {"type": "response.created", "sequence_number": 0,
+     "response": {"id": "resp_d6", "status": "in_progress", "output": []}},
+    {"type": "response.output_item.added", "sequence_number": 1, "output_index": 0,
+     "item": {"id": "msg_6", "type": "message", "role": "assistant", "status": "in_progress", "content": []}},
+    {"type": "response.output_text.delta", "sequence_number": 2, "item_id": "msg_6", "output_index": 0,
+     "content_index": 0, "delta": "Partial"},
+    {"type": "response.incomplete", "sequence_number": 3,
+     "response": {"id": "resp_d6", "status": "incomplete", "incomplete_details": {"reason": "max_output_tokens"},
+                  "output": [], "usage": {"input_tokens": 3, "output_tokens": 16, "total_tokens": 19}}})
+RESPONSES_D7 = responses_wire(
+    {"type": "response.output_item.added", "item": {"type": "message", "id": "msg_7", "role": "assistant",
+                                                    "status": "in_progress", "content": []}},
+    {"type": "response.content_part.added", "part": {"type": "output_text", "text": ""}},
+    {"type": "response.output_text.delta", "delta": "Hello"},
+    {"type": "response.output_item.done", "item": {"type": "message", "id": "msg_7", "role": "assistant",
+                                                   "status": "completed",
+                                                   "content": [{"type": "output_text", "text": "Hello"}]}},
+    {"type": "response.done", "response": {"id": "resp_d7", "status": "completed", "service_tier": "default",
+                                           "end_turn": True,
+                                           "usage": {"input_tokens": 5, "input_tokens_details": {"cached_tokens": 0},
+                                                     "output_tokens": 3, "total_tokens": 8}}}) + b"data: [DONE]\n\n"
+RESPONSES_ITEM = {"id": "rs_1", "type": "reasoning", "summary": [{"type": "summary_text", "text": "Plan it."}],
+                  "encrypted_content": "ENC1"}
+# Azure: reasoning is sealed only in the last event.
+RESPONSES_D11 = RESPONSES_D4.replace(
+    b'"text":"Plan it."}],"encrypted_content":"ENC1"}}\n', b'"text":"Plan it."}]}}\n')
+assert RESPONSES_D11.count(b"ENC1") == 1
+RESPONSES_GOLDENS: Dict[str, Tuple[bytes, Any, List[Any]]] = {
+    "D4": (RESPONSES_D4, pg.ResponsesReader,
+           [pg.Start("resp_d4", "m2"), pg.PartStart(0, pg.Thinking(maker="openai-responses")),
+            pg.PartDelta(0, "Plan it."),
+            pg.PartEnd(0, pg.Thinking("Plan it.", pg.dumps(RESPONSES_ITEM), False, "openai-responses")),
+            pg.PartStart(1, pg.Text()), pg.PartDelta(1, "Done."), pg.PartEnd(1, pg.Text("Done.")),
+            pg.Done("stop", pg.Usage(30, 12, 10, 0, 8))]),
+    "D5": (RESPONSES_D5, pg.ResponsesReader,
+           [pg.Start("resp_d5", "m2"), pg.PartStart(0, pg.ToolCall("call_1", "wx")), pg.PartDelta(0, '{"city":"Ro'),
+            pg.PartDelta(0, 'me"}'), pg.PartEnd(0, pg.ToolCall("call_1", "wx", '{"city":"Rome"}')),
+            pg.PartStart(1, pg.ToolCall("call_2", "apply_patch")),
+            pg.PartDelta(1, '{"input":"*** Begin Patch\\n*** End Patch\\n'), pg.PartDelta(1, '"}'),
+            pg.PartEnd(1, pg.ToolCall("call_2", "apply_patch", pg.json_text({"input": RESPONSES_PATCH}))),
+            pg.Done("tool_use", pg.Usage(5, 7))]),
+    "D6": (RESPONSES_D6, pg.ResponsesReader,
+           [pg.Start("resp_d6"), pg.PartStart(0, pg.Text()), pg.PartDelta(0, "Partial"),
+            pg.PartEnd(0, pg.Text("Partial")),
+            pg.Done("length", pg.Usage(3, 16))]),
+    "D7": (RESPONSES_D7, pg.ResponsesReader,
+           [pg.Start(), pg.PartStart(0, pg.Text()), pg.PartDelta(0, "Hello"), pg.PartEnd(0, pg.Text("Hello")),
+            pg.Done("stop", pg.Usage(5, 3))]),
+    "D11": (RESPONSES_D11, pg.AzureReader,
+            [pg.Start("resp_d4", "m2"), pg.PartStart(0, pg.Thinking(maker="openai-responses")),
+             pg.PartDelta(0, "Plan it."), pg.PartStart(1, pg.Text()), pg.PartDelta(1, "Done."),
+             pg.PartEnd(1, pg.Text("Done.")),
+             pg.PartEnd(0, pg.Thinking("Plan it.", pg.dumps(RESPONSES_ITEM), False, "openai-responses")),
+             pg.Done("stop", pg.Usage(30, 12, 10, 0, 8))]),
+}
+
+
+@pytest.mark.parametrize("name", RESPONSES_GOLDENS)
+@pytest.mark.parametrize("newline", [b"\n", b"\r\n", b"\r"])
+def test_responses_golden(name: str, newline: bytes) -> None:
+    data, reader, wanted = RESPONSES_GOLDENS[name]
+    data = data.replace(b"\n", newline)
+    assert responses_read(data, reader=reader(STAMP)) == wanted
+    assert responses_read(data, 1, reader(STAMP)) == wanted
+
+
+@pytest.mark.parametrize("name", RESPONSES_GOLDENS)
+def test_responses_any_split_is_the_same(name: str) -> None:
+    data, reader, wanted = RESPONSES_GOLDENS[name]
+    for cut in range(len(data) + 1):
+        settled = pg.Settled(reader(STAMP))
+        assert settled.feed(data[:cut]) + settled.feed(data[cut:]) + settled.end() == wanted
+
+
+@pytest.mark.parametrize("name", RESPONSES_GOLDENS)
+def test_responses_mutilated_events_never_raise(name: str) -> None:
+    """One value after the other replaced by what it should not be: events or a failure, in order, and nothing else."""
+    data, reader, _ = RESPONSES_GOLDENS[name]
+    events = [json.loads(line[6:]) for line in data.splitlines() if line.startswith(b"data: {")]
+
+    def places(value: Any, path: Tuple[Any, ...] = ()) -> Iterator[Tuple[Any, ...]]:
+        yield path
+        inside: Any = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        for key, inner in inside:
+            yield from places(inner, (*path, key))
+
+    for path in [path for path in places(events) if path]:
+        for wrong in (None, 7, "x", [], {}, [None], {"a": None}):
+            copy = json.loads(json.dumps(events))
+            target = copy
+            for key in path[:-1]:
+                target = target[key]
+            target[path[-1]] = wrong
+            out = responses_read(responses_frames(*copy), reader=reader(STAMP))
+            assert [isinstance(event, (pg.Done, pg.Failed)) for event in out].index(True) == len(out) - 1
+            if isinstance(out[-1], pg.Done):
+                started = [event.index for event in out if isinstance(event, pg.PartStart)]
+                assert started == list(range(len(started)))
+                assert sorted(started) == sorted(event.index for event in out if isinstance(event, pg.PartEnd))
+
+
+@pytest.mark.parametrize("name", RESPONSES_GOLDENS)
+def test_responses_any_cut_fails(name: str) -> None:
+    data, reader, _ = RESPONSES_GOLDENS[name]
+    last = max(data.rfind(b'data: {"type":"response.' + word) for word in (b"completed", b"incomplete", b"done"))
+    whole = data.index(b"\n", last)                      # a terminal event without its blank line is still one
+    for cut in range(whole):
+        events = responses_read(data, reader=reader(STAMP), cut=cut)
+        assert isinstance(events[-1], pg.Failed) and isinstance(events[-1].error, pg.UpstreamProtocolError), cut
+        assert sum(isinstance(event, (pg.Done, pg.Failed)) for event in events) == 1
+    assert isinstance(responses_read(data, reader=reader(STAMP), cut=whole)[-1], pg.Done)
+
+
+@pytest.mark.parametrize("name", ["D4", "D5"])
+def test_responses_whole_answer_is_the_same(name: str) -> None:
+    data, _, wanted = RESPONSES_GOLDENS[name]
+    last = json.loads(data.strip().rpartition(b"data: ")[2])
+    events = pg.Settled(pg.ResponsesReader(STAMP)).whole(last["response"])
+    assert responses_parts(events) == responses_parts(wanted) and events[0] == wanted[0] and events[-1] == wanted[-1]
+
+
+def test_responses_interleaved_items_stay_apart() -> None:
+    add, done = "response.output_item.added", "response.output_item.done"
+    delta = "response.function_call_arguments.delta"
+    calls = [{"type": "function_call", "id": f"fc_{n}", "call_id": f"call_{n}", "name": f"f{n}", "arguments": ""}
+             for n in range(2)]
+    data = responses_frames(
+        *({"type": add, "output_index": n, "item": call} for n, call in enumerate(calls)),
+        *({"type": delta, "output_index": n, "item_id": f"fc_{n}", "delta": text}
+          for n, text in ((1, '{"b"'), (0, '{"a"'), (1, ":1}"), (0, ":0}"))),
+        *({"type": done, "output_index": n, "item": {**calls[n], "arguments": text}}
+          for n, text in ((1, '{"b":1}'), (0, '{"a":0}'))), responses_final())
+    reply = pg.collect(responses_read(data))
+    assert reply.parts == (pg.ToolCall("call_0", "f0", '{"a":0}'), pg.ToolCall("call_1", "f1", '{"b":1}'))
+    assert reply.stop_reason == "tool_use"
+    by_id = re.sub(rb'"output_index": \d, ', b"", data)     # without indices the item ids tell
+    assert pg.collect(responses_read(by_id)).parts == reply.parts
+
+
+def responses_reasoning(*deltas: Any, item: Any = None, kind: str = "reasoning") -> List[Any]:
+    """The events of one reasoning item."""
+    events: List[Any] = [{"type": "response.output_item.added", "output_index": 0, "item": {"type": kind, "id": "x"}}]
+    events += [{"output_index": 0, **delta} for delta in deltas]
+    if item:
+        events.append({"type": "response.output_item.done", "output_index": 0,
+                       "item": {"type": kind, "id": "x", **item}})
+    return responses_read(responses_frames(*events, responses_final()))
+
+
+RESPONSES_SUMMARY, RESPONSES_RAW = "response.reasoning_summary_text.delta", "response.reasoning_text.delta"
+
+
+@pytest.mark.parametrize("deltas, item, text, redacted, is_signed", [
+    ([{"type": RESPONSES_SUMMARY, "summary_index": 0, "delta": "a"},
+      {"type": RESPONSES_SUMMARY, "summary_index": 0, "delta": "b"},
+      {"type": RESPONSES_SUMMARY, "summary_index": 1, "delta": "c"}], {"encrypted_content": "E"}, "ab\n\nc", False,
+     True),
+    ([{"type": RESPONSES_RAW, "content_index": 0, "delta": "raw"}],
+     {"summary": [], "content": [{"type": "reasoning_text", "text": "raw!"}]}, "raw!", False, True),
+    ([], {"summary": [{"type": "summary_text", "text": "s1"}, {"type": "summary_text", "text": "s2"}],
+          "encrypted_content": "E"}, "s1\n\ns2", False, True),
+    ([], {"summary": [], "encrypted_content": "E"}, "", True, True),
+    ([{"type": RESPONSES_SUMMARY, "delta": "seen"}], {"summary": [{"type": "summary_text", "text": "seen"}]}, "seen",
+     False, False),
+    ([{"type": RESPONSES_SUMMARY, "delta": "one"}], {"summary": [{"type": "summary_text", "text": "two"}]}, "one",
+     False, False),
+])
+def test_responses_reasoning(deltas: List[Any], item: Dict[str, Any], text: str, redacted: bool,
+                             is_signed: bool) -> None:
+    events = responses_reasoning(*deltas, item=item)
+    [part] = responses_parts(events)
+    assert (part.text, part.redacted, part.maker) == (text, redacted, "openai-responses")
+    assert "".join(event.text for event in events if isinstance(event, pg.PartDelta)) == text
+    assert (json.loads(part.signature) == {"type": "reasoning", "id": "x", **item}) if is_signed else not part.signature
+
+
+def test_responses_reasoning_that_cannot_be_given_back_and_shows_nothing_is_no_part() -> None:
+    assert responses_parts(responses_reasoning(item={"summary": []})) == []
+
+
+def test_azure_seals_hidden_reasoning_in_its_place() -> None:
+    item = {"type": "reasoning", "id": "rs", "summary": []}
+    events = responses_read(responses_frames(
+        {"type": "response.output_item.added", "output_index": 0, "item": item},
+        {"type": "response.output_item.done", "output_index": 0, "item": item},
+        {"type": "response.output_item.added", "output_index": 1,
+         "item": {"type": "message", "id": "m", "content": []}},
+        {"type": "response.output_text.delta", "output_index": 1, "delta": "hi"},
+        responses_final(output=[{**item, "encrypted_content": "E"}])), reader=pg.AzureReader(STAMP))
+    assert pg.collect(events).parts == (
+        pg.Thinking("", pg.dumps({**item, "encrypted_content": "E"}), False, "openai-responses"), pg.Text("hi"))
+
+
+@pytest.mark.parametrize("events, wanted, stop", [
+    ([{"type": "response.refusal.delta", "output_index": 0, "delta": "No"}], [pg.Text("No")], "refusal"),
+    ([{"type": "response.output_item.done", "output_index": 0, "item": {
+        "type": "message", "id": "x", "content": [{"type": "refusal", "refusal": "No."}]}}], [pg.Text("No.")],
+     "refusal"),
+    ([{"type": "response.output_text.delta", "output_index": 0, "delta": "\ud83d"},
+      {"type": "response.output_text.delta", "output_index": 0, "delta": "\ude00"}], [pg.Text("\U0001f600")], "stop"),
+    ([{"type": "response.brand_new", "x": 1}, {"type": "response.output_text.delta", "output_index": 9, "delta": "?"}],
+     [], "stop"),
+])
+def test_responses_message(events: List[Any], wanted: List[Any], stop: str) -> None:
+    done = responses_read(responses_frames({"type": "response.output_item.added", "output_index": 0,
+                                            "item": {"type": "message", "id": "x", "content": []}}, *events,
+                                           responses_final()))
+    assert responses_parts(done) == wanted and done[-1].stop_reason == stop
+
+
+def responses_call(*events: Any, status: str = "completed", kind: str = "function_call", **fields: Any) -> List[Any]:
+    """The events of one call."""
+    item = {"type": kind, "id": "fc_1", "call_id": "call_1", "name": "wx"}
+    return responses_read(responses_frames({"type": "response.output_item.added", "output_index": 0, "item": item},
+                                           *({"output_index": 0, **event} for event in events),
+                                           responses_final(status, **fields)))
+
+
+RESPONSES_DELTA, RESPONSES_DONE = "response.function_call_arguments.delta", "response.function_call_arguments.done"
+RESPONSES_FC = {"type": "function_call", "id": "fc_1", "call_id": "call_1", "name": "wx"}
+
+
+@pytest.mark.parametrize("events, arguments, deltas", [
+    ([{"type": RESPONSES_DONE, "arguments": '{"a":1}'},
+      {"type": "response.output_item.done", "item": {**RESPONSES_FC, "arguments": '{"a":1}'}}],
+     '{"a":1}', ['{"a":1}']),
+    ([{"type": RESPONSES_DELTA, "delta": '{"a"'}, {"type": RESPONSES_DONE, "arguments": '{"a":1}'},
+      {"type": "response.output_item.done", "item": {**RESPONSES_FC, "arguments": '{"a":1}'}}], '{"a":1}',
+     ['{"a"', ":1}"]),
+    ([{"type": RESPONSES_DELTA, "delta": '{"a":1}'},
+      {"type": "response.output_item.done", "item": {**RESPONSES_FC, "arguments": '{"a": 1}'}}],
+     '{"a":1}', ['{"a":1}']),
+    ([{"type": "response.output_item.done", "item": {**RESPONSES_FC, "arguments": {"a": 12345678901234567890}}}],
+     '{"a":12345678901234567890}', ['{"a":12345678901234567890}']),
+    ([{"type": "response.output_item.done", "item": {**RESPONSES_FC, "arguments": ""}}], "", []),
+])
+def test_responses_call_arguments(events: List[Any], arguments: str, deltas: List[Any]) -> None:
+    out = responses_call(*events)
+    assert responses_parts(out) == [pg.ToolCall("call_1", "wx", arguments)] and out[-1].stop_reason == "tool_use"
+    assert [event.text for event in out if isinstance(event, pg.PartDelta)] == deltas
+
+
+@pytest.mark.parametrize("text", ["", "a\"b\\\n\x01é\U0001f600", "x" * 10])
+@pytest.mark.parametrize("is_streamed", [True, False])
+def test_responses_custom_call_travels_as_json(text: str, is_streamed: bool) -> None:
+    kind = "custom_tool_call"
+    deltas = [{"type": "response.custom_tool_call_input.delta", "delta": c} for c in text] if is_streamed else []
+    out = responses_call(*deltas,
+                         {"type": "response.output_item.done", "item": {**RESPONSES_FC, "type": kind, "input": text}},
+                         kind=kind)
+    [part] = responses_parts(out)
+    assert json.loads(part.arguments) == {"input": text} and pg.custom_input(part) == text
+    assert "".join(event.text for event in out if isinstance(event, pg.PartDelta)) == part.arguments
+
+
+def test_responses_unfinished_call() -> None:
+    events = [{"type": RESPONSES_DELTA, "delta": '{"a"'}]
+    assert isinstance(responses_call(*events)[-1].error, pg.UpstreamProtocolError)
+    done = [{"type": RESPONSES_DONE, "arguments": '{"a":1}'}]         # the item itself never ended
+    assert isinstance(responses_call(*done)[-1].error, pg.UpstreamProtocolError)
+    cut = responses_call(*events, status="incomplete", incomplete_details={"reason": "max_output_tokens"})
+    assert cut[-1].stop_reason == "length" and responses_parts(cut)[0].arguments == '{"a"'
+    kept = responses_call(*events, output=[{**RESPONSES_FC, "arguments": '{"a":1}'}])
+    assert kept[-1].stop_reason == "tool_use" and responses_parts(kept)[0].arguments == '{"a":1}'
+
+
+def test_responses_without_indices_the_last_item_to_begin_is_meant() -> None:
+    add, delta = "response.output_item.added", "response.output_text.delta"
+    out = responses_read(responses_frames({"type": add, "item": {"type": "reasoning"}},
+                                          {"type": RESPONSES_SUMMARY, "delta": "t"},
+                                          {"type": add, "item": {"type": "message", "id": "m"}},
+                                          {"type": delta, "delta": "a"}, responses_final()))
+    assert responses_parts(out) == [pg.Thinking("t", maker="openai-responses"), pg.Text("a")]
+
+
+def test_responses_two_items_in_one_place() -> None:
+    add = {"type": "response.output_item.added", "output_index": 0, "item": {"type": "message", "id": "m"}}
+    assert isinstance(responses_read(responses_frames(add, add))[-1].error, pg.UpstreamProtocolError)
+
+
+@pytest.mark.parametrize("client", [pg.CHAT, pg.MESSAGES])
+def test_responses_reasoning_comes_back_through_either_client(client: Any) -> None:
+    """Overlapping parts too: Azure's reasoning ends after the text that follows it."""
+    ask = {"model": "x", "max_tokens": 9, "messages": [{"role": "user", "content": "Hi"}],
+           **({"thinking": {"type": "adaptive"}} if client is pg.MESSAGES else {})}
+    events = responses_read(RESPONSES_D11, reader=pg.AzureReader(STAMP))
+    assert client.writer(client.parse(ask), STAMP).write(events)
+    answer = client.render(client.parse(ask), pg.collect(events), STAMP)
+    message = answer["choices"][0]["message"] if client is pg.CHAT else {"role": "assistant",
+                                                                         "content": answer["content"]}
+    again = client.parse({**ask, "messages": [*ask["messages"], message, *ask["messages"]]})
+    assert responses_body(pg.normalise(again, responses_model(), RESPONSES, {})[0])["input"][1:3] == [RESPONSES_ITEM, {
+        "type": "message", "role": "assistant", "status": "completed", "id": "msg_2",
+        "content": [{"type": "output_text", "text": "Done.", "annotations": []}]}]
+
+
+def test_responses_only_done_events() -> None:
+    item = {"type": "message", "id": "m", "content": [{"type": "output_text", "text": "Hi"}]}
+    out = responses_read(responses_frames({"type": "response.output_item.done",
+                                           "item": {**RESPONSES_FC, "arguments": "{}"}},
+                                          {"type": "response.output_item.done", "item": item}, responses_final()))
+    assert responses_parts(out) == [pg.ToolCall("call_1", "wx", "{}"), pg.Text("Hi")]
+    assert responses_parts(responses_read(responses_frames(responses_final(output=[item])))) == [pg.Text("Hi")]
+
+
+@pytest.mark.parametrize("call_id, wanted", [
+    ("call_1", "call_1"), ("call_" + "x" * 90, None), ("call|a+b/=", None), (None, "fc_1")])
+def test_responses_clean_ids(call_id: Optional[str], wanted: Optional[str]) -> None:
+    calls = [{**RESPONSES_FC, "call_id": call_id, "id": f"fc_{n}", "arguments": "{}"} for n in (1, 2)]
+    first, second = responses_parts(pg.Settled(pg.ResponsesReader(STAMP)).whole({"output": calls,
+                                                                                 "status": "completed"}))
+    assert first.id == (wanted or first.id) and first.id != second.id
+    assert all(re.fullmatch(r"[A-Za-z0-9_-]{1,64}", part.id) for part in (first, second))
+
+
+RESPONSES_FAILED = {"type": "response.failed", "response": {"status": "failed", "error": None}}
+
+
+def responses_failed(code: str, message: str = "m") -> Dict[str, Any]:
+    return {"type": "response.failed", "response": {"status": "failed", "error": {"code": code, "message": message}}}
+
+
+@pytest.mark.parametrize("event, kind, retry_after", [
+    (responses_failed("context_length_exceeded", "Your input exceeds the context window of this model."),
+     pg.ContextOverflow, None),
+    (responses_failed("rate_limit_exceeded", "Rate limit reached. Please try again in 1m2.5s"), pg.RateLimited, 62.5),
+    (responses_failed("server_error"), pg.UpstreamError, None),
+    (responses_failed("invalid_prompt"), pg.BadRequest, None),
+    (responses_failed("image_content_policy_violation"), pg.BadRequest, None),
+    (responses_failed("slow_down"), pg.Overloaded, None),
+    (responses_failed("insufficient_quota"), pg.QuotaExceeded, None),
+    (responses_failed("server_is_overloaded"), pg.Overloaded, None),
+    (RESPONSES_FAILED, pg.UpstreamError, None),
+    (responses_final("cancelled"), pg.UpstreamError, None),
+    ({"type": "response.done", "response": {"status": "failed", "error": {"code": "server_error", "message": "m"}}},
+     pg.UpstreamError, None),
+    ({"type": "error", "code": "context_length_exceeded", "message": "m", "param": None}, pg.ContextOverflow, None),
+    ({"type": "error", "error": {"code": "rate_limit_exceeded", "message": "try again in 2.5s"}}, pg.RateLimited, 2.5),
+    ({"type": "error", "error": {"type": "invalid_request_error", "message": "bad"}}, pg.BadRequest, None),
+    ({"type": "error", "error": "oops"}, pg.UpstreamError, None),
+    ({"error": {"message": "m", "code": "server_is_overloaded"}}, pg.Overloaded, None),
+    ({"type": "error", "error": {"type": "usage_limit_reached", "plan_type": "plus", "resets_at": 1760003600}},
+     pg.QuotaExceeded, 3600.0),
+    ([1], pg.UpstreamProtocolError, None),
+])
+def test_responses_failures(event: Any, kind: Any, retry_after: Optional[float]) -> None:
+    out = responses_read(responses_frames(event))
+    assert type(out[-1].error) is kind and out[-1].error.retry_after == retry_after and out[-1].error.message
+    late = responses_read(responses_frames({"type": "response.output_item.added", "output_index": 0,
+                                            "item": {"type": "message", "id": "x", "content": []}},
+                                           {"type": "response.output_text.delta", "output_index": 0, "delta": "Hi"},
+                                           event))
+    assert type(late[-1].error) is kind and pg.PartDelta(0, "Hi") in late
+
+
+@pytest.mark.parametrize("reason, stop", [
+    ("max_output_tokens", "length"), ("content_filter", "refusal"), ("steered", "length"), (None, "length")])
+def test_responses_incomplete(reason: Optional[str], stop: str) -> None:
+    assert responses_read(responses_frames(responses_final("incomplete",
+                                                           incomplete_details=reason
+                                                           and {"reason": reason})))[-1].stop_reason == stop
+
+
+@pytest.mark.parametrize("body, kind", [
+    ({"error": {"code": "rate_limit_exceeded", "message": "m"}}, pg.RateLimited), ({}, pg.UpstreamProtocolError),
+    ({"output": [{"no": "type"}]}, pg.UpstreamProtocolError), ({"output": [{"type": "message", "content": 1}]},
+                                                               pg.UpstreamProtocolError),
+    ({"output": [], "status": "failed", "error": {"code": "server_error", "message": "m"}}, pg.UpstreamError)])
+def test_responses_whole_failures(body: Dict[str, Any], kind: Any) -> None:
+    assert type(pg.Settled(pg.ResponsesReader(STAMP)).whole(body)[-1].error) is kind
+
+
+# --- Bodies -----------------------------------------------------------------------------------------------------------
+
+RESPONSES_USER = pg.Message("user", (pg.Text("Hi"),))
+RESPONSES_THINKING = pg.Thinking("Plan it.", pg.dumps(RESPONSES_ITEM), False, "openai-responses")
+RESPONSES_TOOLS = (pg.Tool("wx", "weather", RESPONSES_SCHEMA, strict=True), pg.Tool("plain"),
+                   pg.Tool("apply_patch", "patches", {"type": "object", "properties": {"input": {"type": "string"}}},
+                           custom=True))
+RESPONSES_FULL = pg.Request(
+    model="x", system=(pg.Text("Be brief."), pg.Text("Be kind.")), tools=RESPONSES_TOOLS,
+    tool_choice=pg.ToolChoice("tool", "wx"),
+    parallel_tools=False, max_tokens=5, temperature=0.5, top_p=0.9, user="u" * 100, verbosity="low", stream=True,
+    reasoning=pg.Reasoning("high"), output=pg.OutputFormat(RESPONSES_SCHEMA, "my output", True),
+    data={"prompt_cache_key": "s1"}, session="s1", messages=(
+        pg.Message("user", (pg.Text("Look"), pg.Image("image/png", "QUJD", detail="low"),
+                            pg.Image(url="https://x/y.png"),
+                            pg.Document("application/pdf", "QUJD", name="a.pdf"), pg.Document(url="https://x/y.pdf"),
+                            pg.Document("text/plain", "aGk="))),
+        pg.Message("assistant", (RESPONSES_THINKING, pg.Text("Sure."), pg.ToolCall("call_1", "wx", '{"city":"Rome"}'),
+                                 pg.ToolCall("c|2", "apply_patch", pg.json_text({"input": RESPONSES_PATCH})))),
+        pg.Message("tool", (pg.ToolResult("call_1", (pg.Text("sunny"), pg.Image("image/png", "QUJD"))),
+                            pg.ToolResult("c|2", (pg.Text("no file"),), True))),
+        pg.Message("assistant", (RESPONSES_THINKING, pg.Text("Well."), RESPONSES_THINKING)), RESPONSES_USER))
+
+
+def responses_body(request: pg.Request, protocol: Any = RESPONSES,
+                   credential: pg.Credential = pg.Credential("api_key", "sk-test-123456"), **fields: Any) -> Any:
+    """What a request becomes."""
+    fitted, _ = protocol.fit(request, responses_model(**fields))
+    return json.loads(protocol.build(fitted, responses_model(**fields), credential).body)
+
+
+RESPONSES_GRAMMAR = {"supportsOpenAIGrammarTools": True}
+RESPONSES_INPUT = [
+    {"role": "developer", "content": "Be brief.\n\nBe kind."},
+    {"role": "user", "content": [
+        {"type": "input_text", "text": "Look"},
+        {"type": "input_image", "detail": "low", "image_url": "data:image/png;base64,QUJD"},
+        {"type": "input_image", "detail": "auto", "image_url": "https://x/y.png"},
+        {"type": "input_file", "filename": "a.pdf", "file_data": "data:application/pdf;base64,QUJD"},
+        {"type": "input_file", "file_url": "https://x/y.pdf"}, {"type": "input_text", "text": "hi"}]},
+    RESPONSES_ITEM,
+    {"type": "message", "role": "assistant", "status": "completed", "id": "msg_3",
+     "content": [{"type": "output_text", "text": "Sure.", "annotations": []}]},
+    {"type": "function_call", "call_id": "call_1", "name": "wx", "arguments": '{"city":"Rome"}'},
+    {"type": "custom_tool_call", "call_id": pg.fit_id("c|2", 64), "name": "apply_patch", "input": RESPONSES_PATCH},
+    {"type": "function_call_output", "call_id": "call_1", "output": [
+        {"type": "input_text", "text": "sunny"},
+        {"type": "input_image", "detail": "auto", "image_url": "data:image/png;base64,QUJD"}]},
+    {"type": "custom_tool_call_output", "call_id": pg.fit_id("c|2", 64), "output": "Error: no file"},
+    RESPONSES_ITEM,
+    {"type": "message", "role": "assistant", "status": "completed", "id": "msg_9",
+     "content": [{"type": "output_text", "text": "Well.", "annotations": []}]},
+    {"role": "user", "content": [{"type": "input_text", "text": "Hi"}]}]
+
+
+def test_responses_golden_body() -> None:
+    assert responses_body(RESPONSES_FULL, compat=RESPONSES_GRAMMAR) == {
+        "model": "m2", "input": RESPONSES_INPUT, "store": False, "stream": True, "max_output_tokens": 16,
+        "temperature": 0.5,
+        "top_p": 0.9, "user": pg.fit_id("u" * 100, 64), "prompt_cache_key": "s1",
+        "include": ["reasoning.encrypted_content"], "reasoning": {"effort": "high", "summary": "auto"},
+        "text": {"format": {"type": "json_schema", "name": pg.fit_id("my output", 64), "schema": RESPONSES_SCHEMA,
+                            "strict": True},
+                 "verbosity": "low"},
+        "tools": [{"type": "function", "name": "wx", "description": "weather", "parameters": RESPONSES_SCHEMA,
+                   "strict": True},
+                  {"type": "function", "name": "plain", "parameters": {"type": "object", "properties": {}},
+                   "strict": False},
+                  {"type": "custom", "name": "apply_patch", "description": "patches"}],
+        "tool_choice": {"type": "function", "name": "wx"}, "parallel_tool_calls": False}
+
+
+def test_responses_minimal_body() -> None:
+    request = pg.Request("x", (RESPONSES_USER,))
+    assert responses_body(request, reasoning=None) == {"model": "m2", "store": False,
+                                                       "input": [{"role": "user",
+                                                                  "content": [{"type": "input_text", "text": "Hi"}]}]}
+    assert responses_body(request)["include"] == ["reasoning.encrypted_content"]
+    assert "reasoning" not in responses_body(request)
+
+
+def test_responses_without_grammar_tools() -> None:
+    out = responses_body(RESPONSES_FULL)
+    assert out["tools"][2]["type"] == "function"
+    assert out["tools"][2]["parameters"]["properties"] == {"input": {"type": "string"}}
+    assert [item["type"] for item in out["input"] if "call_id" in item] == [
+        "function_call", "function_call", "function_call_output", "function_call_output"]
+
+
+def responses_schema() -> Any:
+    """The schema of a request in OpenAI's own document."""
+    with open(OPENAI_SPEC, encoding="utf-8") as file:
+        document = json.load(file)
+    schemas = document["components"]["schemas"]
+    schemas["OutputTextContent"]["required"].remove("logprobs")     # the API takes its own items without it
+    schemas["FunctionTool"]["required"].remove("strict")
+    schemas["InputImageContent"]["properties"]["detail"].pop("default", None)
+
+    def drop(value: Any) -> Any:
+        """`discriminator` is no JSON Schema and some `format`s are not checked; oneOf is anyOf here: items overlap."""
+        if isinstance(value, list):
+            return [drop(item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        return {("anyOf" if name == "oneOf" else name): drop(item) for name, item in value.items()
+                if name not in ("discriminator", "format")}
+
+    return {"$ref": "#/components/schemas/CreateResponse", "components": {"schemas": drop(schemas)}}
+
+
+RESPONSES_BODIES = {
+    "full": (RESPONSES_FULL, RESPONSES, RESPONSES_GRAMMAR), "functions": (RESPONSES_FULL, RESPONSES, {}),
+    "azure": (RESPONSES_FULL, AZURE, RESPONSES_GRAMMAR),
+    "plain": (pg.Request("x", (RESPONSES_USER,)), RESPONSES, {}),
+    "json_object": (pg.Request("x", (RESPONSES_USER,), output=pg.OutputFormat()), RESPONSES, {}),
+    "codex": (RESPONSES_FULL, CODEX, RESPONSES_GRAMMAR), "codex plain": (pg.Request("x", (RESPONSES_USER,)), CODEX, {})}
+
+
+def codex_jwt(claims: Any) -> str:
+    return "e30." + base64.urlsafe_b64encode(json.dumps(claims).encode()).decode().rstrip("=") + ".sig"
+
+
+CODEX_TOKEN = codex_jwt({"https://api.openai.com/auth": {"chatgpt_account_id": "acc-1"}})
+AZURE_PARTS = {"resource": "res", "deployment_map": "m2=dep2, broken, =x, y="}
+
+
+@pytest.mark.parametrize("name", RESPONSES_BODIES)
+def test_responses_bodies_fit_the_published_schema(name: str) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    request, protocol, compat = RESPONSES_BODIES[name]
+    out = responses_body(request, protocol, pg.Credential("oauth", CODEX_TOKEN, parts=AZURE_PARTS), compat=compat)
+    if not os.path.exists(OPENAI_SPEC):             # somebody else's document, in no repository of ours
+        return
+    errors = list(jsonschema.Draft202012Validator(responses_schema()).iter_errors(out))
+    assert not errors, [error.message[:300] for error in errors]
+
+
+@pytest.fixture(scope="module")
+def responses_adapters() -> Tuple[Any, Any]:
+    """What checks an input item, and what checks a tool."""
+    pydantic = pytest.importorskip("pydantic")
+    types = pytest.importorskip("openai.types.responses")
+    return pydantic.TypeAdapter(types.ResponseInputItemParam), pydantic.TypeAdapter(types.ToolParam)
+
+
+@pytest.mark.parametrize("name", RESPONSES_BODIES)
+def test_responses_bodies_fit_the_sdk_types(name: str, responses_adapters: Any) -> None:
+    params = pytest.importorskip("openai.types.responses.response_create_params")
+    request, protocol, compat = RESPONSES_BODIES[name]
+    out = responses_body(request, protocol, pg.Credential("oauth", CODEX_TOKEN, parts=AZURE_PARTS), compat=compat)
+    kind = params.ResponseCreateParamsStreaming if out.get("stream") else params.ResponseCreateParamsNonStreaming
+    unknown = set(out) - set(kind.__required_keys__) - set(kind.__optional_keys__)
+    assert not unknown
+    for item in out["input"]:
+        responses_adapters[0].validate_python(item)
+    for tool in out.get("tools", ()):
+        responses_adapters[1].validate_python({"strict": None, **tool} if tool["type"] == "function" else tool)
+
+
+@pytest.mark.parametrize("level, fields, wanted", [
+    ("high", {}, {"effort": "high", "summary": "auto"}),
+    ("minimal", {"thinking_levels": {"minimal": None}}, {"effort": "low", "summary": "auto"}),
+    ("minimal", {"thinking_levels": {"minimal": "low"}}, {"effort": "low", "summary": "auto"}),
+    ("max", {}, {"effort": "high", "summary": "auto"}),
+    ("max", {"thinking_levels": {"max": "max"}}, {"effort": "max", "summary": "auto"}),
+    ("off", {}, {"effort": "none"}), ("off", {"thinking_levels": {"off": None}}, None),
+    ("off", {"compat": {"supportsReasoningOff": False}}, None),
+    ("high", {"compat": {"supportsReasoningEffort": False}}, {"summary": "auto"}),
+    ("high", {"reasoning": False}, None), ("high", {"reasoning": None}, None)])
+@pytest.mark.parametrize("protocol", [RESPONSES, CODEX])
+def test_responses_reasoning_level(level: str, fields: Dict[str, Any], wanted: Optional[Dict[str, Any]],
+                                   protocol: Any) -> None:
+    request = pg.Request("x", (RESPONSES_USER,), reasoning=pg.Reasoning(level))
+    assert responses_body(request, protocol, pg.Credential("oauth", CODEX_TOKEN), **fields).get("reasoning") == wanted
+
+
+@pytest.mark.parametrize("choice, wanted", [
+    (None, None), (pg.ToolChoice("auto"), "auto"), (pg.ToolChoice("none"), "none"),
+    (pg.ToolChoice("required"), "required"),
+    (pg.ToolChoice("tool", "wx"), {"type": "function", "name": "wx"}),
+    (pg.ToolChoice("tool", "apply_patch"), {"type": "custom", "name": "apply_patch"})])
+def test_responses_tool_choice(choice: Optional[pg.ToolChoice], wanted: Any) -> None:
+    request = pg.Request("x", (RESPONSES_USER,), tools=RESPONSES_TOOLS, tool_choice=choice)
+    assert responses_body(request, compat=RESPONSES_GRAMMAR).get("tool_choice") == wanted
+    assert "tool_choice" not in responses_body(pg.replace(request, tools=()), compat=RESPONSES_GRAMMAR)
+
+
+@pytest.mark.parametrize("data, headers, mode, wanted", [
+    ({"prompt_cache_key": "k"}, {"x-session-id": "s"}, "auto", "k"), ({}, {"x-session-id": "s"}, "auto", "s"),
+    ({}, {"x-claude-code-session-id": "c"}, "auto", "c"), ({}, {}, "auto", None),
+    ({"prompt_cache_key": 7}, {}, "auto", None),
+    ({"prompt_cache_key": "k"}, {}, "disabled", None),
+    ({"prompt_cache_key": "k" * 99}, {}, "auto", pg.fit_id("k" * 99, 64))])
+def test_responses_prompt_cache_key(data: Dict[str, Any], headers: Dict[str, Any], mode: str,
+                                    wanted: Optional[str]) -> None:
+    request = pg.Request("x", (RESPONSES_USER,), data=data, headers=headers, session=pg.session_of(headers, data))
+    assert responses_body(request, compat={"promptCacheKeyMode": mode}).get("prompt_cache_key") == wanted
+
+
+@pytest.mark.parametrize("fields, role",
+                         [({}, "developer"), ({"reasoning": False}, "system"), ({"reasoning": None}, "system"),
+                          ({"compat": {"supportsDeveloperRole": False}}, "system")])
+def test_responses_system_role(fields: Dict[str, Any], role: str) -> None:
+    request = pg.Request("x", (RESPONSES_USER, pg.Message("system", (pg.Text("late"),))), system=(pg.Text("s"),))
+    assert [item["role"] for item in responses_body(request, **fields)["input"]] == [role, "user", role]
+
+
+@pytest.mark.parametrize("part, fields, wanted", [
+    (RESPONSES_THINKING, {}, True), (pg.Thinking("t"), {}, False),
+    (pg.Thinking("t", "sig", False, "anthropic-messages"), {}, False),
+    (pg.Thinking("t", "not json", False, "openai-responses"), {}, False),
+    (pg.Thinking("t", '{"type":"message"}', False, "openai-responses"), {}, False),
+    (pg.Thinking("t", '{"type":"reasoning","x":NaN}', False, "openai-responses"), {}, False),
+    (RESPONSES_THINKING, {"reasoning": False}, False), (RESPONSES_THINKING, {"reasoning": None}, True)])
+@pytest.mark.parametrize("protocol", [RESPONSES, AZURE, CODEX])
+def test_responses_replays(part: pg.Thinking, fields: Dict[str, Any], wanted: bool, protocol: Any) -> None:
+    assert protocol.replays(part, responses_model(**fields)) is wanted
+
+
+def test_responses_round_trip_of_reasoning() -> None:
+    first = pg.collect(responses_read(RESPONSES_D4))
+    request = pg.Request("x", (RESPONSES_USER, pg.Message("assistant", first.parts), RESPONSES_USER))
+    fitted, dropped = pg.normalise(request, responses_model(), RESPONSES, {})
+    assert responses_body(fitted)["input"][1] == RESPONSES_ITEM and dropped == []
+
+
+@pytest.mark.parametrize("result, wanted", [
+    (pg.ToolResult("c", ()), "(no output)"), (pg.ToolResult("c", (pg.Text("x"), pg.Text("y"))), "x\ny"),
+    (pg.ToolResult("c", (pg.Text("Error: z"),), True), "Error: z"), (pg.ToolResult("c", (), True), "Error: "),
+    (pg.ToolResult("c", (pg.Image(url="https://x/y"),)),
+     [{"type": "input_image", "detail": "auto", "image_url": "https://x/y"}])])
+def test_responses_result(result: pg.ToolResult, wanted: Any) -> None:
+    [item] = responses_body(pg.Request("x", (pg.Message("tool", (result,)),)))["input"]
+    assert item == {"type": "function_call_output", "call_id": "c", "output": wanted}
+
+
+@pytest.mark.parametrize("protocol, compat, wanted", [
+    (RESPONSES, {}, ["stop"]), (RESPONSES, {"supportsMaxOutputTokens": False}, ["stop", "max_tokens"]),
+    (AZURE, {}, ["stop"]), (CODEX, {}, ["top_p", "stop", "user", "max_tokens"])])
+def test_responses_dropped(protocol: Any, compat: Dict[str, Any], wanted: List[Any]) -> None:
+    request = pg.replace(RESPONSES_FULL, stop=("END",))
+    request, dropped = pg.normalise(request, responses_model(compat=compat), protocol, {})
+    request, conflicts = protocol.fit(request, responses_model(compat=compat))
+    assert dropped + conflicts == wanted
+
+
+def test_responses_strict_only_where_known() -> None:
+    request = pg.Request("x", (RESPONSES_USER,), tools=RESPONSES_TOOLS[:2])
+    plain = {"supportsStrictMode": False}
+    assert [tool.get("strict", "-") for tool in responses_body(request, compat=plain)["tools"]] == ["-", "-"]
+
+
+def test_responses_call() -> None:
+    call = RESPONSES.build(pg.Request("x", (RESPONSES_USER,)), responses_model(), pg.Credential("api_key", "sk-1"))
+    assert call[:2] == ("POST", "https://api.test/v1/responses") and call.headers["authorization"] == "Bearer sk-1"
+
+
+@pytest.mark.parametrize("text, wanted", [
+    ("try again in 2.5s", 2.5), ("Please try again in 300ms.", 0.3), ("try again in 1m30s", 90),
+    ("try again in 6m0s", 360),
+    ("try again in 1h2m3s", 3723), ("try again in 2h", 7200), ("try again in 20 s", 20), ("try again in a while", None),
+    ("", None)])
+def test_responses_read_delay(text: str, wanted: Optional[float]) -> None:
+    assert pg.read_delay(text) == wanted
+
+
+@pytest.mark.parametrize("headers, wanted", [({}, 2.5), ({"retry-after": "7"}, 7.0)])
+def test_responses_rate_limit_over_http(headers: Dict[str, Any], wanted: float) -> None:
+    error = RESPONSES.parse_error(429, headers,
+                                  b'{"error":{"code":"rate_limit_exceeded","message":"try again in 2.5s"}}', 0)
+    assert type(error) is pg.RateLimited and error.retry_after == wanted
+
+
+# --- Azure ------------------------------------------------------------------------------------------------------------
+
+AZURE_V1 = "https://r.openai.azure.com/openai/v1"
+
+
+@pytest.mark.parametrize("parts, fallback, wanted", [
+    ({"resource": "r"}, "", AZURE_V1), ({"base_url": " https://r.openai.azure.com/ "}, "", AZURE_V1),
+    ({"base_url": "https://r.openai.azure.com/openai"}, "", AZURE_V1),
+    ({"base_url": "https://r.openai.azure.com/openai/v1/responses?api-version=2025"}, "", AZURE_V1),
+    ({"base_url": AZURE_V1}, "", AZURE_V1),
+    ({"base_url": AZURE_V1 + "/"}, "", AZURE_V1),
+    ({"base_url": "https://r.cognitiveservices.azure.com"}, "", "https://r.cognitiveservices.azure.com/openai/v1"),
+    ({"base_url": "https://r.services.ai.azure.com"}, "", "https://r.services.ai.azure.com/openai/v1"),
+    ({"base_url": "https://proxy.test:8080/x/"}, "", "https://proxy.test:8080/x"),
+    ({"base_url": "https://evilopenai.azure.com.test/openai"}, "", "https://evilopenai.azure.com.test/openai"),
+    ({"base_url": AZURE_V1, "resource": "other"}, "https://z", AZURE_V1), ({}, "https://r.openai.azure.com", AZURE_V1)])
+def test_azure_base_url(parts: Dict[str, Any], fallback: str, wanted: str) -> None:
+    assert pg.azure_base_url(parts, fallback) == wanted
+
+
+@pytest.mark.parametrize("parts",
+                         [{}, {"base_url": "r.openai.azure.com"}, {"base_url": "https://[oops"}, {"resource": " "}])
+def test_azure_without_address(parts: Dict[str, Any]) -> None:
+    with pytest.raises(pg.Unauthorized) as caught:
+        pg.azure_base_url(parts)
+    assert caught.value.code == "no_credentials" and "AZURE_OPENAI_BASE_URL" in caught.value.message
+
+
+@pytest.mark.parametrize("parts, url, name", [
+    (AZURE_PARTS, "https://res.openai.azure.com/openai/v1/responses?api-version=v1", "dep2"),
+    ({"resource": "res", "api_version": "2025-04-01 preview"},
+     "https://res.openai.azure.com/openai/v1/responses?api-version=2025-04-01%20preview", "m2")])
+def test_azure_call(parts: Dict[str, Any], url: str, name: str) -> None:
+    call = AZURE.build(pg.Request("x", (RESPONSES_USER,)), responses_model(base_url=""),
+                       pg.Credential("api_key", "key-1", parts=parts))
+    assert call.url == url and json.loads(call.body)["model"] == name
+    assert call.headers["api-key"] == "key-1" and "authorization" not in call.headers
+
+
+# --- Codex ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("base", ["https://c.test/backend-api", "https://c.test/backend-api/",
+                                  "https://c.test/backend-api/codex", "https://c.test/backend-api/codex/responses"])
+def test_codex_url(base: str) -> None:
+    assert pg.codex_url(base) == "https://c.test/backend-api/codex/responses"
+
+
+@pytest.mark.parametrize("token",
+                         ["", "sk-1", "a.b.c", "a.!!!.c", codex_jwt([]), codex_jwt({}),
+                          codex_jwt({"https://api.openai.com/auth": 1}),
+                          codex_jwt({"https://api.openai.com/auth": {"chatgpt_account_id": ""}}), "a.é.c"])
+def test_codex_token_without_account(token: str) -> None:
+    with pytest.raises(pg.Unauthorized) as caught:
+        CODEX.build(pg.Request("x", (RESPONSES_USER,)), responses_model(), pg.Credential("oauth", token))
+    assert caught.value.code == "no_credentials" and caught.value.message
+
+
+def test_codex_call() -> None:
+    request = pg.replace(RESPONSES_FULL, stream=False)
+    fitted, dropped = CODEX.fit(request, responses_model(compat=RESPONSES_GRAMMAR))
+    call = CODEX.build(fitted, responses_model(compat=RESPONSES_GRAMMAR), pg.Credential("oauth", CODEX_TOKEN))
+    out = json.loads(call.body)
+    assert dropped == ["max_tokens"] and set(out) <= pg.CODEX_FIELDS
+    assert out["instructions"] == "Be brief.\n\nBe kind." and out["store"] is False and out["stream"] is True
+    assert [tool.get("strict", "-") for tool in out["tools"]] == [True, None, "-"]
+    assert out["input"][0]["role"] == "user" and out["include"] == ["reasoning.encrypted_content"]
+    assert out["parallel_tool_calls"] is False and out["tool_choice"] == {"type": "function", "name": "wx"}
+    wanted = {"authorization": f"Bearer {CODEX_TOKEN}", "chatgpt-account-id": "acc-1", "originator": "pigateway",
+              "openai-beta": "responses=experimental", "accept": "text/event-stream", "session-id": "s1",
+              "x-client-request-id": "s1", "content-type": "application/json"}
+    assert {name: call.headers.get(name) for name in wanted} == wanted
+
+
+def test_codex_defaults() -> None:
+    out = responses_body(pg.Request("x", (RESPONSES_USER,)), CODEX, pg.Credential("oauth", CODEX_TOKEN))
+    assert out["instructions"] == pg.CODEX_INSTRUCTIONS
+    assert out["tool_choice"] == "auto" and out["parallel_tool_calls"] is True
+    alone = responses_body(pg.Request("x", (), system=(pg.Text("Hi"),)), CODEX, pg.Credential("oauth", CODEX_TOKEN))
+    assert alone["input"] == [{"role": "user",
+                               "content": [{"type": "input_text", "text": "Hi"}]}] and alone["instructions"]
+
+
+@pytest.mark.parametrize("status, body, kind, retry_after, words", [
+    (429, {"error": {"type": "usage_limit_reached", "message": "The usage limit has been reached", "plan_type": "plus",
+                     "resets_at": 1760003600}}, pg.QuotaExceeded, 3600.0, "(plus plan); it resets in about 60 min"),
+    (429, {"error": {"code": "usage_limit_reached", "resets_in_seconds": 61}}, pg.QuotaExceeded, 61.0, "about 2 min"),
+    (429, {"error": {"type": "usage_limit_reached", "resets_at": 1}}, pg.QuotaExceeded, 0.0, "0 min"),
+    (429, {"error": {"type": "usage_limit_reached", "resets_at": 10 ** 400}}, pg.QuotaExceeded, None, "limit"),
+    (403, {"error": {"type": "usage_not_included", "message": "m"}}, pg.QuotaExceeded, None, "does not include"),
+    (429, {"error": {"code": "rate_limit_exceeded", "message": "try again in 2.5s"}}, pg.RateLimited, 2.5, "2.5s"),
+    (400, {"detail": "Unsupported parameter: x"}, pg.BadRequest, None, "Unsupported parameter"),
+    (401, {"error": {"message": "m"}}, pg.CredentialRefused, None, "m"),
+    (503, {"error": {"code": "server_is_overloaded", "message": "busy"}}, pg.Overloaded, None, "busy"),
+    (502, [], pg.UpstreamError, None, "")])
+def test_codex_errors(status: int, body: Any, kind: Any, retry_after: Optional[float], words: str) -> None:
+    error = CODEX.parse_error(status, {}, json.dumps(body).encode(), 1760000000)
+    assert type(error) is kind and error.retry_after == retry_after and words in error.message
+
+
+def test_codex_html_error() -> None:
+    error = CODEX.parse_error(403, {"content-type": "text/html"}, b"<html>blocked</html>", 0)
+    assert type(error) is pg.Forbidden and "403" in error.message
+
+
+# --- Copilot ----------------------------------------------------------------------------------------------------------
+
+COPILOT_PICTURE = pg.Image("image/png", "QUJD")
+
+
+@pytest.mark.parametrize("messages, initiator, has_vision", [
+    ((RESPONSES_USER,), "user", False), ((), "agent", False),
+    ((RESPONSES_USER, pg.Message("assistant", (pg.ToolCall("c", "f"),)), pg.Message("tool", (pg.ToolResult("c"),))),
+     "agent", False),
+    ((pg.Message("user", (COPILOT_PICTURE,)), pg.Message("assistant", (pg.Text("x"),))), "agent", True),
+    ((pg.Message("tool", (pg.ToolResult("c", (COPILOT_PICTURE,)),)), RESPONSES_USER), "user", True)])
+def test_copilot_headers(messages: Any, initiator: str, has_vision: bool) -> None:
+    wanted = {"x-initiator": initiator, "openai-intent": "conversation-edits"}
+    if has_vision:
+        wanted["copilot-vision-request"] = "true"
+    assert pg.copilot_headers(pg.Request("x", messages)) == wanted
+
+
+@pytest.mark.parametrize("token, domain, wanted", [
+    ("tid=1;exp=2;proxy-ep=proxy.individual.githubcopilot.com;x=1", "", "https://api.individual.githubcopilot.com"),
+    ("tid=1;proxy-ep=proxy.business.githubcopilot.com", "corp.test", "https://api.business.githubcopilot.com"),
+    ("tid=1;proxy-ep=myproxy.x.test", "", "https://myproxy.x.test"),
+    ("tid=1", "corp.test", "https://copilot-api.corp.test"),
+    ("", "", "https://api.individual.githubcopilot.com")])
+def test_copilot_base_url(token: str, domain: str, wanted: str) -> None:
+    assert pg.copilot_base_url(token, domain) == wanted
+
+
+# ======================================================================================================================
+# §8 Gemini, Vertex, Code Assist
+# ======================================================================================================================
+
+GEMINI, VERTEX, CODE_ASSIST = pg.GoogleGenerativeAI(), pg.GoogleVertex(), pg.CloudCodeAssist()
+GEMINI_SIGNATURE = "AAAAAAAAAAAAAAAAAAAAAA=="
+GEMINI_KEY = pg.Credential("api_key", "k" * 12)
+GEMINI_BASE = "https://generativelanguage.googleapis.com/v1beta"
+
+
+def gemini_model(model_id: str = "gemini-2.5-flash", **fields: Any) -> pg.Model:
+    fields.setdefault("reasoning", True)
+    fields.setdefault("base_url", GEMINI_BASE)
+    return pg.Model(model_id, "google", "google-generative-ai", **fields)
+
+
+def gemini_request(*messages: pg.Message, **fields: Any) -> pg.Request:
+    return pg.Request("m", tuple(messages), **fields)
+
+
+def user_turn(*parts: Any) -> pg.Message:
+    """A user message of texts (strings) and other parts."""
+    return pg.Message("user", tuple(pg.Text(part) if isinstance(part, str) else part for part in parts))
+
+
+def assistant_turn(*parts: Any) -> pg.Message:
+    """An assistant message of texts (strings) and other parts."""
+    return pg.Message("assistant", tuple(pg.Text(part) if isinstance(part, str) else part for part in parts))
+
+
+def tool_turn(*results: pg.ToolResult) -> pg.Message:
+    return pg.Message("tool", results)
+
+
+def gemini_body(asked: pg.Request, which: Optional[pg.Model] = None, upstream: Any = GEMINI,
+                credential: pg.Credential = GEMINI_KEY) -> Any:
+    """What a request becomes."""
+    which = which or gemini_model()
+    fitted, _ = pg.normalise(asked, which, upstream, {})
+    fitted, _ = upstream.fit(fitted, which)
+    return json.loads(upstream.build(fitted, which, credential).body)
+
+
+def check_gemini_types(types: Any, body: Dict[str, Any]) -> None:
+    """Against google-genai's own models, in which an unknown field is an error."""
+    for content in body["contents"]:
+        types.Content.model_validate(content)
+    for entry in body.get("tools", ()):
+        types.Tool.model_validate(entry)
+    if "toolConfig" in body:
+        types.ToolConfig.model_validate(body["toolConfig"])
+    if "systemInstruction" in body:
+        types.Content.model_validate(body["systemInstruction"])
+    types.GenerateContentConfig.model_validate(dict(body.get("generationConfig", {})))
+    assert types.Content.model_config["extra"] == "forbid"
+
+
+def gemini_wire(*chunks: Any, end: str = "\r\n") -> bytes:
+    return "".join(f"data: {json.dumps(chunk)}{end}{end}" for chunk in chunks).encode()
+
+
+def gemini_chunk(*parts: Any, reason: Optional[str] = None, usage: Any = None, **fields: Any) -> Dict[str, Any]:
+    """One GenerateContentResponse."""
+    candidate: Dict[str, Any] = {"content": {"role": "model", "parts": list(parts)}, "index": 0}
+    if reason:
+        candidate["finishReason"] = reason
+    out = {"candidates": [candidate], "responseId": "r1", "modelVersion": "v1", **fields}
+    if usage:
+        out["usageMetadata"] = usage
+    return out
+
+
+def gemini_read(data: bytes, upstream: Any = GEMINI, which: Optional[pg.Model] = None,
+                step: Optional[int] = None) -> List[Any]:
+    settled = pg.Settled(upstream.reader(which or gemini_model(), STAMP))
+    events: List[Any] = []
+    for place in range(0, len(data), step or len(data) or 1):
+        events.extend(settled.feed(data[place:place + (step or len(data))]))
+    return events + settled.end()
+
+
+def gemini_stream(data: bytes, upstream: Any = GEMINI) -> List[Any]:
+    """The events of a stream, the same however it is cut."""
+    events = gemini_read(data, upstream)
+    for step in (1, 7, 64):
+        assert repr(gemini_read(data, upstream, step=step)) == repr(events)
+    assert sum(isinstance(event, (pg.Done, pg.Failed)) for event in events) == 1
+    opened = [event.index for event in events if isinstance(event, pg.PartStart)]
+    assert opened == list(range(len(opened)))
+    return events
+
+
+def gemini_error(events: List[Any]) -> Any:
+    assert isinstance(events[-1], pg.Failed), events[-1]
+    return events[-1].error
+
+
+# --- Reader -----------------------------------------------------------------------------------------------------------
+
+GEMINI_THINKING = gemini_wire(
+    gemini_chunk({"text": "Plan it.", "thought": True}, usage={"promptTokenCount": 12, "thoughtsTokenCount": 3}),
+    gemini_chunk({"text": "Hello"}, usage={"promptTokenCount": 12, "thoughtsTokenCount": 3, "candidatesTokenCount": 1}),
+    gemini_chunk({"text": "", "thoughtSignature": GEMINI_SIGNATURE}, reason="STOP", usage={
+        "promptTokenCount": 12, "cachedContentTokenCount": 4, "thoughtsTokenCount": 3, "candidatesTokenCount": 2,
+        "totalTokenCount": 17}))
+GEMINI_CALLS = gemini_wire(gemini_chunk({"functionCall": {"id": "a1", "name": "read", "args": {"path": "x"}},
+                                         "thoughtSignature": GEMINI_SIGNATURE},
+                                        {"functionCall": {"name": "get_status"}},
+                                        {"functionCall": {"id": "a1", "name": "read"}},
+                       reason="STOP"))
+
+
+def test_gemini_thinking_text_and_sealed_signature() -> None:
+    reply = pg.collect(gemini_stream(GEMINI_THINKING))
+    assert reply.parts == (pg.Thinking("Plan it.", None, False, GEMINI.name), pg.Text("Hello"),
+                           pg.Thinking("", GEMINI_SIGNATURE, True, GEMINI.name))
+    assert reply.usage == pg.Usage(8, 5, 4, 0, 3)
+    assert (reply.id, reply.stop_reason) == ("r1", "stop")
+
+
+def test_gemini_parallel_calls() -> None:
+    reply = pg.collect(gemini_stream(GEMINI_CALLS))
+    assert reply.stop_reason == "tool_use"
+    first, second, third = reply.parts
+    assert first == pg.ToolCall("a1", "read", '{"path":"x"}', GEMINI_SIGNATURE, GEMINI.name)
+    assert (second.arguments, second.signature) == ("{}", None)
+    assert len({first.id, second.id, third.id}) == 3 and all(part.id for part in reply.parts)
+
+
+def test_gemini_thought_signature_is_kept_and_url_safe_is_mended() -> None:
+    data = gemini_wire(gemini_chunk({"text": "a", "thought": True, "thoughtSignature": "_-79"}),
+                       gemini_chunk({"text": "b",
+                           "thought": True}),
+                       gemini_chunk({"text": "c"}, reason="STOP"))
+    assert pg.collect(gemini_stream(data)).parts[0] == pg.Thinking("ab", "/+79", False, GEMINI.name)
+
+
+@pytest.mark.parametrize("data", [
+    b": keep-alive\n\n" + gemini_wire(gemini_chunk({"text": "hi"}, reason="STOP"), end="\n"),
+    gemini_wire(gemini_chunk({"text": "hi"}, reason="STOP"), end="\n").rstrip(b"\n"),
+    b'data: {"candidates":[{"content":{"parts":\r\ndata: [{"text":"hi"}]},"finishReason":"STOP"}]}\r\n\r\n',
+    gemini_wire(gemini_chunk({"text": "hi"}, reason="STOP")) + b"data: [DONE]\n\n"],
+                         ids=["comment", "no blank", "lines", "done"])
+def test_gemini_framing(data: bytes) -> None:
+    assert pg.collect(gemini_stream(data)).parts == (pg.Text("hi"),)
+
+
+@pytest.mark.parametrize("reason, stop", list(pg.GEMINI_STOP.items()))
+def test_gemini_finish_reasons(reason: str, stop: str) -> None:
+    reply = pg.collect(gemini_stream(gemini_wire(gemini_chunk({"text": "x"}, reason=reason))))
+    assert reply.stop_reason == stop and bool(reply.detail) == (stop == "refusal")
+
+
+@pytest.mark.parametrize("reason", sorted(pg.GEMINI_FAILURES))
+def test_gemini_failing_finish_reasons(reason: str) -> None:
+    error = gemini_error(gemini_stream(gemini_wire(gemini_chunk({"text": "x"}, reason=reason))))
+    assert type(error) is pg.UpstreamError and reason in error.message
+
+
+@pytest.mark.parametrize("data, kind, word", [
+    (gemini_wire(gemini_chunk({"text": "x"}, reason="BRAND_NEW")), pg.UpstreamProtocolError, "BRAND_NEW"),
+    (gemini_wire(gemini_chunk({"text": "x"})), pg.UpstreamProtocolError, "finish reason"),
+    (b"", pg.EmptyAnswer, "empty"),
+    (gemini_wire(gemini_chunk(reason="STOP")), pg.EmptyAnswer, "empty"),
+    (gemini_wire(gemini_chunk({"text": "", "thoughtSignature": GEMINI_SIGNATURE}, reason="STOP")), pg.EmptyAnswer,
+     "empty"),
+    (gemini_wire(gemini_chunk({"text": "hm", "thought": True}, reason="STOP")), pg.EmptyAnswer, "empty"),
+    (gemini_wire(gemini_chunk({"text": "x"}), {"error": {"code": 503, "message": "busy", "status": "UNAVAILABLE"}}),
+     pg.Overloaded,
+     "busy"),
+    (gemini_wire([{"error": {"code": 400, "message": "bad", "status": "INVALID_ARGUMENT"}}]), pg.BadRequest, "bad"),
+    (gemini_wire(gemini_chunk({"text": "x"}))
+     + b'[{\n  "error": {\n    "code": 429,\n    "message": "Resource exhausted",\n'
+     b'    "status": "RESOURCE_EXHAUSTED"\n  }\n}\n]\n', pg.RateLimited, "exhausted"),
+    (b'data: {"candidates"\n\n', pg.UpstreamProtocolError, "malformed"),
+    (b"data: 5\n\n", pg.UpstreamProtocolError, "object"),
+    (gemini_wire({"candidates": [{"content": {"parts": [{"functionCall": {}}]}}]}), pg.UpstreamProtocolError,
+     "malformed"),
+])
+def test_gemini_broken_streams(data: bytes, kind: Any, word: str) -> None:
+    error = gemini_error(gemini_stream(data))
+    assert type(error) is kind and word in error.message
+
+
+@pytest.mark.parametrize("cut", range(1, 3))
+def test_gemini_every_cut_fails(cut: int) -> None:
+    events = b"".join(gemini_wire(gemini_chunk({"text": str(number)})) for number
+                      in range(3)) + gemini_wire(gemini_chunk(reason="STOP"))
+    blocks = events.split(b"\r\n\r\n")
+    assert isinstance(gemini_read(b"\r\n\r\n".join(blocks[:cut]) + b"\r\n\r\n")[-1], pg.Failed)
+
+
+def test_gemini_blocked_prompt_is_a_refusal_with_a_start() -> None:
+    events = gemini_stream(gemini_wire({"promptFeedback": {"blockReason": "SAFETY"},
+                                        "usageMetadata": {"promptTokenCount": 3}}))
+    assert isinstance(events[0], pg.Start)
+    assert events[-1] == pg.Done("refusal", pg.Usage(3), "The provider blocked the prompt: SAFETY")
+
+
+def test_gemini_length_without_text_is_an_answer() -> None:
+    assert gemini_stream(gemini_wire(gemini_chunk(reason="MAX_TOKENS")))[-1].stop_reason == "length"
+
+
+def test_gemini_whole() -> None:
+    settled = pg.Settled(GEMINI.reader(gemini_model(), STAMP))
+    assert pg.collect(settled.whole(gemini_chunk({"text": "hi"}, reason="STOP"))).parts == (pg.Text("hi"),)
+
+
+def test_code_assist_unwraps() -> None:
+    data = gemini_wire({"response": gemini_chunk({"text": "hi"}, reason="STOP"), "traceId": "t"}, {"traceId": "t"})
+    assert pg.collect(gemini_stream(data, CODE_ASSIST)).parts == (pg.Text("hi"),)
+    assert type(gemini_error(gemini_stream(gemini_wire({"error": {"code": 401, "message": "x"}}),
+                                           CODE_ASSIST))) is pg.CredentialRefused
+
+
+def test_claude_on_vertex_reader() -> None:
+    assert isinstance(VERTEX.reader(gemini_model("claude-opus-4-6"), STAMP), pg.AnthropicReader)
+
+
+# --- Building ---------------------------------------------------------------------------------------------------------
+
+GEMINI_CALL = pg.ToolCall("c1", "read", '{"path":"x"}', GEMINI_SIGNATURE, GEMINI.name)
+GEMINI_OTHER = pg.ToolCall("c|2", "look", "")
+GEMINI_PICTURE = pg.Image("image/png", "iVBORw0KGgo=")
+GEMINI_TOOLS = (pg.Tool("read", "Read", {"type": "object", "properties": {"path": {"const": "x"}}}),)
+GEMINI_TURN = (user_turn("go"), assistant_turn(GEMINI_CALL, GEMINI_OTHER),
+               tool_turn(pg.ToolResult("c1", (pg.Text("a"), pg.Text("b"))),
+                                                              pg.ToolResult("c|2", (GEMINI_PICTURE,), True)))
+
+
+def gemini_call_request(call: pg.ToolCall) -> pg.Request:
+    """A call in an earlier turn, the given one with a sibling, and one after it, all answered."""
+    return gemini_request(user_turn("1"), assistant_turn(pg.ToolCall("old", "f")),
+                          tool_turn(pg.ToolResult("old", (pg.Text("ok"),))),
+                          assistant_turn("fine"), user_turn("2"), assistant_turn(call, pg.ToolCall("b", "f")),
+                          tool_turn(pg.ToolResult("a"), pg.ToolResult("b")), assistant_turn(pg.ToolCall("c", "f")),
+                          tool_turn(pg.ToolResult("c")))
+
+
+GEMINI_REQUESTS = {
+    "turn": gemini_request(*GEMINI_TURN), "longer turn": gemini_request(*GEMINI_TURN, user_turn("and?")),
+    "thinking": gemini_request(
+        user_turn("a"), assistant_turn(
+            pg.Thinking("t", GEMINI_SIGNATURE, False, GEMINI.name),
+            pg.Thinking("", GEMINI_SIGNATURE, True, GEMINI.name),
+            pg.Thinking("x", "sig", False, "anthropic-messages"), pg.Thinking("", GEMINI_SIGNATURE, True, VERTEX.name),
+            "hi"),
+        user_turn("b")),
+    "roles": gemini_request(assistant_turn("a"), assistant_turn("b"), user_turn("c"), user_turn("d"),
+                            system=(pg.Text("s"), pg.Text("t"))),
+    "system": gemini_request(system=(pg.Text("s"),)),
+    "config": gemini_request(
+        user_turn("x"), max_tokens=100, temperature=0.5, top_p=0.9, top_k=3, stop=tuple("abcdefg"), seed=7,
+        frequency_penalty=0.1, presence_penalty=0.2,
+        output=pg.OutputFormat({"type": "object", "properties": {"a": {"const": 1}}})),
+    "json": gemini_request(user_turn("x"), output=pg.OutputFormat()),
+    "tools": gemini_request(user_turn("x"), tools=GEMINI_TOOLS + (pg.Tool("stop"),)),
+    "image": gemini_request(user_turn(pg.Image(url="https://x.test/a.png?b=c"))),
+    "plain": gemini_request(user_turn("x"))}
+
+
+def test_gemini_url_and_headers() -> None:
+    call = GEMINI.build(gemini_request(user_turn("x"), stream=True), gemini_model("models/gemini-2.5-pro"), GEMINI_KEY)
+    assert call.url == GEMINI_BASE + "/models/gemini-2.5-pro:streamGenerateContent?alt=sse"
+    assert call.headers["x-goog-api-key"] == GEMINI_KEY.token and "authorization" not in call.headers
+    assert GEMINI.build(gemini_request(user_turn("x")), gemini_model("tunedModels/t"),
+                        GEMINI_KEY).url == GEMINI_BASE + "/tunedModels/t:generateContent"
+
+
+def test_turn_gemini_3() -> None:
+    body = gemini_body(GEMINI_REQUESTS["turn"], gemini_model("gemini-3-flash-preview"))
+    fitted = pg.fit_id("c|2", 64)
+    assert body["contents"] == [
+        {"role": "user", "parts": [{"text": "go"}]},
+        {"role": "model", "parts": [
+            {"functionCall": {"id": "c1", "name": "read", "args": {"path": "x"}}, "thoughtSignature": GEMINI_SIGNATURE},
+            {"functionCall": {"id": fitted, "name": "look", "args": {}}}]},
+        {"role": "user", "parts": [
+            {"functionResponse": {"id": "c1", "name": "read", "response": {"output": "a\nb"}}},
+            {"functionResponse": {"id": fitted, "name": "look", "response": {"error": "(see attached image)"},
+                                  "parts": [{"inlineData": {"mimeType": "image/png", "data": "iVBORw0KGgo="}}]}}]}]
+
+
+def test_turn_gemini_2() -> None:
+    contents = gemini_body(GEMINI_REQUESTS["longer turn"])["contents"]
+    assert [list(part) for part in contents[2]["parts"]] == [["functionResponse"]] * 2
+    assert "id" not in contents[2]["parts"][0]["functionResponse"] and "parts" not in contents[2]["parts"][1]
+    assert [list(part)[0] for part in contents[3]["parts"]] == ["text", "inlineData", "text"]
+    assert len(contents) == 4
+
+
+GEMINI_CALL_SIGNATURES = [
+    ("gemini-3-pro-preview", pg.ToolCall("a", "f"), pg.GEMINI_SENTINEL),
+    ("gemini-flash-latest", pg.ToolCall("a", "f"), pg.GEMINI_SENTINEL),
+    ("gemini-2.5-pro", pg.ToolCall("a", "f"), None),
+    ("gemini-3-pro-preview", pg.ToolCall("a", "f", "", "sig", "anthropic-messages"), pg.GEMINI_SENTINEL),
+    ("gemini-3-pro-preview", pg.ToolCall("a", "f", "", "_-79", "google-generative-ai"), "/+79"),
+    ("gemini-3-pro-preview", pg.ToolCall("a", "f", "", pg.GEMINI_SENTINEL, "google-generative-ai"), pg.GEMINI_SENTINEL),
+    ("gemini-3-pro-preview", pg.ToolCall("a", "f", "", "no base64!", "google-generative-ai"), pg.GEMINI_SENTINEL)]
+
+
+@pytest.mark.parametrize("model_id, call, expected", GEMINI_CALL_SIGNATURES)
+def test_gemini_call_signatures(model_id: str, call: pg.ToolCall, expected: Optional[str]) -> None:
+    body = gemini_body(gemini_call_request(call), gemini_model(model_id))
+    turns = [[part.get("thoughtSignature") for part in content["parts"] if "functionCall" in part]
+             for content in body["contents"] if content["role"] == "model"]
+    later = pg.GEMINI_SENTINEL if model_id != "gemini-2.5-pro" else None
+    assert [turn for turn in turns if turn] == [[None], [expected, None], [later]]
+
+
+def test_gemini_thinking_goes_back_to_its_maker_only() -> None:
+    body = gemini_body(GEMINI_REQUESTS["thinking"])
+    assert body["contents"][1]["parts"] == [{"text": "t", "thought": True, "thoughtSignature": GEMINI_SIGNATURE},
+                                            {"text": "", "thoughtSignature": GEMINI_SIGNATURE}, {"text": "hi"}]
+
+
+def test_gemini_roles() -> None:
+    body = gemini_body(GEMINI_REQUESTS["roles"])
+    assert [(c["role"], [p["text"] for p in c["parts"]]) for c in body["contents"]] == [
+        ("user", ["…"]), ("model", ["a", "b"]), ("user", ["c", "d"])]
+    assert body["systemInstruction"] == {"parts": [{"text": "s"}, {"text": "t"}]}
+    alone = gemini_body(GEMINI_REQUESTS["system"])
+    assert alone == {"contents": [{"role": "user", "parts": [{"text": "s"}]}]}
+
+
+def test_gemini_generation_config() -> None:
+    asked = GEMINI_REQUESTS["config"]
+    assert gemini_body(asked)["generationConfig"] == {
+        "maxOutputTokens": 100, "temperature": 0.5, "topP": 0.9, "topK": 3, "stopSequences": list("abcde"), "seed": 7,
+        "frequencyPenalty": 0.1, "presencePenalty": 0.2, "responseMimeType": "application/json",
+        "responseJsonSchema": {"type": "object", "properties": {"a": {"enum": [1]}}}}
+    assert gemini_body(GEMINI_REQUESTS["json"])["generationConfig"] == {
+        "responseMimeType": "application/json"}
+    assert GEMINI.fit(asked, gemini_model())[1] == ["stop"]
+
+
+GEMINI_LEVELS: List[Tuple[str, str, Optional[int], Dict[str, Any]]] = [
+    ("gemini-2.5-flash", "off", None, {"thinkingBudget": 0}),
+    ("gemini-2.5-pro", "off", None, {"thinkingBudget": 128}),
+    ("gemini-2.5-flash", "low", None, {"includeThoughts": True, "thinkingBudget": 2048}),
+    ("gemini-2.5-flash-lite", "minimal", None, {"includeThoughts": True, "thinkingBudget": 512}),
+    ("gemini-2.5-pro", "max", None, {"includeThoughts": True, "thinkingBudget": 32768}),
+    ("gemini-2.5-flash", "medium", 16000, {"includeThoughts": True, "thinkingBudget": 16000}),
+    ("gemini-2.5-flash", "max", 64000, {"includeThoughts": True, "thinkingBudget": 24576}),
+    ("deep-research-x", "high", None, {"includeThoughts": True, "thinkingBudget": -1}),
+    ("gemini-3-pro-preview", "minimal", None, {"includeThoughts": True, "thinkingLevel": "LOW"}),
+    ("gemini-3-pro-preview", "medium", None, {"includeThoughts": True, "thinkingLevel": "HIGH"}),
+    ("gemini-3-pro-preview", "off", None, {"thinkingLevel": "LOW"}),
+    ("gemini-3.1-pro-preview", "minimal", None, {"includeThoughts": True, "thinkingLevel": "LOW"}),
+    ("gemini-3-flash-preview", "off", None, {"thinkingLevel": "MINIMAL"}),
+    ("gemini-3.8-flash", "xhigh", None, {"includeThoughts": True, "thinkingLevel": "HIGH"}),
+    ("gemini-4-argon", "off", None, {"thinkingLevel": "LOW"}),
+    ("gemini-3.1-flash-image", "low", None, {"includeThoughts": True, "thinkingLevel": "HIGH"}),
+    ("gemma-4-31b-it", "low", None, {"includeThoughts": True, "thinkingLevel": "HIGH"}),
+    ("gemini-pro-latest", "medium", 5000, {"includeThoughts": True, "thinkingLevel": "MEDIUM"})]
+
+
+@pytest.mark.parametrize("model_id, level, budget, expected", GEMINI_LEVELS)
+def test_gemini_thinking_config(model_id: str, level: str, budget: Optional[int], expected: Dict[str, Any]) -> None:
+    body = gemini_body(gemini_request(user_turn("x"), reasoning=pg.Reasoning(level, budget)), gemini_model(model_id))
+    assert body["generationConfig"]["thinkingConfig"] == expected
+
+
+GEMINI_CATALOGUE = {"off": None, "minimal": "MINIMAL", "low": None, "medium": None, "high": "HIGH"}
+
+
+def test_gemini_catalogue_levels_win() -> None:
+    body = gemini_body(gemini_request(user_turn("x"), reasoning=pg.Reasoning("low")),
+                       gemini_model("gemini-9-x", thinking_levels=GEMINI_CATALOGUE))
+    assert body["generationConfig"]["thinkingConfig"] == {"includeThoughts": True, "thinkingLevel": "HIGH"}
+
+
+GEMINI_ROOM = [("low", 2148), ("off", 100), ("high", 8192)]
+
+
+@pytest.mark.parametrize("level, limit", GEMINI_ROOM)
+def test_gemini_room_for_thinking(level: str, limit: int) -> None:
+    body = gemini_body(gemini_request(user_turn("x"), max_tokens=100, reasoning=pg.Reasoning(level)),
+                       gemini_model(max_tokens=8192))
+    assert body["generationConfig"]["maxOutputTokens"] == limit
+
+
+GEMINI_CHOICES: List[Tuple[str, Optional[pg.ToolChoice], Optional[bool], Any]] = [
+    ("gemini-2.5-pro", None, None, None),
+    ("gemini-2.5-pro", None, True, None),
+    ("gemini-3-pro", None, True, {"mode": "VALIDATED"}),
+    ("gemini-2.5-pro", pg.ToolChoice("auto"), None, {"mode": "AUTO"}),
+    ("gemini-2.5-pro", pg.ToolChoice("none"), None, {"mode": "NONE"}),
+    ("gemini-2.5-pro", pg.ToolChoice("required"), None, {"mode": "ANY"}),
+    ("gemini-3-pro", pg.ToolChoice("tool", "read"), True, {"mode": "ANY", "allowedFunctionNames": ["read"]})]
+
+
+@pytest.mark.parametrize("model_id, choice, strict, expected", GEMINI_CHOICES)
+def test_gemini_tool_config(model_id: str, choice: Optional[pg.ToolChoice], strict: Optional[bool],
+                            expected: Optional[Dict[str, Any]]) -> None:
+    tools = (pg.replace(GEMINI_TOOLS[0], strict=strict),)
+    body = gemini_body(gemini_request(user_turn("x"), tools=tools, tool_choice=choice), gemini_model(model_id))
+    assert body.get("toolConfig") == (expected and {"functionCallingConfig": expected})
+
+
+def test_gemini_tools() -> None:
+    asked = GEMINI_REQUESTS["tools"]
+    assert gemini_body(asked)["tools"] == [{"functionDeclarations": [
+        {"name": "read", "description": "Read",
+         "parametersJsonSchema": {"type": "object", "properties": {"path": {"enum": ["x"]}}}},
+        {"name": "stop", "parametersJsonSchema": {"type": "object", "properties": {}}}]}]
+    legacy = gemini_body(asked, gemini_model(compat={"legacyParameters": True}))
+    assert legacy["tools"] == [{"functionDeclarations": [
+        {"name": "read", "description": "Read", "parameters": {
+            "type": "object", "properties": {"path": {"type": "string", "enum": ["x"]}}}}, {"name": "stop"}]}]
+
+
+@pytest.mark.parametrize("model_id, major", [("gemini-3.1-pro-preview", 3), ("gemini-live-3-x", 3),
+                                             ("gemini-flash-latest", None), ("models/gemini-2.5-pro", 2)])
+def test_gemini_major(model_id: str, major: Optional[int]) -> None:
+    assert pg.gemini_major(model_id) == major
+
+
+def test_gemini_image_by_address() -> None:
+    body = gemini_body(GEMINI_REQUESTS["image"])
+    assert body["contents"][0]["parts"] == [{"fileData": {"mimeType": "image/png",
+        "fileUri": "https://x.test/a.png?b=c"}}]
+
+
+GEMINI_SAMPLING = {"top_p": 0.5, "temperature": 1}
+
+
+def test_gemini_sampling_of_the_models_file() -> None:
+    body = gemini_body(GEMINI_REQUESTS["plain"], gemini_model(sampling=GEMINI_SAMPLING))
+    assert body["generationConfig"] == {"topP": 0.5, "temperature": 1}
+
+
+GEMINI_BODIES: List[Tuple[pg.Request, pg.Model]] = [
+    *((asked, gemini_model(model_id)) for asked in GEMINI_REQUESTS.values()
+      for model_id in ("gemini-2.5-flash", "gemini-3-flash-preview")),
+    *((gemini_call_request(call), gemini_model(model_id)) for model_id, call, _ in GEMINI_CALL_SIGNATURES),
+    *((gemini_request(user_turn("x"), reasoning=pg.Reasoning(level, budget)), gemini_model(model_id))
+      for model_id, level, budget, _ in GEMINI_LEVELS),
+    *((gemini_request(user_turn("x"), max_tokens=100, reasoning=pg.Reasoning(level)),
+       gemini_model(max_tokens=8192)) for level, _ in GEMINI_ROOM),
+    *((gemini_request(user_turn("x"), tools=(pg.replace(GEMINI_TOOLS[0], strict=strict),), tool_choice=choice),
+       gemini_model(model_id))
+      for model_id, choice, strict, _ in GEMINI_CHOICES),
+    (gemini_request(user_turn("x"), reasoning=pg.Reasoning("low")),
+     gemini_model("gemini-9-x", thinking_levels=GEMINI_CATALOGUE)),
+    (GEMINI_REQUESTS["tools"], gemini_model(compat={"legacyParameters": True})),
+    (GEMINI_REQUESTS["plain"], gemini_model(sampling=GEMINI_SAMPLING))]
+
+
+@pytest.mark.parametrize("number", range(len(GEMINI_BODIES)))
+def test_gemini_bodies_fit_googles_own_types(number: int) -> None:
+    types = pytest.importorskip("google.genai.types")
+    check_gemini_types(types, gemini_body(*GEMINI_BODIES[number]))
+
+
+def test_gemini_lane_end_to_end() -> None:
+    """Through the gateway's own lane: a Chat client, a Gemini answer, and what becomes of a filter."""
+    client = pg.OpenAIChat()
+    asked = client.parse({"model": "m", "messages": [{"role": "user", "content": "hi"}]})
+    lane = pg.TranslatedLane(client, GEMINI, asked, gemini_model(), STAMP)
+    call, dropped = lane.call(GEMINI_KEY)
+    assert json.loads(call.body)["contents"] and dropped == []
+    answer = json.loads(lane.whole(json.dumps(gemini_chunk({"text": "no"}, reason="SAFETY")).encode()))
+    assert answer["choices"][0]["finish_reason"] == "content_filter"
+
+
+# --- Errors -----------------------------------------------------------------------------------------------------------
+
+
+def google_body(code: int, message: str, status: str, *details: Any, wrap: bool = False) -> bytes:
+    body = {"error": {"code": code, "message": message, "status": status, "details": list(details)}}
+    return json.dumps([body] if wrap else body).encode()
+
+
+GOOGLE_PER_DAY = {"@type": "x/google.rpc.QuotaFailure", "violations": [{"quotaId": "GenerateRequestsPerDayPerProject"}]}
+GOOGLE_PER_MINUTE = {"violations": [{"quotaId": "GenerateRequestsPerMinutePerProject"}]}
+GOOGLE_BILLING = "You exceeded your current quota, please check your plan and billing details."
+
+
+@pytest.mark.parametrize("status, body, kind, wait", [
+    (429, google_body(429, GOOGLE_BILLING, "RESOURCE_EXHAUSTED", {"retryDelay": "34.5s"}, wrap=True), pg.RateLimited,
+     34.5),
+    (429, google_body(429, GOOGLE_BILLING, "RESOURCE_EXHAUSTED", GOOGLE_PER_DAY, {"retryDelay": "3s"}),
+     pg.QuotaExceeded, 3.0),
+    (429, google_body(429, GOOGLE_BILLING, "RESOURCE_EXHAUSTED", GOOGLE_PER_MINUTE), pg.RateLimited, 60.0),
+    (429, google_body(429, GOOGLE_BILLING, "RESOURCE_EXHAUSTED", {"retryDelay": "4000s"}), pg.QuotaExceeded, 4000.0),
+    (429, google_body(429, "Please retry in 900ms.", "RESOURCE_EXHAUSTED"), pg.RateLimited, 0.9),
+    (429, google_body(429, GOOGLE_BILLING, "RESOURCE_EXHAUSTED"), pg.QuotaExceeded, None),
+    (429, google_body(429, "x", "RESOURCE_EXHAUSTED", {"reason": "QUOTA_EXHAUSTED"}), pg.QuotaExceeded, None),
+    (400, google_body(400, "Bad", "INVALID_ARGUMENT", {"reason": "API_KEY_INVALID"}), pg.CredentialRefused, None),
+    (400, google_body(400, "API key not valid. Pass one.", "INVALID_ARGUMENT"), pg.CredentialRefused, None),
+    (400, google_body(400, "The input token count (9) exceeds the maximum number of tokens allowed (5).",
+                      "INVALID_ARGUMENT"), pg.ContextOverflow, None),
+    (400, google_body(400, "no", "INVALID_ARGUMENT"), pg.BadRequest, None),
+    (401, google_body(401, "no", "UNAUTHENTICATED"), pg.CredentialRefused, None),
+    (403, google_body(403, "no", "PERMISSION_DENIED"), pg.Forbidden, None),
+    (404, google_body(404, "no", "NOT_FOUND"), pg.ModelNotFound, None),
+    (499, google_body(499, "no", "CANCELLED"), pg.UpstreamError, None),
+    (500, google_body(500, "no", "INTERNAL"), pg.UpstreamError, None),
+    (503, google_body(503, "no", "UNAVAILABLE"), pg.Overloaded, None),
+    (504, google_body(504, "no", "DEADLINE_EXCEEDED"), pg.UpstreamTimeout, None),
+    (502, b"<html>bad gateway</html>", pg.UpstreamError, None),
+    (400, b'{"type":"error","error":{"type":"invalid_request_error","message":"prompt is too long"}}',
+     pg.ContextOverflow, None)])
+def test_gemini_errors(status: int, body: bytes, kind: Any, wait: Optional[float]) -> None:
+    error = VERTEX.parse_error(status, {}, body, 0.0)
+    assert (type(error), error.retry_after) == (kind, wait)
+
+
+@pytest.mark.parametrize("text, headers, expected", [
+    ("", {"retry-after": "5"}, 6.0), ("", {"x-ratelimit-reset": "1020"}, 21.0), ("",
+     {"x-ratelimit-reset-after": "30"}, 31.0),
+    ("Your quota will reset after 18h31m10s", {}, 66671.0), ("reset after 39s", {}, 40.0), ("reset after 10m15s.", {},
+     616.0),
+    ("Please retry in 900ms", {}, 1.9), ('{"retryDelay": "34.074824224s"}', {}, 35.075), ("later", {}, None),
+    ("", {"x-ratelimit-reset": "10"}, None)])
+def test_gemini_quota_delay(text: str, headers: Dict[str, Any], expected: Optional[float]) -> None:
+    assert pg.parse_quota_delay(text, headers, 1000.0) == expected
+
+
+def test_gemini_validation_link() -> None:
+    body = google_body(403, "Verify", "PERMISSION_DENIED", {"reason": "VALIDATION_REQUIRED"},
+        {"links": [{"url": "https://v"}]})
+    assert CODE_ASSIST.parse_error(403, {}, body, 0.0).message == "Verify https://v"
+
+
+# --- Schemas ----------------------------------------------------------------------------------------------------------
+
+GEMINI_DEFS = {"Node": {"type": "object", "properties": {"next": {"$ref": "#/$defs/Node"}, "v": {"type": "integer"}},
+                        "required": ["v"]}, "Color": {"enum": ["red", "green"]}, "a/b": {"type": "number"}}
+GEMINI_SEE = {"type": "object", "description": "See: Node"}
+
+
+@pytest.mark.parametrize("given, expected", [
+    ({"$ref": "#/$defs/Node", "$defs": GEMINI_DEFS},
+     {"type": "object", "properties": {"next": GEMINI_SEE, "v": {"type": "integer"}},
+      "required": ["v"]}),
+    ({"$ref": "#/$defs/Nope"}, {"type": "object", "description": "See: Nope"}),
+    ({"$ref": "https://x.test/s.json"}, {"type": "object", "description": "See: s.json"}),
+    ({"$ref": "#/$defs/a~1b", "$defs": GEMINI_DEFS}, {"type": "number"}),
+    ({"allOf": [{"$ref": "#/$defs/Color"}], "default": "red", "$defs": GEMINI_DEFS},
+     {"type": "string", "enum": ["red", "green"], "default": "red"}),
+    ({"const": 3}, {"type": "string", "enum": ["3"]}), ({"enum": [1, "1", True, None]}, {
+        "type": "string", "enum": ["1", "true"], "nullable": True}),
+    ({"type": ["string", "null"]}, {"type": "string", "nullable": True}),
+    ({"type": ["string", "integer"], "minLength": 2}, {"anyOf": [{"type": "string", "minLength": 2},
+     {"type": "integer"}]}),
+    ({"anyOf": [{"type": "string"}, {"type": "null"}], "title": "T"}, {"type": "string", "nullable": True,
+     "title": "T"}),
+    ({"oneOf": [{"type": "string"}, {"type": "number"}, {"type": "null"}]},
+     {"anyOf": [{"type": "string"}, {"type": "number"}], "nullable": True}),
+    ({"type": "object", "properties": {"a": True}, "anyOf": [{"required": ["a"]}, {"required": ["b"]}]},
+     {"type": "object", "properties": {"a": {}}, "description": 'anyOf: [{"required":["a"]},{"required":["b"]}]'}),
+    ({"allOf": [{"properties": {"a": {"type": "string"}}, "required": ["a"]}, {"properties": {"b": {"type": "number"}},
+                                                                           "required": ["b", "c"]}]},
+     {"type": "object", "properties": {"a": {"type": "string"}, "b": {"type": "number"}}, "required": ["a", "b"]}),
+    ({"allOf": [{"type": "number", "minimum": 1}, {"type": "integer", "minimum": 5, "maximum": 9}]},
+     {"type": "integer", "minimum": 5, "maximum": 9}),
+    ({"type": "object", "properties": {"enum": {"type": "string"}, "$ref": {"type": "string"}, "const": {"const": "x"},
+                                       "required": {"type": "boolean"}}, "required": ["enum", "$ref", "zz"]},
+     {"type": "object", "properties": {"enum": {"type": "string"}, "$ref": {"type": "string"}, "const": {
+         "type": "string", "enum": ["x"]}, "required": {"type": "boolean"}}, "required": ["enum", "$ref"]}),
+    ({"type": "string", "format": "uri", "description": "Where"}, {"type": "string",
+     "description": 'Where\nformat: "uri"'}),
+    ({"type": "string", "format": "date-time"}, {"type": "string", "format": "date-time"}),
+    ({"type": "object", "default": {"const": 1, "$ref": "#"}, "additionalProperties": False, "$schema": "x"},
+     {"type": "object", "default": {"const": 1, "$ref": "#"}}),
+    ({"type": "number", "exclusiveMinimum": 0, "x-y": 1}, {"type": "number",
+     "description": "exclusiveMinimum: 0\nx-y: 1"}),
+    ({"type": "array"}, {"type": "array", "items": {}}),
+    ({"type": "array", "prefixItems": [{"type": "string"}, {"type": "number"}]},
+     {"type": "array", "items": {"anyOf": [{"type": "string"}, {"type": "number"}]}}),
+    ({"properties": {"no": False}}, {"type": "object", "properties": {"no": {"description": "not: {}"}}}),
+    ({"properties": {"a": {"type": "string", "required": True}}},
+     {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]})])
+def test_gemini_clean_schema(given: Dict[str, Any], expected: Dict[str, Any]) -> None:
+    before = json.dumps(given)
+    assert pg.clean_schema(given) == expected
+    assert pg.clean_schema(expected) == expected and json.dumps(given) == before
+
+
+GEMINI_ALLOWED = {"type", "format", "title", "description", "nullable", "enum", "items", "minItems", "maxItems",
+                  "properties",
+                  "required", "minProperties", "maxProperties", "minLength", "maxLength", "pattern", "minimum",
+                  "maximum",
+                  "example", "default", "anyOf", "propertyOrdering"}
+
+
+def check_gemini_schema(schema: Dict[str, Any], depth: int = 0) -> int:
+    """How many nodes a schema has; fails unless it is of the dialect."""
+    assert set(schema) <= GEMINI_ALLOWED, schema
+    assert depth <= 200 and isinstance(schema.get("type", ""), str)
+    assert all(isinstance(item, str) for item in schema.get("enum", ()))
+    assert "enum" not in schema or schema["type"] == "string"
+    assert set(schema.get("required", ())) <= set(schema.get("properties", {}))
+    assert schema.get("required") != [] and (schema.get("type") != "array" or "items" in schema)
+    below = [*schema.get("properties", {}).values(), *schema.get("anyOf", ()),
+        *([schema["items"]] if "items" in schema else ())]
+    return 1 + sum(check_gemini_schema(item, depth + 1) for item in below)
+
+
+def gemini_random_schema(rng: random.Random, depth: int = 0) -> Any:
+    if depth > 4 or rng.random() < 0.08:
+        return rng.choice([True, False, {}, {"$ref": "#"}, {"$ref": f"#/$defs/D{rng.randrange(4)}"}, {"type": "null"}])
+    out: Dict[str, Any] = {}
+
+    def sub() -> Any:
+        return gemini_random_schema(rng, depth + 1)
+
+    makers: Dict[str, Callable[[], Any]] = {
+        "type": lambda: rng.choice(["string", "object", "array", "INTEGER", "null", "bogus", 5, ["string", "null"],
+                                    ["object", "array", "number"], [], ["null"]]),
+        "properties": lambda: {rng.choice(["a", "b", "type", "$ref", "enum",
+         "allOf"]): sub() for _ in range(rng.randrange(4))},
+        "required": lambda: rng.choice([["a", "zz"], ["type", "type", 4], True, []]),
+        "items": lambda: rng.choice([sub, lambda: [sub(), sub()]])(), "prefixItems": lambda: [sub()],
+        "anyOf": lambda: [sub() for _ in range(rng.randrange(4))],
+         "oneOf": lambda: [sub() for _ in range(rng.randrange(3))],
+        "allOf": lambda: [sub() for _ in range(rng.randrange(3))], "not": sub, "if": sub, "additionalProperties": sub,
+        "enum": lambda: rng.choice([[1, "a"], [None], [], ["x", None], "x", [{"a": 1}]]),
+        "const": lambda: rng.choice([None, 1, "c", False, {"a": [1]}]), "$ref": lambda: f"#/$defs/D{rng.randrange(5)}",
+        "format": lambda: rng.choice(["uri", "date-time", "int32", 3]), "nullable": lambda: rng.choice([True, False,
+         "x"]),
+        "minLength": lambda: rng.choice([1, 2.0, "x", -1]), "maximum": lambda: rng.choice([1.5, "x"]),
+        "description": lambda: rng.choice(["words", "", 4]), "title": lambda: rng.choice(["T", 3]),
+        "default": lambda: rng.choice([None, {"$ref": "#"}, 4]), "examples": lambda: [1], "x-foo": lambda: {"a": "b"},
+        "pattern": lambda: "^a", "propertyOrdering": lambda: ["a", "q"], "uniqueItems": lambda: True,
+         "$comment": lambda: "c"}
+    for name in rng.sample(sorted(makers), rng.randrange(1, 6)):
+        out[name] = makers[name]()
+    if depth == 0:
+        out["$defs"] = {f"D{number}": gemini_random_schema(rng, 2) for number in range(4)}
+    return out
+
+
+def gemini_random_schemas() -> Iterator[Dict[str, Any]]:
+    """5000 of them, always the same."""
+    rng = random.Random(20260807)
+    for _ in range(5000):
+        given = gemini_random_schema(rng)
+        yield given if isinstance(given, dict) else {}
+
+
+def test_gemini_random_schemas() -> None:
+    for given in gemini_random_schemas():
+        once = pg.clean_schema(given)
+        check_gemini_schema(once)
+        assert pg.clean_schema(once) == once, json.dumps(given)
+
+
+def test_gemini_random_schemas_fit_googles_own_types() -> None:
+    types = pytest.importorskip("google.genai.types")
+    for number, given in enumerate(gemini_random_schemas()):
+        if number % 10 == 0:
+            types.Schema.model_validate(pg.clean_schema(given))
+
+
+def test_gemini_schema_bombs() -> None:
+    doubling = {"$ref": "#/$defs/D0", "$defs": {f"D{number}": {"type": "object", "properties": {
+        "a": {"$ref": f"#/$defs/D{number + 1}"}, "b": {"$ref": f"#/$defs/D{number + 1}"}}} for number in range(60)}}
+    union = {"$ref": "#/$defs/D0", "$defs": {f"D{number}": {"anyOf": [{"$ref": f"#/$defs/D{number + 1}"}] * 3}
+                                            for number in range(60)}}
+    merged = {"$ref": "#/$defs/D0", "$defs": {f"D{number}": {"allOf": [{"$ref": f"#/$defs/D{number + 1}"}] * 9}
+                                             for number in range(60)}}
+    deep: Dict[str, Any] = {"type": "string"}
+    for _ in range(100):
+        deep = {"type": "object", "properties": {"x": deep}}
+    lists: Dict[str, Any] = {"type": "string"}
+    for _ in range(300):
+        lists = {"anyOf": [{"allOf": [lists]}]}
+    circle: Dict[str, Any] = {"type": "object", "properties": {}, "not": {}}
+    circle["properties"]["me"] = circle["not"]["me"] = circle
+    choice: Dict[str, Any] = {}
+    both: Dict[str, Any] = {}
+    choice["anyOf"], both["allOf"] = [choice], [both, both]
+    for given in (doubling, union, merged, deep, lists, circle, choice, both):
+        began = time.perf_counter()
+        once = pg.clean_schema(given)
+        assert check_gemini_schema(once) <= 3 * pg.MAX_SCHEMA_NODES and time.perf_counter() - began < 3
+        assert pg.clean_schema(once) == once
+
+
+def test_gemini_const_to_enum() -> None:
+    given = {"properties": {"const": {"const": "a"}, "b": {"anyOf": [{"const": 1}, {"const": None}]}},
+             "default": {"const": 1}, "$defs": {"c": {"items": {"const": 2.5}}}}
+    assert pg.const_to_enum(given) == {
+        "properties": {"const": {"enum": ["a"]}, "b": {"anyOf": [{"enum": [1]}, {"const": None}]}},
+        "default": {"const": 1}, "$defs": {"c": {"items": {"enum": [2.5]}}}}
+
+
+# --- Vertex and Code Assist -------------------------------------------------------------------------------------------
+
+VERTEX_PLACE = "https://{location}-aiplatform.googleapis.com"
+VERTEX_TAIL = "/publishers/google/models/gemini-3-pro:generateContent"
+
+
+def google_oauth(**parts: str) -> pg.Credential:
+    return pg.Credential("oauth", "token-token", parts=parts)
+
+
+@pytest.mark.parametrize("credential, model_id, base, url", [
+    (google_oauth(project="p", location="global"), "gemini-3-pro", VERTEX_PLACE,
+     "https://aiplatform.googleapis.com/v1/projects/p/locations/global" + VERTEX_TAIL),
+    (google_oauth(project="p", location="eu"), "gemini-3-pro", VERTEX_PLACE,
+     "https://aiplatform.eu.rep.googleapis.com/v1/projects/p/locations/eu" + VERTEX_TAIL),
+    (google_oauth(project="p", location="us-central1"), "gemini-3-pro", VERTEX_PLACE,
+     "https://us-central1-aiplatform.googleapis.com/v1/projects/p/locations/us-central1" + VERTEX_TAIL),
+    (google_oauth(project="p"), "gemini-3-pro", "https://proxy.test/v1beta1",
+     "https://proxy.test/v1beta1/projects/p/locations/global" + VERTEX_TAIL),
+    (GEMINI_KEY, "gemini-3-pro", VERTEX_PLACE, "https://aiplatform.googleapis.com/v1" + VERTEX_TAIL),
+    (google_oauth(project="p"), "meta/llama-4", VERTEX_PLACE,
+     "https://aiplatform.googleapis.com/v1/projects/p/locations/global"
+     "/publishers/meta/models/llama-4:generateContent"),
+    (google_oauth(project="p"), "claude-opus-4-5@20251101", VERTEX_PLACE,
+     "https://aiplatform.googleapis.com/v1/projects/p/locations/"
+     "global/publishers/anthropic/models/claude-opus-4-5@20251101:rawPredict")])
+def test_vertex_urls(credential: pg.Credential, model_id: str, base: str, url: str) -> None:
+    assert VERTEX.build(gemini_request(user_turn("x")), gemini_model(model_id, base_url=base), credential).url == url
+
+
+def test_vertex_headers_and_refusals() -> None:
+    headers = VERTEX.headers(gemini_model(), google_oauth(project="p", quota_project="q"))
+    assert headers["authorization"] == "Bearer token-token" and headers["x-goog-user-project"] == "q"
+    assert "x-goog-api-key" not in headers and VERTEX.headers(gemini_model(),
+                                                              GEMINI_KEY)["x-goog-api-key"] == GEMINI_KEY.token
+    refused: Sequence[Dict[str, str]] = ({}, {"project": "p", "location": "evil.test/"})
+    for parts in refused:
+        with pytest.raises(pg.Unauthorized) as caught:
+            VERTEX.build(gemini_request(user_turn("x")), gemini_model(base_url=VERTEX_PLACE), google_oauth(**parts))
+        assert caught.value.code == "no_credentials"
+
+
+def test_claude_on_vertex() -> None:
+    which = gemini_model("claude-opus-4-6", base_url=VERTEX_PLACE)
+    signed = pg.Thinking("t", "sig", False, "anthropic-messages")
+    asked, _ = pg.normalise(gemini_request(user_turn("a"), assistant_turn(signed, "b"), user_turn("c"), stream=True),
+                            which, VERTEX, {})
+    call = VERTEX.build(asked, which, google_oauth(project="p"))
+    body = json.loads(call.body)
+    assert body["anthropic_version"] == "vertex-2023-10-16" and "model" not in body and body["stream"] is True
+    assert body["messages"][1]["content"][0]["signature"] == "sig"
+    assert call.url.endswith(":streamRawPredict") and not {"anthropic-version", "x-api-key"} & set(call.headers)
+
+
+def test_code_assist() -> None:
+    which = gemini_model("gemini-3-pro-preview", base_url="https://cloudcode-pa.googleapis.com")
+    asked = gemini_request(user_turn("hi"), tools=GEMINI_TOOLS, max_tokens=50, stream=True)
+    call = CODE_ASSIST.build(asked, which, google_oauth(project="proj"))
+    body = json.loads(call.body)
+    assert call.url == "https://cloudcode-pa.googleapis.com/v1internal:streamGenerateContent?alt=sse"
+    assert (body["project"], body["model"], body["userAgent"]) == ("proj", "gemini-3-pro-preview", "pigateway")
+    assert body["request"]["contents"][0]["role"] == "user" and body["request"]["sessionId"].startswith("-")
+    assert "parametersJsonSchema" in body["request"]["tools"][0]["functionDeclarations"][0]
+    with pytest.raises(pg.Unauthorized):
+        CODE_ASSIST.build(asked, which, google_oauth())
+
+
+def test_antigravity() -> None:
+    compat = {"codeAssistAgent": "antigravity"}
+    which = gemini_model("claude-sonnet-4-6", compat=compat, max_tokens=64000, base_url="https://d.test")
+    asked = gemini_request(user_turn("hi"),
+                           assistant_turn(pg.Thinking("", GEMINI_SIGNATURE, True, CODE_ASSIST.name),
+                                          pg.ToolCall("c", "read")),
+                           tool_turn(pg.ToolResult("c")), tools=GEMINI_TOOLS, max_tokens=1000,
+                           reasoning=pg.Reasoning("medium"))
+    call = CODE_ASSIST.build(asked, which, google_oauth(project="proj"))
+    body = json.loads(call.body)
+    assert re.fullmatch(r"agent-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", body["requestId"])
+    assert (body["requestType"], body["userAgent"]) == ("agent", "antigravity")
+    assert call.headers["anthropic-beta"] == pg.ANTIGRAVITY_BETA
+    inner = body["request"]
+    assert inner["toolConfig"] == {"functionCallingConfig": {"mode": "VALIDATED"}}
+    assert "parameters" in inner["tools"][0]["functionDeclarations"][0]
+    assert inner["generationConfig"] == {"maxOutputTokens": 9192, "thinkingConfig": {
+        "includeThoughts": True, "thinkingBudget": 8192}}
+    assert inner["contents"][1]["parts"] == [{"functionCall": {"id": "c", "name": "read", "args": {}}}]
+    tight = CODE_ASSIST.config(asked, pg.replace(which, max_tokens=1024))
+    assert tight == {"maxOutputTokens": 1024}
+    assert CODE_ASSIST.config(asked, gemini_model("gemini-3-flash", compat=compat)).get("maxOutputTokens") is None
+
+
+# --- Signatures of calls ----------------------------------------------------------------------------------------------
+
+
+def test_gemini_signature_memory() -> None:
+    memory = pg.SignatureMemory(limit=2, ttl_s=10)
+    for number, call_id in enumerate(("a", "b", "a", "c")):
+        memory.remember(call_id, "m", f"s{number}", now=0)
+    assert (memory.recall("a", 1), memory.recall("b", 1), len(memory)) == (("m", "s2"), None, 2)
+    assert memory.recall("a", 10) is None and len(memory) == 1
+    memory.remember("c1", GEMINI.name, GEMINI_SIGNATURE, 0)
+    bare = pg.replace(GEMINI_CALL, signature=None, maker="")
+    asked = gemini_request(user_turn("x"), assistant_turn(bare, GEMINI_OTHER))
+    assert pg.with_remembered(asked, memory, 1).messages[1].parts == (GEMINI_CALL, GEMINI_OTHER)
+    assert pg.with_remembered(gemini_request(user_turn("x")), memory, 1) == gemini_request(user_turn("x"))
+
+
+def test_gemini_signature_memory_threads() -> None:
+    memory = pg.SignatureMemory(limit=50)
+
+    def work(start: int) -> None:
+        for number in range(500):
+            memory.remember(f"{start}-{number}", "m", "s", 0.0)
+            memory.recall(f"{number}-{start}", 1.0)
+
+    threads = [threading.Thread(target=work, args=(start,)) for start in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(memory) == 50
+
+
+# ======================================================================================================================
+# §10 Google credentials
+# ======================================================================================================================
+
+# Section 8.3 of the wire reference: a key made for it and never used for any account.
+GOOGLE_PEM = """\
+-----BEGIN PRIVATE KEY-----
+MIIEvgIBADANBgkqhkiG9w0BAQEFAASCBKgwggSkAgEAAoIBAQC2RlMB5YI6ebjz
+wxvJeJ2USACXDh+e/AyS5L2Gj77z25OzuMpieby4UDfqI2jXHbVBQ/Gd8Kgy9Fyq
+v+QT0ro4D5HUqDOu24W1mN4dJjaQ8pF2XJkcEXn4T0Lm/SI4Swk8DxkTjgmhHWbj
+iji3ogz4pAtEfP2Pn/H9G1mAgAtpWAxApmQRKbjCGVCoW+VrbYi6TnzG2QDt83yf
+V/7IwU+481kQ+rF40i/jceVpnJIYTGyWwrM2UYoZeITEOOblbLHqxQ75rdw7kfEA
+RlG1Z2YrEbOD3dKREXfYfmIbuPg9XGNCQg2lq+i9mopqFy0MypSNY9zNf04f343s
+S3DvoRwjAgMBAAECggEAUMCOJNBzpgloPaJKTLNBiMBvdnyc2LgMsAVjy9oiPHIi
+mSQ8kW0ihTuQ0gu29lqkgxIhWJoWQmDNLx6NYpTgyFZpgp+0Kfr6XU4o1RwpX4T/
+mcMDWBKMCUzANIqf3vWrVS7RKr8qF/VpMFR7tSs3eO5gSYrgYQF42WwE9m+D3rqP
+uGC5DbcMW3GY1we4WFfrGKj1JFZjd+s2MQldO5q8QaVvJnQP/fQFm9YBPIDA8MNz
+vbFJaiwDaK0GbI3r4nDpvqDIVAY9inS9Z2p3B8h0abMQJ00lgBVH2rKyrOdONiEZ
+tlCEdPWELTg7DuoVvSQFHXI0KuQuncK2yrz3UdIu9QKBgQD/XPGf9hkfC9qfk3HH
+x4Q1X+7cFafloHvxShpn6LRMIz480iHgJRq9Viza0iXnnIYnQsTYfM46jUrkqoK2
+nwLL7sI5lQoQlic8EjhgIgAEih5oBoMMvj1y9VGiAb0XdmEnGC7enEPNLb8w0lwd
+i+RRff2w5q5CH0T9DPhgexNY3QKBgQC2urYmoyflAo2IHcizOMXGjVcd1cPOpgG1
+C2I41jPRu+WkNMRicWz5KwmUBzCBIHKtBlJSPIJZVTepq7KdILNIDD0bLF93gd0i
+4vR0MushDQoUXcqH/LqeGi8omK+NREdFSVD4uB9BVRHVMIH38BXOTxGnehA9K+Es
+OcJYJ0R4/wKBgQCjBkQfWe5ZuqicvXWjFAWcSZ1lFdI1L4pQ1X0cHxyTiuBd1czY
+mveCLnS+UfDu9ydSAzdF+g9yo+dPKmf+jG8toESQnExroGB14i/pd2tJep/Ey3t4
+dC8op+Kwqal9RA7r9W1eoqZKY80uLu2t0zQ0rll6SRqwjePuJQygE5KbZQKBgGSE
+UvzwFVsJy3dMAwJrwYfWaky0MZE0io3f5Dklw72k4c8xY7JPeMWcIhm21rzBb7O0
+XYZ1WLLxiLwiAhAjU9vXN6oB/8YKvu2Y8SYWeHdm59uKOIYTxUiBWN25GCDapWX8
+zbjz9+WFeVjP5T7RZ/1kS27YW6R6xdQBNeIuP6FbAoGBAO203zdVfYyocAaQi7ag
+U+1YxWSfKBuPmpw2osqdGkbnY7IG6wExXmfFj0C0TM30XqrWl4z6YbbggZQkIcYj
+lYEhBYbZEervOPh5IuAmCxUEJKmP02YMtcGbRU+NtohhH2jFfvNGKUY6SW2RZ/pu
+AiUpfyMs8/TtkneOPkfepwW2
+-----END PRIVATE KEY-----"""
+GOOGLE_SIGNED = (
+    "eyJhbGciOiJSUzI1NiIsInR5cCI6IkpXVCIsImtpZCI6InRlc3Qta2V5LWlkLTAwMDEifQ.eyJpc3MiOiJ0ZXN0LXNhQHRlc3Qtc"
+    "HJvamVjdC5pYW0uZ3NlcnZpY2VhY2NvdW50LmNvbSIsInNjb3BlIjoiaHR0cHM6Ly93d3cuZ29vZ2xlYXBpcy5jb20vYXV0aC9jb"
+    "G91ZC1wbGF0Zm9ybSIsImF1ZCI6Imh0dHBzOi8vb2F1dGgyLmdvb2dsZWFwaXMuY29tL3Rva2VuIiwiaWF0IjoxNzY3MzIzMDQ1L"
+    "CJleHAiOjE3NjczMjY2NDV9")
+GOOGLE_ASSERTED = (
+    "ZaAvcjoGmxq0Bp1dPLrYu7WCLf_y4ydmc1NBrff_4YaOCSLj9_Mj10Z8l1C4hckzg1vWf5LrGYdWTMJhIeO5uzx8xuFghvUnjAKt"
+    "_1pVRjVd6YR2VMhJHtklzWIW8NwxvGGQ1U-Z3_LTlUk9iSSZ8usKOFTLoGosQ_50Fo9T44f_FHF0RPtUOZKOyXrO1z1lAXy_HGV1"
+    "r_ThjV7TWHx3gFNjgPigZA4mzEti4JNDPoPSD25tU1iKT49wM8PB1ViazEXIv-9u2hvT8rSvcaI5nQWjhGQhHOLWIyX2GQrkxAGf"
+    "4E_98evIVRFyvjjlBnZW8MzNaxvGC-oEYZdJ0fKopw")
+
+
+def test_google_assertion_vector() -> None:
+    info = {"client_email": "test-sa@test-project.iam.gserviceaccount.com", "private_key_id": "test-key-id-0001",
+            "private_key": GOOGLE_PEM}
+    assert pg.service_account_assertion(info, 1767323045.9) == f"{GOOGLE_SIGNED}.{GOOGLE_ASSERTED}"
+    raw = pg.sign_rs256(pg.parse_pem(GOOGLE_PEM), GOOGLE_SIGNED.encode())
+    assert hashlib.sha256(raw).hexdigest() == "3bcf49edce6c0897532621b99613810864c633ec93112988885901a0a0f02e4b"
+
+
+@pytest.mark.parametrize("bits", [1024, 2048, 3072, 2048, 1025])
+def test_google_random_keys(bits: int) -> None:
+    rsa = pytest.importorskip("cryptography.hazmat.primitives.asymmetric.rsa")
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import padding
+    try:
+        private = rsa.generate_private_key(65537, bits)
+    except ValueError:
+        pytest.skip("size refused")
+    message = os.urandom(100)
+    signatures = set()
+    for form in (serialization.PrivateFormat.PKCS8, serialization.PrivateFormat.TraditionalOpenSSL):
+        pem = private.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption()).decode()
+        signatures.add(pg.sign_rs256(pg.parse_pem(pem), message))
+    assert len(signatures) == 1
+    private.public_key().verify(signatures.pop(), message, padding.PKCS1v15(), hashes.SHA256())
+
+
+@pytest.mark.parametrize("text", ["", "-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----", "no pem",
+                                  "-----BEGIN ENCRYPTED PRIVATE KEY-----\nAAAA", "MAA=", "MIA=", "MIIB"])
+def test_google_bad_pem(text: str) -> None:
+    with pytest.raises(ValueError):
+        pg.parse_pem(text)
+
+
+def test_google_damaged_key() -> None:
+    key = pg.parse_pem(GOOGLE_PEM)
+    with pytest.raises(ValueError):
+        pg.sign_rs256(key._replace(dp=key.dp + 2), b"x")
+
+
+class FakeGoogle(http.server.BaseHTTPRequestHandler):
+    """A token server and a metadata server in one."""
+
+    server: Any
+
+    def do_POST(self) -> None:
+        form = self.rfile.read(int(self.headers["content-length"])).decode()
+        self.server.forms.append(dict(urllib.parse.parse_qsl(form)))
+        time.sleep(self.server.delay_s)
+        status, body = self.server.script.pop(0) if self.server.script else (
+            200, {"access_token": f"t{len(self.server.forms)}", "expires_in": "3599", "token_type": "Bearer"})
+        self.answer(status, json.dumps(body).encode())
+
+    def do_GET(self) -> None:
+        assert self.headers["Metadata-Flavor"] == "Google"
+        self.server.forms.append(self.path)
+        body = b"meta-project" if self.path.endswith("project-id") else b'{"access_token": "mt", "expires_in": 3599}'
+        self.answer(200, body)
+
+    def answer(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        if self.server.flavour:
+            self.send_header("Metadata-Flavor", self.server.flavour)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def google_server() -> Iterator[Any]:
+    """A running FakeGoogle."""
+    server: Any = http.server.ThreadingHTTPServer(("127.0.0.1", 0), FakeGoogle)
+    server.forms, server.script, server.delay_s, server.flavour = [], [], 0, "Google"
+    server.transports = []
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    yield server
+    for transport in server.transports:
+        transport.close()
+    server.shutdown()
+    server.server_close()
+
+
+class GoogleWire:
+    """A transport whose every call goes to the fake server."""
+
+    def __init__(self, server: Any) -> None:
+        self.base = f"http://127.0.0.1:{server.server_port}"
+        self.inner = pg.Transport()
+        server.transports.append(self.inner)
+        self.urls: List[str] = []
+
+    def open(self, call: pg.Call, scope: pg.Scope) -> Any:
+        self.urls.append(call.url)
+        return self.inner.open(call._replace(url=self.base + "/token"), scope)
+
+
+GOOGLE_USER_FILE = {"type": "authorized_user", "client_id": "ci", "client_secret": "cs", "refresh_token": "rt",
+                    "quota_project_id": "qp"}
+
+
+def google_write(path: Any, info: Any) -> Dict[str, str]:
+    """Writes a credentials file; the environment that names it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(info) if isinstance(info, dict) else info)
+    return {"GOOGLE_APPLICATION_CREDENTIALS": str(path)}
+
+
+def test_google_authorized_user_is_cached_and_renewed(google_server: Any, tmp_path: Any) -> None:
+    now = [1000.0]
+    tokens = pg.GoogleTokens(GoogleWire(google_server), clock=lambda: now[0])
+    environ = {**google_write(tmp_path / "adc.json", GOOGLE_USER_FILE), "GCLOUD_PROJECT": "gp",
+               "GOOGLE_CLOUD_LOCATION": "eu"}
+    first = tokens.token(environ, {"GOOGLE_CLOUD_PROJECT": "own"})
+    assert (first.kind, first.token) == ("oauth", "t1")
+    assert first.parts == {"project": "own", "location": "eu", "quota_project": "qp"}
+    assert google_server.forms[0] == {"grant_type": "refresh_token", "client_id": "ci", "client_secret": "cs",
+        "refresh_token": "rt"}
+    now[0] += 3599 - 226
+    assert tokens.token(environ).token == "t1"
+    now[0] += 2
+    assert tokens.token(environ).token == "t2"
+    now[0] += 3599 - 100                        # late, and Google is down: what is left of the old one serves
+    google_server.script = [(503, {})] * 3
+    tokens._pause = lambda seconds: None
+    assert tokens.token(environ).token == "t2" and len(google_server.forms) == 5
+
+
+def test_google_service_account(google_server: Any, tmp_path: Any) -> None:
+    wire_ = GoogleWire(google_server)
+    info = {"type": "service_account", "project_id": "file-project", "client_email": "a@b", "private_key": GOOGLE_PEM,
+            "token_uri": "https://example.test/token"}
+    credential = pg.GoogleTokens(wire_).token(google_write(tmp_path / "sa.json", info))
+    assert credential.parts == {"project": "file-project"} and wire_.urls == ["https://example.test/token"]
+    assert google_server.forms[0]["grant_type"].endswith("jwt-bearer")
+    claims = json.loads(base64.urlsafe_b64decode(google_server.forms[0]["assertion"].split(".")[1] + "=="))
+    assert claims["exp"] - claims["iat"] == 3600 and claims["iss"] == "a@b"
+
+
+def test_google_one_refresh_for_many(google_server: Any, tmp_path: Any) -> None:
+    google_server.delay_s = 0.2
+    tokens = pg.GoogleTokens(GoogleWire(google_server))
+    found: List[str] = []
+    environ = google_write(tmp_path / "adc.json", GOOGLE_USER_FILE)
+    threads = [threading.Thread(target=lambda: found.append(tokens.token(environ).token)) for _ in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == ["t1"] * 20 and len(google_server.forms) == 1
+
+
+def test_google_well_known_file_then_metadata(google_server: Any, tmp_path: Any) -> None:
+    environ = {"HOME": str(tmp_path), "GCE_METADATA_HOST": f"127.0.0.1:{google_server.server_port}",
+        "http_proxy": "http://no:1"}
+    tokens = pg.GoogleTokens(GoogleWire(google_server))
+    credential = tokens.token(environ)
+    assert (credential.token, credential.parts) == ("mt", {"project": "meta-project"})
+    tokens.token(environ)
+    assert len(google_server.forms) == 2
+    google_write(tmp_path / ".config/gcloud/application_default_credentials.json", GOOGLE_USER_FILE)
+    assert tokens.token(environ).token == "t3"
+    assert tokens.usable({"HOME": str(tmp_path)}) and not tokens.usable({"HOME": "/nowhere"}) and not tokens.usable({})
+
+
+def test_google_other_things_at_the_metadata_address(google_server: Any) -> None:
+    google_server.flavour = ""
+    environ = {"GCE_METADATA_HOST": f"127.0.0.1:{google_server.server_port}"}
+    with pytest.raises(pg.Unauthorized) as caught:
+        pg.GoogleTokens(GoogleWire(google_server)).token(environ)
+    assert caught.value.code == "no_credentials" and "GOOGLE_APPLICATION_CREDENTIALS" in caught.value.message
+
+
+@pytest.mark.parametrize("info, script, word", [
+    (None, [], "cannot be read"), ("{", [], "not valid JSON"), ({"type": "external_account"}, [], "external_account"),
+    ({"type": "authorized_user", "client_id": "x"}, [], "client_secret"),
+    ({"type": "service_account", "client_email": "x", "private_key": "zz"}, [], "private key"),
+    (GOOGLE_USER_FILE, [(400, {"error": "invalid_grant", "error_description": "revoked"})], "gcloud auth"),
+    (GOOGLE_USER_FILE, [(401, {"error": "invalid_client"})], "invalid_client")])
+def test_google_refusals(google_server: Any, tmp_path: Any, info: Any, script: List[Any], word: str) -> None:
+    path = tmp_path / "adc.json"
+    environ = {"GOOGLE_APPLICATION_CREDENTIALS": str(path)} if info is None else google_write(path, info)
+    google_server.script = list(script)
+    tokens = pg.GoogleTokens(GoogleWire(google_server))
+    for _ in range(2):                          # the second time from memory
+        with pytest.raises(pg.Unauthorized) as caught:
+            tokens.token(environ)
+        assert word in caught.value.message and caught.value.code == "no_credentials"
+        assert "rt" not in caught.value.message.split() and str(tmp_path) not in caught.value.message
+    assert len(google_server.forms) == len(script)
+
+
+def test_google_retries(google_server: Any, tmp_path: Any) -> None:
+    pauses: List[float] = []
+    tokens = pg.GoogleTokens(GoogleWire(google_server), pause=pauses.append)
+    google_server.script = [(503, {}), (500, {})]
+    assert tokens.token(google_write(tmp_path / "adc.json", GOOGLE_USER_FILE)).token == "t3" and pauses == [0.5, 1.0]
+    google_server.script = [(503, {"error": "temporarily_unavailable"})] * 3
+    with pytest.raises(pg.UpstreamError):
+        pg.GoogleTokens(GoogleWire(google_server),
+                        pause=pauses.append).token(google_write(tmp_path / "adc.json", GOOGLE_USER_FILE))
+
+
+# ======================================================================================================================
+# §5 and §8 Bedrock
+# ======================================================================================================================
+
+BEDROCK = pg.BedrockConverse()
+AWS_KEYS = {"access_key_id": "AKIDEXAMPLE00000TEST", "secret_access_key": "wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY"}
+AWS_NOW = datetime.datetime(2026, 1, 2, 3, 4, 5, tzinfo=datetime.timezone.utc).timestamp()
+BEDROCK_PNG = base64.b64encode(b"\x89PNG").decode()
+BEDROCK_CLAUDE = "us.anthropic.claude-sonnet-4-5-20250929-v1:0"
+
+
+def bedrock_model(model_id: str = BEDROCK_CLAUDE, **facts: Any) -> pg.Model:
+    facts = {"max_tokens": 64000, "reasoning": True, **facts}
+    return pg.Model(model_id, "amazon-bedrock", BEDROCK.name, facts.pop(
+        "base_url", "https://bedrock-runtime.us-east-1.amazonaws.com"), **facts)
+
+
+def bedrock_request(*messages: pg.Message, **fields: Any) -> pg.Request:
+    """A request, of "hi" unless told otherwise; `reasoning` may be a level."""
+    fields = {name: pg.Reasoning(value) if name == "reasoning" and isinstance(value, str) else value
+              for name, value in fields.items()}
+    return pg.Request("m", messages or (user_turn("hi"),), **fields)
+
+
+def aws_credential(**parts: str) -> pg.Credential:
+    return pg.Credential("aws", parts={**AWS_KEYS, **parts})
+
+
+def bedrock_built(req: pg.Request, model: pg.Model, credential: Optional[pg.Credential] = None,
+                  upstream: Any = BEDROCK) -> Tuple[pg.Call, Any]:
+    """The call that a request becomes, and its body."""
+    req, _ = pg.normalise(req, model, upstream, {})
+    req, _ = upstream.fit(req, model)
+    call = upstream.build(req, model, credential or aws_credential())
+    return call, json.loads(call.body)
+
+
+def provider_events(reader: Any, pieces: Sequence[bytes]) -> List[Any]:
+    """The events that a provider's bytes become, fed in the given pieces."""
+    settled = pg.Settled(reader)
+    events: List[Any] = []
+    for piece in pieces:
+        events.extend(settled.feed(piece))
+    return events + settled.end()
+
+
+def byte_splits(data: bytes) -> Iterator[List[bytes]]:
+    """Whole, byte by byte, in pieces of some sizes, and in two at every place."""
+    yield [data]
+    yield [data[i:i + 1] for i in range(len(data))]
+    for size in (2, 3, 7, 64):
+        yield [data[i:i + size] for i in range(0, len(data), size)]
+    for cut in range(1, len(data)):
+        yield [data[:cut], data[cut:]]
+
+
+# --- Event stream -----------------------------------------------------------------------------------------------------
+
+BEDROCK_FRAME_A = bytes.fromhex("""
+0000009400000057b4ab9aee0b3a6576656e742d74797065070011636f6e7465
+6e74426c6f636b44656c74610d3a636f6e74656e742d74797065070010617070
+6c69636174696f6e2f6a736f6e0d3a6d6573736167652d747970650700056576
+656e747b22636f6e74656e74426c6f636b496e646578223a302c2264656c7461
+223a7b2274657874223a224869227d7d1f944657""".replace("\n", ""))
+BEDROCK_FRAME_B = bytes.fromhex("""
+0000008800000061de0175f40f3a657863657074696f6e2d7479706507001374
+68726f74746c696e67457863657074696f6e0d3a636f6e74656e742d74797065
+0700106170706c69636174696f6e2f6a736f6e0d3a6d6573736167652d747970
+65070009657863657074696f6e7b226d657373616765223a22736c6f7720646f
+776e227d832ee072""".replace("\n", ""))
+BEDROCK_FRAME_C = bytes.fromhex("000000100000000005c248eb7d98c8ff")
+BEDROCK_MESSAGES: List[Tuple[Dict[str, Any], bytes]] = [
+    ({":event-type": "contentBlockDelta", ":content-type": "application/json", ":message-type": "event"},
+     b'{"contentBlockIndex":0,"delta":{"text":"Hi"}}'),
+    ({":exception-type": "throttlingException", ":content-type": "application/json", ":message-type": "exception"},
+     b'{"message":"slow down"}'), ({}, b"")]
+BEDROCK_PACKERS: Dict[Any, Tuple[int, Callable[[Any], bytes]]] = {True: (0, lambda v: b""), False: (1, lambda v: b""),
+           bytes: (6, lambda v: struct.pack(">H", len(v)) + v),
+           str: (7, lambda v: struct.pack(">H", len(v.encode())) + v.encode())}
+
+
+def bedrock_frame(headers: Dict[str, Any], payload: bytes) -> bytes:
+    """A message of AWS's event stream; a header may be a tuple of its type and its bytes."""
+    packed = b""
+    for name, value in headers.items():
+        if isinstance(value, tuple):
+            kind, encoded = value
+        else:
+            kind, pack = BEDROCK_PACKERS[value if isinstance(value, bool) else type(value)]
+            encoded = pack(value)
+        packed += bytes([len(name.encode())]) + name.encode() + bytes([kind]) + encoded
+    prelude = struct.pack(">II", 16 + len(packed) + len(payload), len(packed))
+    data = prelude + struct.pack(">I", binascii.crc32(prelude)) + packed + payload
+    return data + struct.pack(">I", binascii.crc32(data))
+
+
+def bedrock_event(name: str, data: Any, kind: str = "event") -> bytes:
+    word = ":exception-type" if kind == "exception" else ":event-type"
+    return bedrock_frame({word: name, ":content-type": "application/json", ":message-type": kind},
+                         data if isinstance(data, bytes) else json.dumps(data).encode())
+
+
+def bedrock_stream(*events: Tuple[str, Any]) -> bytes:
+    return b"".join(bedrock_event(name, data) for name, data in events)
+
+
+def bedrock_decode(pieces: Sequence[bytes]) -> Tuple[List[Any], int]:
+    """The messages in some pieces, and how many bytes are left over."""
+    decoder = pg.EventStreamDecoder()
+    out = [message for piece in pieces for message in decoder.feed(piece)]
+    return out, decoder.pending
+
+
+def test_bedrock_known_frames_at_every_split() -> None:
+    data = BEDROCK_FRAME_A + BEDROCK_FRAME_B + BEDROCK_FRAME_C
+    for pieces in byte_splits(data):
+        assert bedrock_decode(pieces) == (BEDROCK_MESSAGES, 0)
+
+
+def test_bedrock_a_cut_frame_is_pending() -> None:
+    for cut in range(1, len(BEDROCK_FRAME_A)):
+        assert bedrock_decode([BEDROCK_FRAME_A[:cut]]) == ([], cut)
+    assert bedrock_decode([BEDROCK_FRAME_A + BEDROCK_FRAME_B[:20]]) == (BEDROCK_MESSAGES[:1], 20)
+
+
+@pytest.mark.parametrize("data", [BEDROCK_FRAME_A, BEDROCK_FRAME_B, BEDROCK_FRAME_C], ids="ABC")
+def test_bedrock_every_flipped_byte_raises(data: bytes) -> None:
+    for place in range(len(data)):
+        for mask in (0x01, 0x80, 0xff):
+            bad = bytearray(data)
+            bad[place] ^= mask
+            with pytest.raises(pg.UpstreamProtocolError):
+                bedrock_decode([bytes(bad)])
+
+
+def test_bedrock_what_came_before_a_damaged_frame_is_not_lost() -> None:
+    bad = BEDROCK_FRAME_A + BEDROCK_FRAME_A[:-1] + b"\0"
+    for pieces in ([bad], [bad[:200], bad[200:]]):
+        decoder = pg.EventStreamDecoder()
+        out: List[Any] = []
+        with pytest.raises(pg.UpstreamProtocolError, match="checksum"):
+            for piece in pieces:
+                for message in decoder.feed(piece):
+                    out.append(message)
+        assert out == BEDROCK_MESSAGES[:1]
+
+
+def bedrock_lengths(total: int, headers: int) -> bytes:
+    """The beginning of a message that says these lengths."""
+    prelude = struct.pack(">II", total, headers)
+    return prelude + struct.pack(">I", binascii.crc32(prelude))
+
+
+@pytest.mark.parametrize("data", [
+    bedrock_lengths(15, 0), bedrock_lengths(16, 1), bedrock_lengths(0xffffffff, 0),
+    bedrock_lengths(16 + 129 * 1024, 129 * 1024),
+    bedrock_lengths(25 * 1024 * 1024 + 16, 0), bedrock_frame({"a": (10, b"")}, b""),
+    bedrock_frame({"a": (7, b"\x00\x09abc")}, b""),
+    bedrock_frame({"a": (7, b"\x00\x01\xff")}, b"")], ids=str)
+def test_bedrock_impossible_frames_raise(data: bytes) -> None:
+    with pytest.raises(pg.UpstreamProtocolError):
+        bedrock_decode([data])
+
+
+def test_bedrock_repeated_header_raises() -> None:
+    one = b"\x01a\x00"
+    prelude = struct.pack(">II", 16 + 2 * len(one), 2 * len(one))
+    data = prelude + struct.pack(">I", binascii.crc32(prelude)) + one + one
+    with pytest.raises(pg.UpstreamProtocolError, match="repeated"):
+        bedrock_decode([data + struct.pack(">I", binascii.crc32(data))])
+
+
+def test_bedrock_own_frames_are_what_botocore_reads() -> None:
+    eventstream = pytest.importorskip("botocore.eventstream")
+    rng = random.Random(7)
+    for _ in range(100):
+        headers = {f"h{n}": rng.choice([True, False, b"\x00\xff" * rng.randrange(9), "ü" * rng.randrange(30),
+                                        (2, b"\xff"), (3, b"\xff\xfe"), (4, b"\x00\x00\x01\x00"), (5, b"\xff" * 8)])
+                   for n in range(rng.randrange(6))}
+        payload = bytes(rng.randrange(256) for _ in range(rng.randrange(300)))
+        data = bedrock_frame(headers, payload)
+        buffer = eventstream.EventStreamBuffer()
+        buffer.add_data(data)
+        [theirs] = list(buffer)
+        [[(ours, body)], pending] = bedrock_decode([data])
+        assert (ours, body, pending) == (theirs.headers, theirs.payload, 0)
+
+
+# --- Signature --------------------------------------------------------------------------------------------------------
+
+BEDROCK_VECTOR_BODY = b'{"messages":[{"role":"user","content":[{"text":"hi"}]}],"inferenceConfig":{"maxTokens":16}}'
+BEDROCK_ARN = "arn:aws:bedrock:us-east-1:123456789012:application-inference-profile/abc123def456"
+
+
+@pytest.mark.parametrize("model_id, token, signature", [
+    (BEDROCK_CLAUDE, "", "612d5ca3bb44c713f10a8fc8690a4e6c0b94dc53d9e8ba1ffeb30622a1d476d2"),
+    (BEDROCK_CLAUDE, "FwoGZXIvYXdzEXAMPLETOKEN==", "24a26b08fa1189fa7595df3e8845a0ee42db03624320b8084c755d0ffed35913"),
+    (BEDROCK_ARN, "", "d29cd569849a6d5164df4f51dfbae2f515d2bfe0bea453f7b05fbfa34bb27cec"),
+], ids=["plain", "session token", "arn"])
+def test_bedrock_signature_vectors(model_id: str, token: str, signature: str) -> None:
+    call = BEDROCK.build(bedrock_request(stream=True), bedrock_model(model_id), aws_credential())
+    assert call.url == ("https://bedrock-runtime.us-east-1.amazonaws.com/model/"
+                        + urllib.parse.quote(model_id, safe="-._~") + "/converse-stream")
+    call = call._replace(body=BEDROCK_VECTOR_BODY)
+    signed = BEDROCK.sign(call, aws_credential(**({"session_token": token} if token else {})), AWS_NOW)
+    names = "content-type;host;x-amz-date" + (";x-amz-security-token" if token else "")
+    assert signed.headers["authorization"] == (
+        "AWS4-HMAC-SHA256 Credential=AKIDEXAMPLE00000TEST/20260102/us-east-1/bedrock/aws4_request, "
+        f"SignedHeaders={names}, Signature={signature}")
+    assert signed.headers["x-amz-date"] == "20260102T030405Z"
+    assert signed.headers.get("x-amz-security-token", "") == token
+    assert "authorization" not in call.headers
+
+
+def test_bedrock_signing_key_vector() -> None:
+    key = pg.signing_key(AWS_KEYS["secret_access_key"], "20260102/us-east-1/bedrock/aws4_request")
+    assert key.hex() == "5fe7d00891a75b7029b7875f73e3395713a85cc92df11a0b55a6a2f63078cf17"
+
+
+@pytest.fixture
+def botocore_signature(monkeypatch: Any) -> Callable[[pg.Call, Any, str], str]:
+    """The Authorization header that botocore makes for a call at NOW, from its content type alone."""
+    auth = pytest.importorskip("botocore.auth")
+    from botocore.awsrequest import AWSRequest
+    from botocore.credentials import Credentials
+    moment = datetime.datetime.fromtimestamp(AWS_NOW, datetime.timezone.utc).replace(tzinfo=None)
+    if hasattr(auth, "get_current_datetime"):
+        monkeypatch.setattr(auth, "get_current_datetime", lambda *args, **kwargs: moment)
+    else:
+        class Frozen(datetime.datetime):
+            @classmethod
+            def utcnow(cls) -> Any:
+                return moment
+
+        monkeypatch.setattr(auth.datetime, "datetime", Frozen)
+
+    def sign(call: pg.Call, keys: Any, region: str) -> str:
+        theirs = AWSRequest(call.method, call.url, data=call.body,
+                            headers={"content-type": call.headers["content-type"]})
+        auth.SigV4Auth(Credentials(keys["access_key_id"], keys["secret_access_key"], keys.get("session_token")),
+                       "bedrock", region).add_auth(theirs)
+        return str(theirs.headers["Authorization"])
+
+    return sign
+
+
+def test_bedrock_signatures_equal_botocores(botocore_signature: Any) -> None:
+    rng = random.Random(3)
+    alphabet = "abcXYZ019-._~:/@ +%é漢=&?;,!*'()$"
+    for number in range(200):
+        model_id = rng.choice(["".join(rng.choice(alphabet) for _ in range(rng.randrange(1, 30))), BEDROCK_ARN,
+                               BEDROCK_CLAUDE,
+                               "arn:aws-us-gov:bedrock:us-gov-west-1:123456789012:provisioned-model/a.b"])
+        region = rng.choice(["us-east-1", "eu-west-3", "ap-southeast-2"])
+        keys = {"access_key_id": f"AKID{number}", "secret_access_key": "".join(rng.choice(alphabet) for _ in range(40)),
+                "region": region, **({"session_token": "tok/+=" + str(number)} if number % 2 else {})}
+        credential = pg.Credential("aws", parts=keys, headers={"X-Amz-Nope": "1", "Host": "evil", "x-custom": "é"})
+        asked = bedrock_request(user_turn("ä" + "x" * number), stream=bool(number % 3))
+        call = BEDROCK.build(asked, bedrock_model(model_id), credential)
+        if number % 5 == 0:
+            call = pg.bedrock_list_call("inference-profiles", bedrock_model(), credential, "a/b+c=" + str(number))
+        signed = BEDROCK.sign(call, credential, AWS_NOW)
+        host_region = re.search(r"bedrock(?:-runtime)?\.([^.]+)\.", call.url).group(1)
+        assert signed.headers["authorization"] == botocore_signature(call, keys, host_region)
+        assert "x-amz-nope" not in signed.headers and "host" not in signed.headers
+
+
+def test_bedrock_what_is_sent_is_what_was_signed(botocore_signature: Any) -> None:
+    with fake_upstream(Answer(body=BEDROCK_TOOL_STREAM, content_type=BEDROCK.stream_type)) as fake:
+        credential = aws_credential(session_token="tok", region="eu-west-3")
+        model = bedrock_model(BEDROCK_ARN, base_url=fake.url + "/sub/")
+        call = BEDROCK.sign(BEDROCK.build(bedrock_request(stream=True), model, credential), credential, AWS_NOW)
+        transport = pg.Transport()
+        response = transport.open(call, pg.Scope())
+        events = provider_events(BEDROCK.reader(model, STAMP), list(response))
+        response.close()
+        transport.close()
+    [(method, path, headers, body)] = fake.received
+    received = pg.Call(method, "http://" + headers["host"] + path, headers, body)
+    assert headers["authorization"] == botocore_signature(received, credential.parts, "us-east-1")
+    assert "%3A" in path and "%253A" not in path
+    assert events == BEDROCK_TOOL_EVENTS and BEDROCK.stream_type in response.headers["content-type"]
+
+
+@pytest.mark.parametrize("credential, expected", [
+    (pg.Credential("api_key", "bedrock-token"), {"authorization": "Bearer bedrock-token"}),
+    (pg.Credential("aws", parts={"skip_auth": "1"}), {}),
+    (pg.Credential("api_key", "bedrock-token", headers={"authorization": "Bearer other"}),
+     {"authorization": "Bearer bedrock-token"}),
+], ids=["bearer", "skip", "bearer wins"])
+def test_bedrock_without_signature(credential: pg.Credential, expected: Dict[str, Any]) -> None:
+    call = BEDROCK.build(bedrock_request(), bedrock_model(), credential)
+    assert "authorization" not in call.headers
+    signed = BEDROCK.sign(call, credential, AWS_NOW)
+    assert {name: value for name, value in signed.headers.items() if name.startswith(("auth", "x-amz"))} == expected
+
+
+BEDROCK_US = "https://bedrock-runtime.us-east-1.amazonaws.com"
+BEDROCK_EU = "https://bedrock-runtime.eu-west-1.amazonaws.com"
+BEDROCK_VPC = "https://vpce-1.bedrock-runtime.us-west-2.vpce.amazonaws.com/x/"
+
+
+@pytest.mark.parametrize("model_id, base, parts, host, region", [
+    ("a.b", BEDROCK_US, {}, "bedrock-runtime.us-east-1.amazonaws.com", "us-east-1"),
+    ("a.b", BEDROCK_US, {"region": "eu-west-3"}, "bedrock-runtime.eu-west-3.amazonaws.com", "eu-west-3"),
+    ("a.b", BEDROCK_EU, {}, "bedrock-runtime.eu-west-1.amazonaws.com", "eu-west-1"),
+    ("eu.a.b", BEDROCK_US, {}, "bedrock-runtime.eu-central-1.amazonaws.com", "eu-central-1"),
+    ("eu.a.b", BEDROCK_EU, {}, "bedrock-runtime.eu-west-1.amazonaws.com", "eu-west-1"),
+    ("eu.a.b", BEDROCK_US, {"region": "eu-north-1"}, "bedrock-runtime.eu-north-1.amazonaws.com", "eu-north-1"),
+    ("us-gov.a.b", BEDROCK_US, {}, "bedrock-runtime.us-gov-west-1.amazonaws.com", "us-gov-west-1"),
+    ("a.b", BEDROCK_US, {"profile_region": "eu-west-3"}, "bedrock-runtime.us-east-1.amazonaws.com", "us-east-1"),
+    (BEDROCK_ARN.replace("us-east-1", "sa-east-1"), BEDROCK_US, {"region": "eu-west-3"},
+     "bedrock-runtime.sa-east-1.amazonaws.com",
+     "sa-east-1"),
+    ("a.b", BEDROCK_US, {"region": "cn-north-1"}, "bedrock-runtime.cn-north-1.amazonaws.com.cn", "cn-north-1"),
+    ("a.b", "https://bedrock-runtime-fips.us-east-1.amazonaws.com", {"region": "us-west-2"},
+     "bedrock-runtime-fips.us-west-2.amazonaws.com", "us-west-2"),
+    ("a.b", BEDROCK_VPC, {}, "vpce-1.bedrock-runtime.us-west-2.vpce.amazonaws.com", "us-west-2"),
+    ("a.b", BEDROCK_VPC, {"region": "us-east-2"}, "vpce-1.bedrock-runtime.us-west-2.vpce.amazonaws.com", "us-east-2"),
+    ("a.b", "http://localhost:8080", {"profile_region": "eu-west-3"}, "localhost:8080", "eu-west-3"),
+    (BEDROCK_ARN.replace("us-east-1", "sa-east-1"), "http://localhost:8080", {}, "localhost:8080", "sa-east-1"),
+])
+def test_bedrock_region_and_host(model_id: str, base: str, parts: Dict[str, Any], host: str, region: str) -> None:
+    credential = aws_credential(**parts)
+    call = BEDROCK.build(bedrock_request(), bedrock_model(model_id, base_url=base), credential)
+    assert urllib.parse.urlsplit(call.url).netloc == host
+    assert f"/{region}/bedrock/" in BEDROCK.sign(call, credential, AWS_NOW).headers["authorization"]
+
+
+# --- Converse bodies --------------------------------------------------------------------------------------------------
+
+BEDROCK_TOOL = pg.Tool("read", "Read a file", {"type": "object", "properties": {"path": {"type": "string"}}})
+BEDROCK_CALL = pg.ToolCall("call|1", "read", '{"path":"x","":1,"deep":[{"":2,"a":3}]}')
+BEDROCK_ID = pg.fit_id("call|1", 64)
+
+
+@pytest.mark.parametrize("messages, expected", [
+    ([user_turn("hi")], [{"role": "user", "content": [{"text": "hi"}]}]),
+    ([assistant_turn("yes"), user_turn("hi"), user_turn("  ")],
+     [{"role": "user", "content": [{"text": "…"}]}, {"role": "assistant", "content": [{"text": "yes"}]},
+      {"role": "user", "content": [{"text": "hi"}, {"text": "…"}]}]),
+    ([user_turn("hi"), assistant_turn(" "), user_turn("ho")],
+     [{"role": "user", "content": [{"text": "hi"}, {"text": "ho"}]}]),
+    ([user_turn("hi"), assistant_turn(BEDROCK_CALL, pg.replace(BEDROCK_CALL, id="c2", arguments="{cut")),
+      tool_turn(pg.ToolResult("call|1", (pg.Text("bad"), pg.Image("image/png", BEDROCK_PNG)), True),
+                pg.ToolResult("c2")),
+      user_turn("now")],
+     [{"role": "user", "content": [{"text": "hi"}]},
+      {"role": "assistant", "content": [
+          {"toolUse": {"toolUseId": BEDROCK_ID, "name": "read", "input": {"path": "x", "deep": [{"a": 3}]}}},
+          {"toolUse": {"toolUseId": "c2", "name": "read", "input": {"malformed_arguments": "{cut"}}}]},
+      {"role": "user", "content": [
+          {"toolResult": {"toolUseId": BEDROCK_ID, "status": "error", "content": [{"text": "bad"}]}},
+          {"toolResult": {"toolUseId": "c2", "content": [{"text": pg.EMPTY_RESULT}]}},
+          {"text": pg.MOVED_CAPTION}, {"image": {"format": "png", "source": {"bytes": BEDROCK_PNG}}},
+          {"text": "now"}]}]),
+    ([user_turn(pg.Document("application/pdf", BEDROCK_PNG, name="My file_1.pdf"),
+                pg.Document("text/markdown", BEDROCK_PNG)),
+      assistant_turn("ok"),
+      user_turn(pg.Document("application/pdf", BEDROCK_PNG, name="My file 1.pdf"), "sum",
+                pg.Image("image/jpg", BEDROCK_PNG))],
+     [{"role": "user", "content": [
+         {"document": {"format": "pdf", "source": {"bytes": BEDROCK_PNG}, "name": "My file 1 pdf"}},
+         {"document": {"format": "md", "source": {"bytes": BEDROCK_PNG}, "name": "document"}},
+         {"text": pg.DOCUMENT_NOTE}]},
+      {"role": "assistant", "content": [{"text": "ok"}]},
+      {"role": "user", "content": [
+          {"document": {"format": "pdf", "source": {"bytes": BEDROCK_PNG}, "name": "My file 1 pdf-2"}}, {"text": "sum"},
+          {"image": {"format": "jpeg", "source": {"bytes": BEDROCK_PNG}}}]}]),
+], ids=["plain", "begins with the assistant", "blank", "tools", "media"])
+def test_bedrock_converse_messages(messages: List[Any], expected: List[Any]) -> None:
+    assert pg.converse_messages(messages, True) == expected
+
+
+@pytest.mark.parametrize("part", [pg.Image(url="https://x/y.png"), pg.Image("image/bmp", BEDROCK_PNG),
+                                  pg.Document("application/zip", BEDROCK_PNG)], ids=str)
+def test_bedrock_media_that_cannot_go(part: Any) -> None:
+    with pytest.raises(pg.BadRequest) as caught:
+        pg.converse_messages([user_turn(part)], True)
+    assert caught.value.code == "unsupported_parameter"
+
+
+BEDROCK_SIGNED, BEDROCK_UNSIGNED = pg.Thinking("t", "sig", False, BEDROCK.name), pg.Thinking("t", None, False,
+                                                                                             BEDROCK.name)
+BEDROCK_REDACTED_THOUGHT = pg.Thinking("", "cmVk", True, BEDROCK.name)
+
+
+@pytest.mark.parametrize("part, to_claude, to_other", [
+    (BEDROCK_SIGNED, {"reasoningText": {"text": "t", "signature": "sig"}}, {"reasoningText": {"text": "t"}}),
+    (BEDROCK_UNSIGNED, None, {"reasoningText": {"text": "t"}}),
+    (BEDROCK_REDACTED_THOUGHT, {"redactedContent": "cmVk"}, None),
+    (pg.replace(BEDROCK_SIGNED, maker="anthropic-messages"), None, None),
+], ids=["signed", "unsigned", "redacted", "foreign"])
+def test_bedrock_replayed_thinking(part: pg.Thinking, to_claude: Optional[Dict[str, Any]],
+                                   to_other: Optional[Dict[str, Any]]) -> None:
+    for model, expected in ((bedrock_model(), to_claude), (bedrock_model("openai.gpt-oss-120b-1:0"), to_other)):
+        body = bedrock_built(bedrock_request(user_turn("hi"), assistant_turn(part, "yes"), user_turn("go")), model)[1]
+        blocks = body["messages"][1]["content"]
+        assert blocks == ([{"reasoningContent": expected}] if expected else []) + [{"text": "yes"}]
+
+
+BEDROCK_ADAPTIVE = {"type": "adaptive", "display": "summarized"}
+
+
+@pytest.mark.parametrize("model_id, level, expected", [
+    ("us.anthropic.claude-opus-4-6-v1", "high", {"thinking": BEDROCK_ADAPTIVE, "output_config": {"effort": "high"}}),
+    ("anthropic.claude-opus-4-8", "xhigh", {
+        "thinking": {**BEDROCK_ADAPTIVE, **pg.BINDING}, "output_config": {"effort": "xhigh"},
+        "anthropic_beta": ["thinking-binding-controls-2026-08-01"]}),
+    ("us-gov.anthropic.claude-sonnet-5", "low", {"thinking": {"type": "adaptive"}, "output_config": {"effort": "low"}}),
+    ("anthropic.claude-sonnet-5", "off", {"thinking": {"type": "disabled"}}),
+    (BEDROCK_CLAUDE, "medium", {"thinking": {"type": "enabled", "budget_tokens": 8192, "display": "summarized"},
+                                "anthropic_beta": ["interleaved-thinking-2025-05-14"]}),
+    (BEDROCK_CLAUDE, "off", None),
+    ("openai.gpt-oss-120b-1:0", "max", {"reasoning_effort": "high"}),
+    ("openai.gpt-oss-20b", "minimal", {"reasoning_effort": "low"}),
+    ("global.openai.gpt-6-sol", "xhigh", {"reasoning": {"effort": "xhigh"}}),
+    ("openai.gpt-5.4", "minimal", {"reasoning": {"effort": "low"}}),
+    ("us.amazon.nova-2-lite-v1:0", "high", {"reasoningConfig": {"type": "enabled", "maxReasoningEffort": "high"}}),
+    ("us.amazon.nova-2-lite-v1:0", "off", None), ("zai.glm-5", "high", None),
+])
+def test_bedrock_reasoning_fields(model_id: str, level: str, expected: Optional[Dict[str, Any]]) -> None:
+    levels = {"xhigh": "xhigh", "max": "max"} if "8" in model_id[-1:] or "gpt-6" in model_id else {}
+    model = bedrock_model(model_id, thinking_levels=levels)
+    assert bedrock_built(bedrock_request(reasoning=level), model)[1].get("additionalModelRequestFields") == expected
+
+
+@pytest.mark.parametrize("name, region, expected", [
+    ("Claude Opus 4.6", "us-east-1", BEDROCK_ADAPTIVE), ("Claude Opus 4.6", "us-gov-west-1", {"type": "adaptive"}),
+    ("", "us-east-1", None)])
+def test_bedrock_family_by_name(name: str, region: str, expected: Optional[Dict[str, Any]]) -> None:
+    model = bedrock_model(BEDROCK_ARN.replace("us-east-1", region), name=name)
+    body = bedrock_built(bedrock_request(reasoning="high"), model)[1]
+    assert body.get("additionalModelRequestFields", {}).get("thinking") == expected
+    assert ({"cachePoint": {"type": "default"}} in body["messages"][-1]["content"]) == bool(name)
+
+
+@pytest.mark.parametrize("model_id, fields, config", [
+    (BEDROCK_CLAUDE, {}, {"maxTokens": 64000}),
+    (BEDROCK_CLAUDE, {"max_tokens": 100, "temperature": 1.5, "top_p": 0.5, "stop": ("E", "")},
+     {"maxTokens": 100, "temperature": 1, "topP": 0.5, "stopSequences": ["E"]}),
+    (BEDROCK_CLAUDE, {"max_tokens": 2000, "reasoning": "low", "temperature": 0.2}, {"maxTokens": 4048}),
+    ("anthropic.claude-opus-4-8", {"temperature": 0.2}, {"maxTokens": 64000}),
+    ("zai.glm-5", {}, None), ("zai.glm-5", {"temperature": 0.2}, {"temperature": 0.2}),
+    ("us.amazon.nova-2-lite-v1:0", {"reasoning": "high", "temperature": 0.2, "max_tokens": 9}, None),
+    ("us.amazon.nova-2-lite-v1:0", {"reasoning": "low", "temperature": 0.2}, {"temperature": 0.2}),
+])
+def test_bedrock_inference_config(model_id: str, fields: Dict[str, Any], config: Optional[Dict[str, Any]]) -> None:
+    assert bedrock_built(bedrock_request(**fields), bedrock_model(model_id))[1].get("inferenceConfig") == config
+
+
+BEDROCK_USED = (user_turn("hi"), assistant_turn(BEDROCK_CALL), tool_turn(pg.ToolResult("call|1", (pg.Text("ok"),))))
+BEDROCK_SPEC = {"toolSpec": {"name": "read", "description": "Read a file",
+                             "inputSchema": {"json": BEDROCK_TOOL.schema}}}
+
+
+@pytest.mark.parametrize("messages, tools, choice, expected", [
+    ((), (), None, None), ((), (BEDROCK_TOOL,), None, {"tools": [BEDROCK_SPEC]}),
+    ((), (BEDROCK_TOOL,), pg.ToolChoice("auto"), {"tools": [BEDROCK_SPEC], "toolChoice": {"auto": {}}}),
+    ((), (BEDROCK_TOOL,), pg.ToolChoice("required"), {"tools": [BEDROCK_SPEC], "toolChoice": {"any": {}}}),
+    ((), (BEDROCK_TOOL,), pg.ToolChoice("tool", "read"),
+     {"tools": [BEDROCK_SPEC], "toolChoice": {"tool": {"name": "read"}}}),
+    ((), (BEDROCK_TOOL,), pg.ToolChoice("none"), None),
+    (BEDROCK_USED, (BEDROCK_TOOL,), pg.ToolChoice("none"), {"tools": [BEDROCK_SPEC]}),
+])
+def test_bedrock_tool_config(messages: Any, tools: Any, choice: Optional[pg.ToolChoice],
+                             expected: Optional[Dict[str, Any]]) -> None:
+    assert bedrock_built(bedrock_request(*messages, tools=tools, tool_choice=choice),
+                         bedrock_model("zai.glm-5"))[1].get(
+                             "toolConfig") == expected
+
+
+def test_bedrock_tool_history_without_tools_names_them() -> None:
+    [tool] = bedrock_built(bedrock_request(*BEDROCK_USED), bedrock_model("zai.glm-5"))[1]["toolConfig"]["tools"]
+    assert tool["toolSpec"]["name"] == "read"
+
+
+def test_bedrock_cache_points_schema_and_headers() -> None:
+    output = pg.OutputFormat({"type": "object"}, "out")
+    call, body = bedrock_built(bedrock_request(system=(pg.Text("Be brief."),), output=output, stream=True),
+                               bedrock_model())
+    point = {"cachePoint": {"type": "default"}}
+    assert body["system"] == [{"text": "Be brief."}, point]
+    assert body["messages"][-1]["content"][-1] == point
+    assert body["outputConfig"] == {"textFormat": {"type": "json_schema", "structure": {
+        "jsonSchema": {"schema": '{"type":"object"}', "name": "out"}}}}
+    assert call.headers["accept"] == BEDROCK.stream_type and call.url.endswith("/converse-stream")
+    plain, body = bedrock_built(bedrock_request(system=(pg.Text("Be brief."),)), bedrock_model("zai.glm-5"))
+    assert body["system"] == [{"text": "Be brief."}] and plain.url.endswith("/model/zai.glm-5/converse")
+    forced = bedrock_built(bedrock_request(), bedrock_model("zai.glm-5"), aws_credential(force_cache="1"))[1]
+    assert forced["messages"][-1]["content"][-1] == point
+
+
+def test_bedrock_system_prompt_alone() -> None:
+    body = json.loads(BEDROCK.build(pg.Request("m", (), system=(pg.Text("Be"),)), bedrock_model("x.y"),
+                                    aws_credential()).body)
+    assert body == {"messages": [{"role": "user", "content": [{"text": "Be"}]}]}
+
+
+def bedrock_big_request(**fields: Any) -> pg.Request:
+    """A request with everything."""
+    return bedrock_request(
+        user_turn("hi", pg.Image("image/png", BEDROCK_PNG), pg.Document("application/pdf", BEDROCK_PNG)),
+        assistant_turn(BEDROCK_SIGNED, "let me", BEDROCK_CALL),
+        tool_turn(pg.ToolResult("call|1", (pg.Text("no"), pg.Image("image/webp", BEDROCK_PNG)), True)),
+        user_turn("again"),
+        assistant_turn(BEDROCK_REDACTED_THOUGHT, pg.ToolCall("x" * 90, "read", "")),
+        tool_turn(pg.ToolResult("x" * 90, (pg.Image("image/png", BEDROCK_PNG),))),
+        **{"system": (pg.Text("Be brief."),), "tools": (BEDROCK_TOOL, pg.Tool("b", "", strict=True)),
+           "max_tokens": 5000,
+           "stop": ("E",), "top_p": 0.5, "tool_choice": pg.ToolChoice("auto"),
+           "output": pg.OutputFormat({"type": "object"}), **fields})
+
+
+def bedrock_rehydrate(value: Any) -> Any:
+    """The wire's base64 as bytes, as SDK users pass it."""
+    if isinstance(value, dict):
+        return {key: base64.b64decode(item, validate=True) if key in ("bytes",
+                                                                      "redactedContent") else bedrock_rehydrate(item)
+                for key, item in value.items()}
+    return [bedrock_rehydrate(item) for item in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize("model_id", [
+    BEDROCK_CLAUDE, BEDROCK_ARN, "anthropic.claude-opus-4-8", "us-gov.openai.gpt-oss-120b-1:0",
+    "us.amazon.nova-2-lite-v1:0"])
+@pytest.mark.parametrize("fields", [{}, {"reasoning": pg.Reasoning("high")}, {"tools": ()},
+                                    {"tool_choice": pg.ToolChoice("tool", "read")}],
+                         ids=lambda given: ",".join(given) if isinstance(given, dict) else given)
+def test_bedrock_bodies_fit_botocores_model(model_id: str, fields: Dict[str, Any]) -> None:
+    session = pytest.importorskip("botocore.session").get_session()
+    from botocore.validate import ParamValidator
+    shape = session.get_service_model("bedrock-runtime").operation_model("ConverseStream").input_shape
+    body = bedrock_built(bedrock_big_request(**fields), bedrock_model(model_id))[1]
+    report = ParamValidator().validate({"modelId": model_id, **bedrock_rehydrate(body)}, shape)
+    assert not report.has_errors(), report.generate_report()
+    unknown = set(body) - set(shape.members)
+    assert not unknown
+    for message in body["messages"]:
+        for block in message["content"]:
+            assert len(block) == 1
+
+
+# --- Converse answers -------------------------------------------------------------------------------------------------
+
+BEDROCK_USAGE = {"inputTokens": 20, "outputTokens": 9, "totalTokens": 29, "cacheReadInputTokens": 100,
+                 "cacheWriteInputTokens": 7,
+                 "cacheDetails": [{"ttl": "1h", "inputTokens": 5}, {"ttl": "5m", "inputTokens": 2}]}
+# wire reference 5.6, with padding, citations and an unknown event added
+BEDROCK_TOOL_STREAM = bedrock_stream(
+    ("messageStart", {"role": "assistant", "p": "abc"}),
+    ("contentBlockDelta", {"contentBlockIndex": 0, "delta": {"reasoningContent": {"text": "Need file."}}}),
+    ("contentBlockDelta", {"contentBlockIndex": 0, "delta": {"reasoningContent": {"signature": "c2ln"}}}),
+    ("contentBlockDelta", {"contentBlockIndex": 0, "delta": {"reasoningContent": {"signature": "LTE="}}}),
+    ("contentBlockStop", {"contentBlockIndex": 0}),
+    ("contentBlockDelta", {"contentBlockIndex": 1, "delta": {"text": ""}}),
+    ("contentBlockDelta", {"contentBlockIndex": 1, "delta": {"text": "Réading"}}),
+    ("contentBlockDelta", {"contentBlockIndex": 1, "delta": {"citation": {"title": "x"}}}),
+    ("novelty", {}), ("contentBlockStop", {"contentBlockIndex": 1}),
+    ("contentBlockStart", {"contentBlockIndex": 2, "start": {"toolUse": {"toolUseId": "tooluse_1", "name": "read"}}}),
+    ("contentBlockDelta", {"contentBlockIndex": 2, "delta": {"toolUse": {"input": "{\"path\":"}}}),
+    ("contentBlockDelta", {"contentBlockIndex": 2, "delta": {"toolUse": {"input": "\"x\"}"}}}),
+    ("contentBlockStop", {"contentBlockIndex": 2}), ("messageStop", {"stopReason": "tool_use"}),
+    ("metadata", {"usage": BEDROCK_USAGE, "metrics": {"latencyMs": 321}}))
+BEDROCK_TOOL_EVENTS = [
+    pg.Start(), pg.PartStart(0, pg.Thinking(maker=BEDROCK.name)), pg.PartDelta(0, "Need file."),
+    pg.PartEnd(0, pg.Thinking("Need file.", "c2lnLTE=", False, BEDROCK.name)),
+    pg.PartStart(1, pg.Text()), pg.PartDelta(1, "Réading"), pg.PartEnd(1, pg.Text("Réading")),
+    pg.PartStart(2, pg.ToolCall("tooluse_1", "read")), pg.PartDelta(2, '{"path":'), pg.PartDelta(2, '"x"}'),
+    pg.PartEnd(2, pg.ToolCall("tooluse_1", "read", '{"path":"x"}')),
+    pg.Done("tool_use", pg.Usage(20, 9, 100, 7, 0, 5))]
+BEDROCK_RAW = b"redacted bytes"
+BEDROCK_REDACTED = bedrock_stream(
+    ("messageStart", {"role": "assistant"}),
+    *(("contentBlockDelta", {"contentBlockIndex": 0, "delta": {"reasoningContent": {
+        "redactedContent": base64.b64encode(piece).decode()}}}) for piece in (BEDROCK_RAW[:5], BEDROCK_RAW[5:])),
+    ("contentBlockStop", {"contentBlockIndex": 0}),
+    ("contentBlockDelta", {"contentBlockIndex": 1, "delta": {"text": "Hi"}}),
+    ("messageStop", {"stopReason": "max_tokens"}), ("metadata", {"usage": {"inputTokens": 1, "outputTokens": 2}}))
+BEDROCK_REDACTED_PART = pg.Thinking("", base64.b64encode(BEDROCK_RAW).decode(), True, BEDROCK.name)
+BEDROCK_REDACTED_EVENTS = [
+    pg.Start(), pg.PartStart(0, BEDROCK_REDACTED_PART), pg.PartEnd(0, BEDROCK_REDACTED_PART),
+    pg.PartStart(1, pg.Text()),
+    pg.PartDelta(1, "Hi"), pg.PartEnd(1, pg.Text("Hi")), pg.Done("length", pg.Usage(1, 2))]
+BEDROCK_SILENT_THINKING = bedrock_stream(               # a signature without text, blocks that nobody stops
+    ("contentBlockDelta", {"contentBlockIndex": 0, "delta": {"reasoningContent": {"signature": "c2ln"}}}),
+    ("messageStop", {"stopReason": "end_turn"}), ("metadata", {"usage": {}}))
+BEDROCK_SILENT_EVENTS = [
+    pg.Start(), pg.PartStart(0, pg.Thinking(maker=BEDROCK.name)),
+    pg.PartEnd(0, pg.Thinking("", "c2ln", False, BEDROCK.name)), pg.Done("stop")]
+
+
+@pytest.mark.parametrize("wire, expected", [
+    (BEDROCK_TOOL_STREAM, BEDROCK_TOOL_EVENTS), (BEDROCK_REDACTED, BEDROCK_REDACTED_EVENTS),
+    (BEDROCK_SILENT_THINKING, BEDROCK_SILENT_EVENTS)], ids=["tools", "redacted", "silent"])
+def test_bedrock_converse_streams_at_every_split(wire: bytes, expected: List[Any]) -> None:
+    for pieces in byte_splits(wire):
+        assert provider_events(BEDROCK.reader(bedrock_model(), STAMP), pieces) == expected
+
+
+def test_bedrock_converse_cuts_fail() -> None:
+    last = len(BEDROCK_TOOL_STREAM) - len(bedrock_event("metadata",
+                                                        {"usage": BEDROCK_USAGE, "metrics": {"latencyMs": 321}}))
+    for cut in range(len(BEDROCK_TOOL_STREAM)):
+        end = provider_events(BEDROCK.reader(bedrock_model(), STAMP), [BEDROCK_TOOL_STREAM[:cut]])[-1]
+        if cut == last:                         # between messageStop and metadata: whole but for the usage
+            assert end == pg.Done("tool_use")
+        else:
+            assert isinstance(end, pg.Failed) and isinstance(end.error, pg.UpstreamProtocolError)
+
+
+@pytest.mark.parametrize("wire, error, code", [
+    (bedrock_event("throttlingException", {"message": "Too many tokens, please wait before trying again."},
+                   "exception"),
+     pg.RateLimited, "rate_limit_exceeded"),
+    (bedrock_event("ValidationException", {"message": "Input is too long for requested model."}, "exception"),
+     pg.ContextOverflow, "context_length_exceeded"),
+    (bedrock_event("validationException", {"message": "bad"}, "exception"), pg.BadRequest, "invalid_request"),
+    (bedrock_event("modelStreamErrorException", {"message": "m", "originalMessage": "o"}, "exception"),
+     pg.UpstreamError, "provider_error"),
+    (bedrock_event("internalServerException", {"message": "m"}, "exception"), pg.UpstreamError, "provider_error"),
+    (bedrock_event("serviceUnavailableException", {"message": "m"}, "exception"), pg.Overloaded,
+     "server_is_overloaded"),
+    (bedrock_frame({":message-type": "error", ":error-code": "InternalFailure", ":error-message": "x"}, b""),
+     pg.UpstreamError,
+     "provider_error"),
+    (bedrock_event("messageStop", {"stopReason": "malformed_tool_use"}), pg.UpstreamError, "provider_error"),
+    (bedrock_event("contentBlockDelta", {"contentBlockIndex": 4, "delta": {"toolUse": {"input": "{"}}}),
+     pg.UpstreamProtocolError, "stream_incomplete"),
+    (bedrock_event("messageStop", b"{"), pg.UpstreamProtocolError, "stream_incomplete"),
+    (b"<html>" * 9, pg.UpstreamProtocolError, "stream_incomplete"),
+    (BEDROCK_FRAME_B, pg.RateLimited, "rate_limit_exceeded"),
+], ids=str)
+def test_bedrock_converse_stream_errors(wire: bytes, error: Any, code: str) -> None:
+    end = provider_events(BEDROCK.reader(bedrock_model(), STAMP), [bedrock_event("messageStart", {}) + wire])[-1]
+    assert isinstance(end, pg.Failed) and type(end.error) is error and end.error.code == code
+
+
+def test_bedrock_converse_whole() -> None:
+    body = {"output": {"message": {"role": "assistant", "content": [
+        {"reasoningContent": {"reasoningText": {"text": "Need file.", "signature": "c2lnLTE="}}}, {"text": "Réading"},
+        {"toolUse": {"toolUseId": "tooluse_1", "name": "read", "input": {"path": "x"}}},
+        {"reasoningContent": {"redactedContent": "cmVk"}},
+        {"citationsContent": {"content": [{"text": "a"}, {"text": "b"}]}}]}}, "stopReason": "tool_use",
+            "usage": BEDROCK_USAGE}
+    reply = pg.collect(pg.Settled(BEDROCK.reader(bedrock_model(), STAMP)).whole(body))
+    assert reply == pg.Reply("", (
+        pg.Thinking("Need file.", "c2lnLTE=", False, BEDROCK.name), pg.Text("Réading"),
+        pg.ToolCall("tooluse_1", "read", '{"path":"x"}'), BEDROCK_REDACTED_THOUGHT, pg.Text("ab")), "tool_use",
+        pg.Usage(20, 9, 100, 7, 0, 5))
+    [end] = pg.Settled(BEDROCK.reader(bedrock_model(), STAMP)).whole({"message": "?"})
+    assert isinstance(end.error, pg.UpstreamProtocolError)
+
+
+@pytest.mark.parametrize("reason, stop", [
+    ("end_turn", "stop"), ("stop_sequence", "stop_sequence"), ("max_tokens", "length"), ("content_filtered", "refusal"),
+    ("model_context_window_exceeded", "overflow"), ("guardrail_intervened", "refusal"), ("new", "stop")])
+def test_bedrock_converse_stop_reasons(reason: str, stop: str) -> None:
+    wire = bedrock_stream(("messageStop", {"stopReason": reason}), ("metadata", {}))
+    assert provider_events(BEDROCK.reader(bedrock_model(), STAMP), [wire])[-1] == pg.Done(stop)
+
+
+@pytest.mark.parametrize("status, kind, body, error", [
+    (400, "ValidationException:http://internal.amazon.com/x", {"message": "bad"}, pg.BadRequest),
+    (400, "ValidationException", {"message": "Input is too long for requested model."}, pg.ContextOverflow),
+    (400, "ValidationException", {"message": "Too many tokens, please wait before trying again."}, pg.RateLimited),
+    (429, "ThrottlingException", {"message": "Too many tokens, please wait before trying again."}, pg.RateLimited),
+    (400, "ServiceQuotaExceededException", {"message": "q"}, pg.QuotaExceeded),
+    (400, "ConflictException", {"message": "q"}, pg.Conflict),
+    (403, "AccessDeniedException", {"Message": "no"}, pg.Forbidden),
+    (403, "UnrecognizedClientException", {"message": "The security token is invalid."}, pg.CredentialRefused),
+    (403, "InvalidSignatureException", {"message": "s"}, pg.CredentialRefused),
+    (403, "", {"__type": "com.amazon.coral.service#ExpiredTokenException", "message": "s"}, pg.CredentialRefused),
+    (404, "ResourceNotFoundException", {"message": "s"}, pg.ModelNotFound),
+    (408, "ModelTimeoutException", {"message": "s"}, pg.UpstreamTimeout),
+    (424, "ModelErrorException", {"message": "s"}, pg.UpstreamError), (424, "", {}, pg.UpstreamError),
+    (429, "ModelNotReadyException", {"message": "s"}, pg.RateLimited),
+    (500, "InternalServerException", {"message": "s"}, pg.UpstreamError),
+    (503, "ServiceUnavailableException", {"message": "s"}, pg.Overloaded), (403, "", {"message": "s"}, pg.Forbidden),
+])
+def test_bedrock_http_errors(status: int, kind: str, body: Dict[str, Any], error: Any) -> None:
+    headers = {"x-amzn-errortype": kind, "retry-after": "7"} if kind else {}
+    found = BEDROCK.parse_error(status, headers, json.dumps(body).encode(), AWS_NOW)
+    assert type(found) is error
+    assert not body or found.message == (body.get("message") or body.get("Message"))
+    if error is pg.RateLimited:
+        assert found.retry_after == 7
+
+
+def test_bedrock_model_lists() -> None:
+    provider = pg.Provider("amazon-bedrock", {BEDROCK.name: BEDROCK_US})
+    foundation = {"modelSummaries": [
+        {"modelId": "a.one", "modelName": "One", "inputModalities": ["TEXT", "IMAGE"],
+         "responseStreamingSupported": True, "inferenceTypesSupported": ["ON_DEMAND"]},
+        {"modelId": "a.two", "modelName": "Two", "inputModalities": ["TEXT"],
+         "inferenceTypesSupported": ["INFERENCE_PROFILE"]},
+        {"modelId": "a.three", "responseStreamingSupported": False, "inferenceTypesSupported": ["ON_DEMAND"]}]}
+    profiles = {"inferenceProfileSummaries": [
+        {"inferenceProfileId": "eu.a.two", "inferenceProfileName": "EU Two", "status": "ACTIVE",
+         "models": [{"modelArn": "arn:aws:bedrock:eu-west-1::foundation-model/a.two"}]},
+        {"inferenceProfileId": "eu.a.x", "models": [{"modelArn": "arn:aws:bedrock:eu-west-1::foundation-model/a.x"}]}]}
+    models = pg.read_bedrock_models(foundation, profiles, provider)
+    assert {key: (model.name, model.input, model.protocol) for key, model in models.items()} == {
+        "a.one": ("One", ("text", "image"), BEDROCK.name), "eu.a.two": ("EU Two", ("text",), BEDROCK.name)}
+    call = pg.bedrock_list_call("foundation-models", bedrock_model(), aws_credential(region="eu-west-1"))
+    assert call.method == "GET" and call.url == (
+        "https://bedrock.eu-west-1.amazonaws.com/foundation-models?byOutputModality=TEXT")
+    assert "/eu-west-1/bedrock/" in BEDROCK.sign(call, aws_credential(region="eu-west-1"),
+                                                 AWS_NOW).headers["authorization"]
+
+
+@CLIENTS
+def test_bedrock_answers_render_for_all_clients(client: Any) -> None:
+    lane = pg.TranslatedLane(client, BEDROCK, bedrock_request(stream=True), bedrock_model(), STAMP)
+    out = lane.feed(BEDROCK_TOOL_STREAM) + lane.end()
+    assert lane.finished and lane.error is None and b"ading" in out
+
+
+# ======================================================================================================================
+# §10 AWS credentials
+# ======================================================================================================================
+
+class AwsResponse:
+    """An answer that is there already."""
+
+    def __init__(self, status: int, body: bytes) -> None:
+        self.status, self.body = status, body
+        self.headers: Dict[str, str] = {}
+
+    def read(self, limit: int) -> bytes:
+        return self.body
+
+    def close(self) -> None:
+        pass
+
+
+class AwsTransport:
+    """Answers by method and URL prefix; `calls` are what was asked."""
+
+    def __init__(self, answers: Any = ()) -> None:
+        self.answers: Dict[Tuple[str, str], Any] = dict(answers)
+        self.calls: List[pg.Call] = []
+        self.entered = threading.Event()
+        self.gate: Optional[threading.Event] = None
+
+    def open(self, call: pg.Call, scope: pg.Scope) -> AwsResponse:
+        self.calls.append(call)
+        self.entered.set()
+        if self.gate:
+            assert self.gate.wait(10)
+        for (method, prefix), answer in self.answers.items():
+            if call.method == method and call.url.startswith(prefix):
+                status, body = answer if isinstance(answer, tuple) else (200, answer)
+                return AwsResponse(status, body if isinstance(body, bytes) else json.dumps(body).encode())
+        raise pg.UpstreamError("no connection", code="connection_error")
+
+
+class AwsRig:
+    """A home directory, a clock at NOW, and the two ways out that the credentials are asked for on."""
+
+    def __init__(self, tmp_path: Any, far: Any = (), near: Any = ()) -> None:
+        self.home, self.clock = tmp_path, Clock(AWS_NOW)
+        self.far, self.near = AwsTransport(far), AwsTransport(near)
+        self.credentials = pg.AwsCredentials(self.far, self.near, self.clock)
+        (tmp_path / ".aws").mkdir(exist_ok=True)
+
+    def write(self, name: str, text: str) -> str:
+        path = self.home / ".aws" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        return str(path)
+
+    def get(self, environ: Any = (), entry: Any = (), key: Optional[str] = None) -> pg.Credential:
+        return self.credentials.get({"HOME": str(self.home), "PATH": os.environ.get("PATH", ""), **dict(environ)},
+                                    dict(entry), key)
+
+
+@pytest.fixture
+def aws_rig(tmp_path: Any) -> AwsRig:
+    return AwsRig(tmp_path)
+
+
+AWS_ENV_KEYS = {"AWS_ACCESS_KEY_ID": "AKENV", "AWS_SECRET_ACCESS_KEY": "senv"}
+AWS_FILES = """[default]
+aws_access_key_id = AKDEF
+aws_secret_access_key = s%def
+[work]
+aws_access_key_id = AKWORK
+aws_secret_access_key = swork
+aws_session_token = twork
+"""
+AWS_CONFIG = "[default]\nregion = eu-west-1\n[profile work]\nregion = eu-west-3\ns3 =\n  max = 1\n"
+
+
+@pytest.mark.parametrize("environ, entry, key, expected", [
+    ({}, {}, "stored", ("api_key", "stored", None, "")),
+    ({"AWS_BEARER_TOKEN_BEDROCK": "tok", **AWS_ENV_KEYS}, {}, None, ("api_key", "tok", None, "")),
+    ({"AWS_BEARER_TOKEN_BEDROCK": "tok"}, {"AWS_BEARER_TOKEN_BEDROCK": "own"}, "<authenticated>",
+     ("api_key", "own", None, "")),
+    (AWS_ENV_KEYS, {}, None, ("aws", "", "AKENV", "")),
+    ({**AWS_ENV_KEYS, "AWS_PROFILE": "work"}, {}, None, ("aws", "", "AKENV", "eu-west-3")),
+    (AWS_ENV_KEYS, {"AWS_PROFILE": "work"}, None, ("aws", "", "AKWORK", "eu-west-3")),
+    ({"AWS_PROFILE": "work"}, {}, None, ("aws", "", "AKWORK", "eu-west-3")),
+    ({"AWS_PROFILE": "work", "AWS_REGION": "us-west-2"}, {}, None, ("aws", "", "AKWORK", "us-west-2")),
+    ({"AWS_DEFAULT_REGION": "us-west-1"}, {"AWS_REGION": "us-west-2"}, None, ("aws", "", "AKDEF", "us-west-2")),
+    ({}, {}, None, ("aws", "", "AKDEF", "")),
+    ({"AWS_ACCESS_KEY_ID": "half"}, {"AWS_SECRET_ACCESS_KEY": "other"}, None, ("aws", "", "AKDEF", "")),
+    ({"AWS_BEDROCK_SKIP_AUTH": "1", "AWS_BEARER_TOKEN_BEDROCK": "tok"}, {}, None, ("aws", "", None, "")),
+])
+def test_aws_credential_order(aws_rig: AwsRig, environ: Dict[str, Any], entry: Dict[str, Any], key: Optional[str],
+                              expected: Any) -> None:
+    aws_rig.write("credentials", AWS_FILES)
+    aws_rig.write("config", AWS_CONFIG)
+    found = aws_rig.get(environ, entry, key)
+    assert (found.kind, found.token, found.parts.get("access_key_id"), found.parts.get("region", "")) == expected
+    assert found.parts.get("skip_auth") == environ.get("AWS_BEDROCK_SKIP_AUTH")
+    assert not aws_rig.far.calls and not aws_rig.near.calls
+    if expected[2] == "AKDEF":
+        assert found.parts["secret_access_key"] == "s%def" and found.parts["profile_region"] == "eu-west-1"
+    if expected[2] == "AKWORK":
+        assert found.parts["session_token"] == "twork"
+
+
+@pytest.mark.parametrize("environ, expected", [
+    ({}, False), (AWS_ENV_KEYS, True), ({"AWS_ACCESS_KEY_ID": "x"}, False), ({"AWS_PROFILE": "x"}, True),
+    ({"AWS_BEARER_TOKEN_BEDROCK": "x"}, True), ({"AWS_CONTAINER_CREDENTIALS_RELATIVE_URI": "/x"}, True),
+    ({"AWS_CONTAINER_CREDENTIALS_FULL_URI": "x"}, True), ({"AWS_WEB_IDENTITY_TOKEN_FILE": "x"}, True)])
+def test_aws_is_ambient(environ: Dict[str, Any], expected: bool) -> None:
+    assert pg.AwsCredentials.is_ambient(environ) is expected
+
+
+def aws_iso(seconds: float) -> str:
+    """NOW and so many seconds."""
+    return datetime.datetime.fromtimestamp(AWS_NOW + seconds, datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def aws_sts_answer(name: str, key: str = "ASIASTS", seconds: float = 3600) -> bytes:
+    return (f"<{name}Response><{name}Result><Credentials><AccessKeyId>{key}</AccessKeyId><SecretAccessKey>ssts"
+            f"</SecretAccessKey><SessionToken>tsts</SessionToken><Expiration>{aws_iso(seconds)}</Expiration>"
+            f"</Credentials></{name}Result></{name}Response>").encode()
+
+
+AWS_ROLES = """[profile role]
+role_arn = arn:aws:iam::1:role/r
+source_profile = work
+external_id = ext
+region = eu-west-1
+[profile chain]
+role_arn = arn:aws:iam::1:role/c
+source_profile = role
+[profile own]
+role_arn = arn:aws:iam::1:role/o
+source_profile = own
+aws_access_key_id = AKOWN
+aws_secret_access_key = sown
+[profile ring]
+role_arn = r
+source_profile = ring2
+[profile ring2]
+role_arn = r
+source_profile = ring
+[profile env]
+role_arn = arn:aws:iam::1:role/e
+credential_source = Environment
+[profile mfa]
+role_arn = r
+source_profile = work
+mfa_serial = m
+[profile bare]
+region = eu-west-9
+"""
+
+
+@pytest.mark.parametrize("profile, environ, roles, key, host", [
+    ("role", {}, ["r"], "AKWORK", "sts.eu-west-1.amazonaws.com"),
+    ("chain", {}, ["r", "c"], "AKWORK", "sts.eu-west-1.amazonaws.com"),
+    ("own", {}, ["o"], "AKOWN", "sts.us-east-1.amazonaws.com"),
+    ("env", AWS_ENV_KEYS, ["e"], "AKENV", "sts.us-east-1.amazonaws.com")])
+def test_aws_assumed_roles(aws_rig: AwsRig, profile: str, environ: Dict[str, Any], roles: List[Any], key: str,
+                           host: str) -> None:
+    aws_rig.far.answers[("POST", "https://sts.")] = aws_sts_answer("AssumeRole")
+    aws_rig.write("credentials", AWS_FILES)
+    aws_rig.write("config", AWS_ROLES)
+    found = aws_rig.get(environ, {"AWS_PROFILE": profile})
+    assert found.parts["access_key_id"] == "ASIASTS" and found.parts["session_token"] == "tsts"
+    forms = [dict(urllib.parse.parse_qsl(call.body.decode())) for call in aws_rig.far.calls]
+    assert [form["RoleArn"].rpartition("/")[2] for form in forms] == roles
+    first = aws_rig.far.calls[0]
+    assert f"Credential={key}/20260102/" in first.headers["authorization"] and "/sts/aws4_request" in first.headers[
+        "authorization"]
+    assert urllib.parse.urlsplit(first.url).netloc == host
+    if profile == "role":
+        assert forms[0]["ExternalId"] == "ext" and forms[0]["DurationSeconds"] == "3600"
+
+
+@pytest.mark.parametrize("profile, words", [
+    ("ring", "form a ring"), ("mfa", "one-time code"), ("nowhere", 'no AWS profile "nowhere"'),
+    ("bare", "has no keys")])
+def test_aws_profiles_that_cannot_be_used(aws_rig: AwsRig, profile: str, words: str) -> None:
+    aws_rig.write("credentials", AWS_FILES)
+    aws_rig.write("config", AWS_ROLES)
+    with pytest.raises(pg.Unauthorized, match=words) as caught:
+        aws_rig.get({"AWS_PROFILE": profile, "AWS_EC2_METADATA_DISABLED": "true"})
+    assert caught.value.code == "no_credentials" and str(aws_rig.home) not in caught.value.message
+
+
+def test_aws_sts_refusal_says_why(aws_rig: AwsRig) -> None:
+    aws_rig.far.answers[("POST", "https://sts.")] = (403, b"<Error><Message>not allowed</Message></Error>")
+    aws_rig.write("credentials", AWS_FILES)
+    aws_rig.write("config", AWS_ROLES)
+    with pytest.raises(pg.Unauthorized, match="not allowed"):
+        aws_rig.get({"AWS_PROFILE": "role"})
+
+
+def test_aws_web_identity(aws_rig: AwsRig) -> None:
+    aws_rig.far.answers[("POST", "https://sts.eu-west-1.")] = aws_sts_answer("AssumeRoleWithWebIdentity")
+    token = aws_rig.write("token", "jwt\n")
+    found = aws_rig.get({"AWS_WEB_IDENTITY_TOKEN_FILE": token, "AWS_ROLE_ARN": "arn:r", "AWS_REGION": "eu-west-1"})
+    assert found.parts["access_key_id"] == "ASIASTS"
+    [call] = aws_rig.far.calls
+    assert "authorization" not in call.headers and b"WebIdentityToken=jwt&" in call.body + b"&"
+
+
+AWS_SSO = ("[profile sso]\nsso_session = s\nsso_account_id = 1\nsso_role_name = r\n"
+           "[sso-session s]\nsso_region = eu-north-1\n")
+AWS_SSO_URL = "https://portal.sso.eu-north-1.amazonaws.com/federation/credentials?role_name=r&account_id=1"
+AWS_SSO_FILE = "sso/cache/a0f1490a20d0211c997b44bc357e1972deab8ae3.json"
+
+
+def test_aws_sso(aws_rig: AwsRig) -> None:
+    aws_rig.write("config", AWS_SSO)
+    aws_rig.write(AWS_SSO_FILE, json.dumps({"accessToken": "sso-token", "expiresAt": aws_iso(100)}))
+    aws_rig.far.answers[("GET", AWS_SSO_URL)] = {
+        "roleCredentials": {"accessKeyId": "ASIASSO", "secretAccessKey": "s", "sessionToken": "t",
+                            "expiration": (AWS_NOW + 3600) * 1000}}
+    assert aws_rig.get({"AWS_PROFILE": "sso"}).parts["access_key_id"] == "ASIASSO"
+    assert aws_rig.far.calls[0].headers["x-amz-sso_bearer_token"] == "sso-token"
+
+
+@pytest.mark.parametrize("content", [
+    None, {"accessToken": "x", "expiresAt": aws_iso(-1).replace("Z", "UTC")}, {"expiresAt": aws_iso(9)}])
+def test_aws_sso_needs_a_log_in(aws_rig: AwsRig, content: Optional[Dict[str, Any]]) -> None:
+    aws_rig.write("config", AWS_SSO)
+    if content:
+        aws_rig.write(AWS_SSO_FILE, json.dumps(content))
+    with pytest.raises(pg.Unauthorized, match="aws sso login --profile sso"):
+        aws_rig.get({"AWS_PROFILE": "sso"})
+    assert not aws_rig.far.calls
+
+
+@pytest.mark.parametrize("printed, key", [
+    ({"Version": 1, "AccessKeyId": "AKP $HOME", "SecretAccessKey": "s", "Expiration": aws_iso(3600)}, "AKP $HOME"),
+    ({"Version": 2, "AccessKeyId": "AKP", "SecretAccessKey": "s"}, None), ({"Version": 1}, None), ("?", None)])
+def test_aws_credential_process_runs_without_shell(aws_rig: AwsRig, printed: Any, key: Optional[str]) -> None:
+    script = aws_rig.write("print.py", f"import json, sys\nprint(json.dumps({printed!r}))\n"
+                                   "assert sys.argv[1:] == ['$HOME;x', 'a b']")
+    aws_rig.write("config", f"[default]\ncredential_process = {sys.executable} {script} $HOME;x 'a b'\n")
+    if key:
+        assert aws_rig.get().parts["access_key_id"] == key
+    else:
+        with pytest.raises(pg.Unauthorized):
+            aws_rig.get({"AWS_EC2_METADATA_DISABLED": "true"})
+
+
+AWS_CONTAINER = {"AccessKeyId": "ASIACON", "SecretAccessKey": "s", "Token": "t", "Expiration": aws_iso(3600)}
+
+
+@pytest.mark.parametrize("environ, url, header, is_near", [
+    ({"AWS_CONTAINER_CREDENTIALS_RELATIVE_URI": "/v2/x"}, "http://169.254.170.2/v2/x", None, True),
+    ({"AWS_CONTAINER_CREDENTIALS_RELATIVE_URI": "@evil.example/x"}, "http://169.254.170.2/@evil.example/x", None, True),
+    ({"AWS_CONTAINER_CREDENTIALS_FULL_URI": "http://169.254.170.23/v1", "AWS_CONTAINER_AUTHORIZATION_TOKEN": "auth"},
+     "http://169.254.170.23/v1", "auth", True),
+    ({"AWS_CONTAINER_CREDENTIALS_FULL_URI": "http://[fd00:ec2::23]/v1"}, "http://[fd00:ec2::23]/v1", None, True),
+    ({"AWS_CONTAINER_CREDENTIALS_FULL_URI": "http://localhost:99/v1"}, "http://localhost:99/v1", None, True),
+    ({"AWS_CONTAINER_CREDENTIALS_FULL_URI": "https://keys.example/v1"}, "https://keys.example/v1", None, False),
+])
+def test_aws_container(aws_rig: AwsRig, environ: Dict[str, Any], url: str, header: Optional[str],
+                       is_near: bool) -> None:
+    for transport in (aws_rig.near, aws_rig.far):
+        transport.answers[("GET", "http")] = AWS_CONTAINER
+    assert aws_rig.get(environ).parts["access_key_id"] == "ASIACON"
+    [call] = (aws_rig.near if is_near else aws_rig.far).calls
+    assert not (aws_rig.far if is_near else aws_rig.near).calls
+    assert call.url == url and call.headers.get("authorization") == header
+
+
+@pytest.mark.parametrize("environ", [
+    {"AWS_CONTAINER_CREDENTIALS_FULL_URI": "http://evil.example/v1"},
+    {"AWS_CONTAINER_CREDENTIALS_FULL_URI": "ftp://127.0.0.1/"},
+    {"AWS_CONTAINER_CREDENTIALS_FULL_URI": "http://127.0.0.1.evil.example/"},
+    {"AWS_CONTAINER_CREDENTIALS_RELATIVE_URI": "/x", "AWS_CONTAINER_AUTHORIZATION_TOKEN": "a\nb"}])
+def test_aws_container_that_is_refused(aws_rig: AwsRig, environ: Dict[str, Any]) -> None:
+    with pytest.raises(pg.Unauthorized):
+        aws_rig.get(environ)
+    assert not aws_rig.near.calls and not aws_rig.far.calls
+
+
+def test_aws_container_token_file_and_tries(aws_rig: AwsRig) -> None:
+    token = aws_rig.write("token", "file-token\n")
+    environ = {"AWS_CONTAINER_CREDENTIALS_RELATIVE_URI": "/x", "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE": token,
+               "AWS_CONTAINER_AUTHORIZATION_TOKEN": "other"}
+    with pytest.raises(pg.Unauthorized):
+        aws_rig.get(environ)
+    assert [call.headers["authorization"] for call in aws_rig.near.calls] == ["file-token"] * 3
+
+
+def test_aws_container_over_a_real_connection(tmp_path: Any) -> None:
+    with fake_upstream(Answer(body=json.dumps(AWS_CONTAINER).encode())) as fake:
+        transport = pg.Transport()
+        credentials = pg.AwsCredentials(transport, transport, Clock(AWS_NOW))
+        found = credentials.get({"HOME": str(tmp_path), "AWS_CONTAINER_CREDENTIALS_FULL_URI": fake.url + "/creds",
+                                 "AWS_CONTAINER_AUTHORIZATION_TOKEN": "auth"})
+        transport.close()
+    assert found.parts["access_key_id"] == "ASIACON"
+    [(method, path, headers, _)] = fake.received
+    assert (method, path, headers["authorization"]) == ("GET", "/creds", "auth")
+
+
+AWS_META = "http://169.254.169.254/latest/"
+AWS_IMDS: Dict[Tuple[str, str], Any] = {("PUT", AWS_META + "api/token"): b"imds-token",
+    ("GET", AWS_META + "meta-data/iam/security-credentials/my-role"): {
+        "Code": "Success", "AccessKeyId": "ASIAEC2", "SecretAccessKey": "s", "Token": "t",
+        "Expiration": aws_iso(6 * 3600)},
+    ("GET", AWS_META + "meta-data/iam/security-credentials/"): b"my-role\n"}
+
+
+def test_aws_instance_role(aws_rig: AwsRig) -> None:
+    aws_rig.near.answers.update(AWS_IMDS)
+    assert aws_rig.get().parts["access_key_id"] == "ASIAEC2"
+    assert not aws_rig.far.calls and len(aws_rig.near.calls) == 3
+    assert aws_rig.near.calls[0].headers == {"x-aws-ec2-metadata-token-ttl-seconds": "21600"}
+    assert all(call.headers["x-aws-ec2-metadata-token"] == "imds-token" for call in aws_rig.near.calls[1:])
+
+
+def test_aws_nothing_at_all(aws_rig: AwsRig) -> None:
+    tries: Sequence[Tuple[Dict[str, str], int]] = (({}, 1), ({"AWS_EC2_METADATA_DISABLED": "true"}, 0))
+    for environ, calls in tries:
+        aws_rig.near.calls.clear()
+        for _ in range(2):                      # the second is told from memory
+            with pytest.raises(pg.Unauthorized, match="AWS_BEARER_TOKEN_BEDROCK") as caught:
+                aws_rig.get(environ)
+        assert len(aws_rig.near.calls) == calls and caught.value.code == "no_credentials"
+    aws_rig.clock.now += 20
+    aws_rig.near.answers.update(AWS_IMDS)
+    assert aws_rig.get().parts["access_key_id"] == "ASIAEC2"
+
+
+def test_aws_renewal_ten_minutes_early(aws_rig: AwsRig) -> None:
+    aws_rig.near.answers.update(AWS_IMDS)
+    aws_rig.get()
+    aws_rig.clock.now += 6 * 3600 - 601
+    aws_rig.get()
+    assert len(aws_rig.near.calls) == 3
+    aws_rig.clock.now += 2
+    aws_rig.near.answers.clear()
+    assert aws_rig.get().parts["access_key_id"] == "ASIAEC2"     # renewal fails, the old keys have minutes left
+    assert len(aws_rig.near.calls) == 4
+    aws_rig.get()
+    assert len(aws_rig.near.calls) == 4
+    aws_rig.clock.now += 700
+    with pytest.raises(pg.Unauthorized):
+        aws_rig.get()
+
+
+def test_aws_one_fetch_at_a_time(aws_rig: AwsRig) -> None:
+    aws_rig.near.answers.update(AWS_IMDS)
+    aws_rig.near.gate = threading.Event()
+    found: List[str] = []
+    threads = [threading.Thread(target=lambda: found.append(aws_rig.get().parts["access_key_id"])) for _ in range(20)]
+    for thread in threads:
+        thread.start()
+    assert aws_rig.near.entered.wait(10)
+    aws_rig.near.gate.set()
+    for thread in threads:
+        thread.join(10)
+    assert found == ["ASIAEC2"] * 20 and len(aws_rig.near.calls) == 3
+
+
+@pytest.mark.parametrize("text", [
+    "no section", "[a\n", "[default]\naws_access_key_id = 1\naws_access_key_id = 2\n", '[profile "a]\n'])
+def test_aws_broken_file(aws_rig: AwsRig, text: str) -> None:
+    aws_rig.write("config", text)
+    with pytest.raises(pg.Unauthorized, match="config cannot be read"):
+        aws_rig.get()
+    assert aws_rig.get({"AWS_BEARER_TOKEN_BEDROCK": "tok"}).token == "tok"
+
+
+def test_aws_file_changes_are_seen(aws_rig: AwsRig) -> None:
+    aws_rig.write("credentials", AWS_FILES)
+    assert aws_rig.get().parts["access_key_id"] == "AKDEF"
+    aws_rig.write("credentials", AWS_FILES.replace("AKDEF", "AKNEW"))
+    aws_rig.clock.now += 61
+    assert aws_rig.get().parts["access_key_id"] == "AKNEW"
+
+
+@pytest.mark.parametrize("text", ["2026-01-02T03:04:05Z", "2026-01-02T03:04:05UTC", "2026-01-02T04:04:05+01:00",
+                                  "2026-01-02T03:04:05.123Z", "2026-01-02T03:04:05", AWS_NOW * 1000])
+def test_aws_parse_time(text: Any) -> None:
+    assert pg.parse_time(text) == AWS_NOW
+
+
+# ======================================================================================================================
+# §8 Mistral
+# ======================================================================================================================
+
+MISTRAL = pg.MistralConversations()
+
+
+def mistral_model(model_id: str = "mistral-small-latest", **facts: Any) -> pg.Model:
+    levels: Dict[str, Optional[str]] = {"off": "none", "minimal": None, "low": None, "medium": None, "high": "high",
+                                        "xhigh": None, "max": None}
+    facts = {"reasoning": True, "thinking_levels": levels, **facts}
+    return pg.Model(model_id, "mistral", MISTRAL.name, facts.pop("base_url", "https://api.mistral.ai"), **facts)
+
+
+def test_mistral_ids() -> None:
+    ids = ["D681PevKs", "call_abc", "call-abc", "callabc", "toolu_1|fc_2", "", "ä",
+           "abcdefgh_i", "abcdefghi", "call_abc"]
+    found = pg.mistral_ids(ids)
+    assert set(found) == set(ids) and len(set(found.values())) == len(found)
+    assert all(re.fullmatch("[a-zA-Z0-9]{9}", short) for short in found.values())
+    assert found["D681PevKs"] == "D681PevKs" and found["abcdefghi"] == "abcdefghi" != found["abcdefgh_i"]
+    assert pg.mistral_ids(["abcdefgh_i"]) == {"abcdefgh_i": "abcdefghi"}
+    grown = pg.mistral_ids(ids[:4])
+    assert all(found[key] == value for key, value in grown.items())
+    many = pg.mistral_ids(f"call_{n}" for n in range(5000))
+    assert len(set(many.values())) == 5000
+    clash = pg.mistral_ids(["x"])["x"]
+    assert len(set(pg.mistral_ids(["x", clash]).values())) == 2
+
+
+def mistral_body(*messages: pg.Message, model: Optional[pg.Model] = None, **fields: Any) -> Any:
+    """What a request becomes."""
+    return bedrock_built(bedrock_request(*messages, **fields), model or mistral_model(),
+                         pg.Credential("api_key", "key"), MISTRAL)[1]
+
+
+@pytest.mark.parametrize("messages, expected", [
+    ([user_turn("a", "b")], [{"role": "user", "content": "a\nb"}]),
+    ([user_turn("a", pg.Image("image/png", BEDROCK_PNG))],
+     [{"role": "user", "content": [{"type": "text", "text": "a"},
+                                   {"type": "image_url", "image_url": f"data:image/png;base64,{BEDROCK_PNG}"}]}]),
+    ([user_turn("a"), assistant_turn("Hel")], [{"role": "user", "content": "a"},
+                                               {"role": "assistant", "content": "Hel", "prefix": True}]),
+    ([user_turn("a"), assistant_turn(pg.Thinking("x", "s", False, MISTRAL.name),
+                                     pg.Thinking("y", None, False, MISTRAL.name), "b",
+                                     pg.Thinking("no", "z", False, "anthropic-messages")), user_turn("c")],
+     [{"role": "user", "content": "a"},
+      {"role": "assistant", "content": [
+          {"type": "thinking", "thinking": [{"type": "text", "text": "x\ny"}], "signature": "s"},
+          {"type": "text", "text": "b"}]}, {"role": "user", "content": "c"}]),
+    ([user_turn("a"), assistant_turn(pg.ToolCall("D681PevKs", "read", "")),
+      tool_turn(pg.ToolResult("D681PevKs", (pg.Text("bad"), pg.Image("image/png", BEDROCK_PNG)), True)),
+      user_turn("b")],
+     [{"role": "user", "content": "a"},
+      {"role": "assistant", "tool_calls": [{"id": "D681PevKs", "type": "function",
+                                            "function": {"name": "read", "arguments": "{}"}}]},
+      {"role": "tool", "tool_call_id": "D681PevKs", "name": "read", "content": [
+          {"type": "text", "text": "[tool error] bad"},
+          {"type": "image_url", "image_url": f"data:image/png;base64,{BEDROCK_PNG}"}]},
+      {"role": "assistant", "content": pg.MISTRAL_GAP}, {"role": "user", "content": "b"}]),
+    ([user_turn("a"), assistant_turn(pg.ToolCall("D681PevKs", "read", "{}"))],
+     [{"role": "user", "content": "a"},
+      {"role": "assistant", "tool_calls": [{"id": "D681PevKs", "type": "function",
+                                            "function": {"name": "read", "arguments": "{}"}}]},
+      {"role": "tool", "tool_call_id": "D681PevKs", "name": "read", "content": "[tool error] No result provided"}]),
+], ids=["text", "image", "prefix", "thinking", "tools", "no result"])
+def test_mistral_messages(messages: List[Any], expected: List[Any]) -> None:
+    assert mistral_body(*messages)["messages"] == expected
+
+
+def test_mistral_ids_agree_between_call_and_result() -> None:
+    body = mistral_body(user_turn("a"), assistant_turn(pg.ToolCall("call_1", "f"), pg.ToolCall("call|1", "g")),
+                        tool_turn(
+                            pg.ToolResult("call|1"), pg.ToolResult("call_1", (pg.Text("x"),))))
+    calls, tools = body["messages"][1]["tool_calls"], body["messages"][2:]
+    assert [call["id"] for call in calls] == [tool["tool_call_id"] for tool in tools]
+    assert [(tool["name"], tool["content"]) for tool in tools] == [("f", "x"), ("g", "(no tool output)")]
+
+
+@pytest.mark.parametrize("levels, level, expected", [
+    ({"off": "none", "low": None, "medium": None, "high": "high"}, "low", {"reasoning_effort": "high"}),
+    ({"off": "none", "high": "high"}, "off", {"reasoning_effort": "none"}),
+    ({"off": None, "low": "low"}, "off", {}),
+    ({"off": None, "low": "low", "minimal": None}, "minimal", {"reasoning_effort": "low"}),
+    ({}, "low", {"prompt_mode": "reasoning"}), ({}, "off", {}),
+])
+def test_mistral_reasoning(levels: Dict[str, Any], level: str, expected: Dict[str, Any]) -> None:
+    body = mistral_body(reasoning=level, model=mistral_model(thinking_levels=levels))
+    assert {key: body[key] for key in ("reasoning_effort", "prompt_mode") if key in body} == expected
+
+
+@pytest.mark.parametrize("base", ["https://api.mistral.ai", "https://api.mistral.ai/v1", "https://api.mistral.ai/"])
+def test_mistral_call(base: str) -> None:
+    req = bedrock_request(seed=7, temperature=1.9, tools=(BEDROCK_TOOL,), tool_choice=pg.ToolChoice("required"),
+                          user="u", top_k=3,
+                          parallel_tools=False, stop=("E",), stream=True, verbosity="low", logit_bias={"1": 1},
+                          output=pg.OutputFormat({"type": "object"}, "o", True), data={"prompt_cache_key": "s1"},
+                          session="s1")
+    call, body = bedrock_built(req, mistral_model(base_url=base), pg.Credential("api_key", "key"), MISTRAL)
+    assert call.url == "https://api.mistral.ai/v1/chat/completions"
+    assert call.headers["authorization"] == "Bearer key" and call.headers["x-affinity"] == "s1"
+    del body["messages"], body["tools"]
+    assert body == {
+        "model": "mistral-small-latest", "random_seed": 7, "temperature": 1.5, "tool_choice": "any", "top_k": 3,
+        "parallel_tool_calls": False, "stop": ["E"], "stream": True, "prompt_cache_key": "s1",
+        "response_format": {"type": "json_schema", "json_schema": {
+            "name": "o", "schema": {"type": "object"}, "strict": True}}}
+
+
+@pytest.mark.parametrize("fields", [
+    {}, {"tool_choice": pg.ToolChoice("tool", "read")}, {"tool_choice": pg.ToolChoice("required")},
+    {"reasoning": pg.Reasoning("high")}, {"reasoning": pg.Reasoning("off")}, {"output": pg.OutputFormat()}], ids=str)
+def test_bodies_fit_mistrals_own_types(fields: Dict[str, Any]) -> None:
+    models = pytest.importorskip("mistralai.client.models")
+    thought = pg.Thinking("t", "s", False, MISTRAL.name)
+    body = mistral_body(*bedrock_big_request().messages[:-2], assistant_turn(thought, "x", BEDROCK_CALL),
+                        **{"system": (pg.Text("s"),), "tools": (BEDROCK_TOOL, pg.Tool("b", strict=True)), "seed": 3,
+                           "top_k": 2,
+                           "stop": ("a",), "user": "u", **fields})
+    typed = models.ChatCompletionStreamRequest.model_validate(body)
+    known = {f.alias or name for name, f in models.ChatCompletionStreamRequest.model_fields.items()}
+    assert set(body) <= known
+    back = json.loads(typed.model_dump_json(by_alias=True))
+    assert mistral_same(body, back)
+
+
+def mistral_same(ours: Any, theirs: Any) -> bool:
+    """Whether everything of ours survived (theirs may add defaults)."""
+    if isinstance(ours, dict):
+        return all(key in theirs and mistral_same(value, theirs[key]) for key, value in ours.items())
+    if isinstance(ours, list):
+        return len(ours) == len(theirs) and all(map(mistral_same, ours, theirs))
+    return ours == theirs
+
+
+def mistral_chunks(*items: Any) -> bytes:
+    texts = (item if isinstance(item, str) else json.dumps(item) for item in items)
+    return "".join(f"data: {text}\n\n" for text in texts).encode()
+
+
+def mistral_chunk(delta: Any, reason: Optional[str] = None, **more: Any) -> Dict[str, Any]:
+    return {"id": "m1", "object": "chat.completion.chunk", "created": 1767323045, "model": "magistral-medium-latest",
+            "choices": [{"index": 0, "delta": delta, "finish_reason": reason}], **more}
+
+
+# wire reference 4.6
+MISTRAL_STREAM = mistral_chunks(
+    mistral_chunk({"role": "assistant",
+                   "content": [{"type": "thinking", "thinking": [{"type": "text", "text": "Let me "}]}]}),
+    mistral_chunk({"content": [{"type": "thinking",
+                                "thinking": [{"type": "text", "text": "sée"}, {"type": "reference"}],
+                                "signature": "sg", "closed": True}, {"type": "text", "text": "Well"},
+                               {"type": "reference"}]}),
+    mistral_chunk({"content": ""}),
+    mistral_chunk({"content": "", "tool_calls": [
+        {"id": "D681PevKs", "function": {"name": "read", "arguments": "{\"path\": \"x\"}"}, "index": 0},
+        {"id": "null", "function": {"name": "ls", "arguments": {"a": 1}}, "index": 1}]}, "tool_calls",
+                  usage={"prompt_tokens": 20, "completion_tokens": 9, "total_tokens": 29,
+                         "prompt_token_details": {"cached_tokens": 16}}),
+    "[DONE]")
+MISTRAL_EVENTS = [
+    pg.Start("m1", "magistral-medium-latest"), pg.PartStart(0, pg.Thinking(maker=MISTRAL.name)),
+    pg.PartDelta(0, "Let me "), pg.PartDelta(0, "sée"),
+    pg.PartEnd(0, pg.Thinking("Let me sée", "sg", False, MISTRAL.name)),
+    pg.PartStart(1, pg.Text()), pg.PartDelta(1, "Well"), pg.PartEnd(1, pg.Text("Well")),
+    pg.PartStart(2, pg.ToolCall("D681PevKs", "read")), pg.PartDelta(2, '{"path": "x"}'),
+    pg.PartStart(3, pg.ToolCall(f"call_{STAMP.id}", "ls")), pg.PartDelta(3, '{"a":1}'),
+    pg.PartEnd(2, pg.ToolCall("D681PevKs", "read", '{"path": "x"}')),
+    pg.PartEnd(3, pg.ToolCall(f"call_{STAMP.id}", "ls", '{"a":1}')),
+    pg.Done("tool_use", pg.Usage(4, 9, 16))]
+
+
+def test_mistral_stream_at_every_split() -> None:
+    for wire in (MISTRAL_STREAM, MISTRAL_STREAM.replace(b"\n", b"\r\n")):
+        for pieces in byte_splits(wire):
+            assert provider_events(MISTRAL.reader(mistral_model(), STAMP), pieces) == MISTRAL_EVENTS
+
+
+def test_mistral_cuts_fail() -> None:
+    finish = MISTRAL_STREAM.index(b"\n\n", MISTRAL_STREAM.index(b'"total_tokens"'))
+    for cut in range(finish):
+        end = provider_events(MISTRAL.reader(mistral_model(), STAMP), [MISTRAL_STREAM[:cut]])[-1]
+        assert isinstance(end, pg.Failed) and isinstance(end.error, pg.UpstreamProtocolError)
+
+
+@pytest.mark.parametrize("usage, expected", [
+    ({"prompt_tokens": 20, "completion_tokens": 9, "prompt_tokens_details": {"cached_tokens": 16}}, pg.Usage(4, 9, 16)),
+    ({"prompt_tokens": 20, "completion_tokens": 9, "num_cached_tokens": 99}, pg.Usage(0, 9, 20)),
+    ({"prompt_tokens": 20, "completion_tokens": 9, "prompt_tokens_details": None, "num_cached_tokens": 5},
+     pg.Usage(15, 9, 5)),
+    ({"prompt_tokens": 20, "completion_tokens": 9}, pg.Usage(20, 9)),
+])
+def test_mistral_usage(usage: Dict[str, Any], expected: pg.Usage) -> None:
+    wire = mistral_chunks(mistral_chunk({"content": "x"}, "model_length", usage=usage), "[DONE]")
+    assert provider_events(MISTRAL.reader(mistral_model(), STAMP), [wire])[-1] == pg.Done("length", expected)
+
+
+def test_mistral_whole() -> None:
+    content = [{"type": "thinking", "thinking": [{"type": "text", "text": "t"}]}, {"type": "text", "text": "Hi"}]
+    message = {"role": "assistant", "content": content, "tool_calls": None}
+    body = {"id": "m2", "model": "m", "object": "chat.completion", "usage": {"prompt_tokens": 2},
+            "choices": [{"index": 0, "finish_reason": "stop", "message": message}]}
+    reply = pg.collect(pg.Settled(MISTRAL.reader(mistral_model(), STAMP)).whole(body))
+    assert reply == pg.Reply("m2", (pg.Thinking("t", None, False, MISTRAL.name), pg.Text("Hi")), "stop", pg.Usage(2))
+
+
+@pytest.mark.parametrize("wire, error", [
+    (mistral_chunks(mistral_chunk({"content": "x"}), "[DONE]"), pg.UpstreamProtocolError),
+    (mistral_chunks(mistral_chunk({"content": "x"}, "error")), pg.UpstreamError), (b"", pg.UpstreamProtocolError),
+    (mistral_chunks({"object": "error", "message": "slow", "type": "rate_limit_error"}), pg.RateLimited)], ids=str)
+def test_mistral_stream_failures(wire: bytes, error: Any) -> None:
+    end = provider_events(MISTRAL.reader(mistral_model(), STAMP), [wire])[-1]
+    assert isinstance(end, pg.Failed) and type(end.error) is error
+
+
+@pytest.mark.parametrize("status, body, error, message", [
+    (400, {"object": "error", "message": "Tool call id was X", "type": "invalid_function_call", "code": "3280"},
+     pg.BadRequest, "Tool call id was X"),
+    (422, {"object": "error", "message": {"detail": [{"type": "x", "loc": ["body", "seed"], "msg": "Extra inputs"}]}},
+     pg.BadRequest, "body.seed: Extra inputs"),
+    (422, {"detail": [{"loc": ["body", 0], "msg": "a", "type": "b"}, {"type": "c"}]}, pg.BadRequest, "body.0: a; c"),
+    (401, {"message": "Unauthorized"}, pg.CredentialRefused, "Unauthorized"), (401, {"detail": "Unauthorized"},
+                                                                               pg.CredentialRefused, "Unauthorized"),
+    (400, {"message": "Prompt contains 9 tokens, too large for model with 8 maximum context length"},
+     pg.ContextOverflow, None),
+    (429, {"message": "Requests rate limit exceeded"}, pg.RateLimited, None), (500, b"<html>", pg.UpstreamError, None),
+])
+def test_mistral_errors(status: int, body: Any, error: Any, message: Optional[str]) -> None:
+    found = MISTRAL.parse_error(status, {}, body if isinstance(body, bytes) else json.dumps(body).encode(), AWS_NOW)
+    assert type(found) is error and found.message == (message or found.message)
 
 
 # ======================================================================================================================
