@@ -1911,6 +1911,7 @@ class ChatWriter(Writer):
 
 # --- Anthropic Messages -----------------------------------------------------------------------------------------------
 
+ANTHROPIC_ID_LIMIT = 64     # tool ids match ^[a-zA-Z0-9_-]{1,64}$ (Messages API, tool_use), also when they come back
 MESSAGES_STOP = {"stop": "end_turn", "length": "max_tokens", "tool_use": "tool_use", "stop_sequence": "stop_sequence",
                  "refusal": "refusal", "pause": "pause_turn", "overflow": "model_context_window_exceeded"}
 MESSAGES_CHOICES = {"auto": "auto", "any": "required", "none": "none", "tool": "tool"}
@@ -2199,7 +2200,7 @@ class AnthropicClient(ClientProtocol):
             arguments = repair_json_object(part.arguments)
             if arguments is None:           # input must be an object; what the model wrote is shown, not replaced
                 return [{"type": "text", "text": f"[call of {part.name} with malformed arguments] {part.arguments}"}]
-            return [{"type": "tool_use", "id": part.id, "name": part.name, "input": arguments}]
+            return [{"type": "tool_use", "id": fit_id(part.id, ANTHROPIC_ID_LIMIT), "name": part.name, "input": arguments}]
         return []
 
     def writer(self, request: Request, stamp: Stamp) -> Writer:
@@ -2295,7 +2296,7 @@ class MessagesWriter(Writer):
             if part.redacted:
                 block = {"type": "redacted_thinking", "data": seal(part, AnthropicClient.name)}
         elif isinstance(part, ToolCall):
-            block = {"type": "tool_use", "id": part.id, "name": part.name, "input": {}}
+            block = {"type": "tool_use", "id": fit_id(part.id, ANTHROPIC_ID_LIMIT), "name": part.name, "input": {}}
         self._delta_head = ('event: content_block_delta\ndata: {"type":"content_block_delta","index":%d,"delta":%s'
                             % (self._block, self._DELTAS[type(part)]))
         return sse({"type": "content_block_start", "index": self._block, "content_block": block}, "content_block_start")
@@ -3195,7 +3196,6 @@ ANTHROPIC_STOP = {"end_turn": "stop", "stop_sequence": "stop_sequence", "max_tok
                   "refusal": "refusal", "pause_turn": "pause", "model_context_window_exceeded": "overflow"}
 ANTHROPIC_CHOICES = {"auto": "auto", "none": "none", "required": "any", "tool": "tool"}
 ANTHROPIC_VERSION = "2023-06-01"    # the version that still has temperature, top_p and top_k
-ANTHROPIC_ID_LIMIT = 64             # tool ids match ^[a-zA-Z0-9_-]{1,64}$ (Messages API, tool_use)
 OAUTH_MARK = "sk-ant-oat"           # Claude subscription tokens; the API takes them as bearer tokens with these extras
 OAUTH_BETAS = "claude-code-20250219,oauth-2025-04-20"
 OAUTH_IDENTITY = "You are Claude Code, Anthropic's official CLI for Claude."
@@ -5425,6 +5425,7 @@ class SignatureMemory:
 
     def remember(self, call_id: str, maker: str, signature: str, now: float) -> None:
         """Keeps the signature of a call; the oldest make room."""
+        call_id = fit_id(call_id, ANTHROPIC_ID_LIMIT)      # as Anthropic clients are given it
         with self._lock:
             self._entries.pop(call_id, None)    # put in again below, as the newest
             self._entries[call_id] = (now + self._ttl_s, maker, signature)
@@ -5433,6 +5434,7 @@ class SignatureMemory:
 
     def recall(self, call_id: str, now: float) -> Optional[Tuple[str, str]]:
         """(maker, signature) of a call, None when it is not known, or no longer."""
+        call_id = fit_id(call_id, ANTHROPIC_ID_LIMIT)
         with self._lock:
             expires, maker, signature = self._entries.get(call_id, (now, "", ""))
             if expires > now:

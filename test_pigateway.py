@@ -35,10 +35,10 @@ import binascii
 import contextlib
 import datetime
 import hashlib
+import hmac
 import http.client
 import http.server
 import importlib.util
-import io
 import json
 import logging
 import random
@@ -46,12 +46,13 @@ import re
 import shutil
 import signal
 import socket
-import stat
+import ssl
 import struct
 import threading
 import time
 import urllib.parse
 import urllib.request
+import zlib
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import pytest
@@ -69,6 +70,15 @@ STAMP = pg.Stamp("0123456789abcdef01234567", 1760000000)
 CHAT, MESSAGES = pg.CHAT, pg.MESSAGES
 COMPLETIONS = pg.UPSTREAM_PROTOCOLS["openai-completions"]
 ANTHROPIC = pg.UPSTREAM_PROTOCOLS["anthropic-messages"]
+
+
+@pytest.fixture(autouse=True)
+def own_log_handlers() -> Iterator[None]:
+    """Takes away the log handlers that a test has attached: they write to its captured output, which ends with it."""
+    before = list(pg.log.handlers)
+    yield
+    for handler in [handler for handler in pg.log.handlers if handler not in before]:
+        pg.log.removeHandler(handler)
 
 
 def sse(events: Sequence[Any], named: bool = False, end: str = "") -> bytes:
@@ -10184,3 +10194,1754 @@ def test_other_pythons_run_the_file_alone(tmp_path: Any) -> None:
         assert pg.VERSION in told, python
         # the machine may be busy with something else for a moment, but not three times
         assert any(run_alone(python, folder) < 2.0 for _ in range(3)), python
+
+
+# ======================================================================================================================
+# The grid: every client protocol against every provider protocol, at the providers' own host names
+# ======================================================================================================================
+#
+# The gateway runs as shipped. HTTPS_PROXY leads it to a CONNECT proxy of this file, which ends TLS itself and hands the
+# requests to fakes by host name. A fake refuses what the real service would refuse, and answers in its wire format.
+
+
+class GridFacts(NamedTuple):
+    """What a provider answers, whatever its protocol: calls are (name, arguments)."""
+
+    text: str = ""
+    thinking: str = ""
+    calls: Tuple[Tuple[str, str], ...] = ()
+    stop: str = "stop"
+
+
+class GridTurn(NamedTuple):
+    """A turn of a conversation, whatever the client: calls are (id, name, arguments), results (id, text, has image)."""
+
+    role: str
+    text: str = ""
+    image: bool = False
+    calls: Tuple[Tuple[str, str, str], ...] = ()
+    results: Tuple[Tuple[str, str, bool], ...] = ()
+    thinking: str = ""          # a signature that comes with it
+
+
+class GridCase(NamedTuple):
+    """What a client asks for; `results` is what it says of each call that comes back."""
+
+    turns: Tuple[GridTurn, ...] = ()
+    system: str = ""
+    tools: bool = False
+    thinks: bool = False
+    output: str = ""            # schema or object
+    stop: Tuple[str, ...] = ()
+    shows: bool = False         # its tools give pictures back
+
+
+GRID_SYSTEM = "You answer in one line \u2014 always."
+GRID_UNICODE = ("\u6f22\u5b57 \U0001f469\u200d\U0001f4bb caf\u0065\u0301 \u05e9\u05dc\u05d5\u05dd \u2028 end "
+                "\u0085 \"\\ \t.")
+GRID_THOUGHT = "Two roads; \"Rome\" first."
+GRID_RESULT = "18 degrees"
+GRID_ROME, GRID_OSLO = '{"city": "Rome", "days": [1, 2]}', '{"city": "Oslo \u2744"}'
+GRID_FINAL = GridFacts("It is 18 degrees there.")
+GRID_SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"],
+               "additionalProperties": False}
+GRID_TOOLS = {name: {"type": "object", "properties": {"city": {"type": "string"}, "days": {
+    "type": "array", "items": {"type": "integer"}}}, "required": ["city"]} for name in ("weather", "map_of")}
+GRID_USAGE = {"prompt": 110, "cached": 80, "written": 10, "output": 30, "reasoning": 12}
+
+GRID_FACTS: Dict[str, GridFacts] = {
+    "text": GridFacts("Hello from the other side."), "system": GridFacts("One line."),
+    "multi-turn": GridFacts("Your name is Ada."), "image": GridFacts("A single pixel."),
+    "tool loop": GridFacts("Let me look.", calls=(("weather", GRID_ROME),), stop="tool_use"), "tool loop/2": GRID_FINAL,
+    "parallel tools": GridFacts(calls=(("weather", GRID_ROME), ("map_of", GRID_OSLO), ("weather", GRID_OSLO)),
+                                stop="tool_use"), "parallel tools/2": GRID_FINAL,
+    "image in result": GridFacts(calls=(("map_of", GRID_ROME),), stop="tool_use"), "image in result/2": GRID_FINAL,
+    "thinking": GridFacts("I will look.", GRID_THOUGHT, (("weather", GRID_ROME), ("map_of", GRID_OSLO)), "tool_use"),
+    "thinking/2": GridFacts("Warm.", GRID_THOUGHT), "thought": GridFacts("Still warm."),
+    "structured output": GridFacts('{"city": "Rome"}'), "json mode": GridFacts('{"any": "object"}'),
+    "stop": GridFacts("One, two,", stop="stop_sequence"), "length": GridFacts("This is cut by the", stop="length"),
+    "refusal": GridFacts("I cannot help with that.", stop="refusal"), "usage": GridFacts("Counted."),
+    "unicode": GridFacts(GRID_UNICODE + " Once more: " + GRID_UNICODE),
+    "error": GridFacts(), "error in stream": GridFacts("This breaks off here"),
+    "cut": GridFacts("This breaks off here"), "early end": GridFacts("This breaks off here"),
+    "model switch": GRID_FINAL, "words after results": GRID_FINAL,
+    "long": GridFacts("All accepted."),
+}
+
+
+def grid_ask(scenario: str, *before: GridTurn, image: bool = False) -> Tuple[GridTurn, ...]:
+    """A conversation whose last turn names the scenario."""
+    return (*before, GridTurn("user", f"Please. scenario: {scenario}.", image))
+
+
+# Calls that another model made, and what came of them.
+GRID_OTHERS = (
+    GridTurn("assistant", "Both.", calls=(("call_one-fc", "weather", GRID_ROME), ("2", "map_of", GRID_OSLO))),
+    GridTurn("tool", results=(("call_one-fc", GRID_RESULT, False), ("2", GRID_RESULT, False))))
+
+GRID_CASES: Dict[str, GridCase] = {
+    "text": GridCase(grid_ask("text")),
+    "system": GridCase(grid_ask("system"), system=GRID_SYSTEM),
+    "multi-turn": GridCase(grid_ask("multi-turn", GridTurn("user", "I am Ada."), GridTurn("assistant", "Hello Ada."),
+                                    GridTurn("user", "And you?"), GridTurn("assistant", "A model."))),
+    "tool loop": GridCase(grid_ask("tool loop"), system=GRID_SYSTEM, tools=True),
+    "parallel tools": GridCase(grid_ask("parallel tools"), tools=True),
+    "image": GridCase(grid_ask("image", image=True)),
+    "image in result": GridCase(grid_ask("image in result"), tools=True, shows=True),
+    "thinking": GridCase(grid_ask("thinking"), tools=True, thinks=True),
+    "structured output": GridCase(grid_ask("structured output"), output="schema"),
+    "json mode": GridCase(grid_ask("json mode"), output="object"),
+    "stop": GridCase(grid_ask("stop"), stop=("three",)),
+    "length": GridCase(grid_ask("length")), "refusal": GridCase(grid_ask("refusal")),
+    "usage": GridCase(grid_ask("usage")),
+    "unicode": GridCase(grid_ask("unicode", GridTurn("user", GRID_UNICODE), GridTurn("assistant", GRID_UNICODE))),
+    "error": GridCase(grid_ask("error")), "error in stream": GridCase(grid_ask("error in stream")),
+    "cut": GridCase(grid_ask("cut")), "early end": GridCase(grid_ask("early end")),
+    "model switch": GridCase((*grid_ask("model switch"), *GRID_OTHERS), tools=True),
+    "words after results": GridCase(grid_ask("words after results", GridTurn("user", "Look."), *GRID_OTHERS),
+                                    tools=True),
+}
+# What a provider protocol cannot do and says so: (scenario, protocol) → the field that is named.
+DOCUMENTED_400 = {("json mode", "anthropic-messages"): "response_format",
+                  ("json mode", "bedrock-converse-stream"): "response_format"}
+# What it cannot do and leaves out, named in x-pigateway-dropped.
+GRID_DROPPED = {("stop", name) for name in ("openai-responses", "azure-openai-responses", "openai-codex-responses")}
+
+
+class GridFault(Exception):
+    """A request that the real service would refuse, and why."""
+
+
+def demand(holds: Any, what: str) -> None:
+    if not holds:
+        raise GridFault(what)
+
+
+def demand_fields(value: Any, allowed: str, where: str) -> None:
+    """Refuses what is no object, or has a field that the service does not know."""
+    demand(isinstance(value, dict), f"{where}: not an object")
+    strange = set(value) - set(allowed.split())
+    demand(not strange, f"{where}: unknown fields {sorted(strange)}")
+
+
+def demand_text(value: Any, where: str, is_blank_fine: bool = True) -> str:
+    demand(isinstance(value, str) and (value if is_blank_fine else value.strip()), f"{where}: empty text")
+    return str(value)
+
+
+def demand_picture(data: Any, where: str) -> Tuple[str, str]:
+    """Refuses what is not the one picture that the tests send."""
+    try:
+        is_whole = base64.b64decode(str(data).encode(), validate=True) == PICTURE
+    except ValueError:
+        is_whole = False
+    demand(is_whole, f"{where}: damaged image")
+    return "image", where
+
+
+def demand_picture_url(url: Any, where: str) -> Tuple[str, str]:
+    demand(isinstance(url, str) and url.startswith("data:image/png;base64,"), f"{where}: not a data URL")
+    return demand_picture(url.partition(",")[2], where)
+
+
+def json_object(text: Any, where: str) -> Dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (TypeError, ValueError):
+        value = None
+    demand(isinstance(value, dict), f"{where}: arguments are not the JSON text of an object")
+    return dict(value)
+
+
+class GridSeen:
+    """A request as its fake understood it. `log` has what was said in order: (user | assistant | system, text),
+    (call, id, name, arguments), (result, id, text), (image, where), (thought, signature)."""
+
+    def __init__(self) -> None:
+        self.log: List[Tuple[Any, ...]] = []
+        self.schema: Any = None             # True for free-form JSON
+        self.thinks = False
+        self.stop: Tuple[str, ...] = ()
+        self.tools: List[str] = []
+        self.limit: Optional[int] = None
+
+    def all(self, kind: str) -> List[Any]:
+        """What was said of one kind: texts, or the pieces of calls and results without their ids."""
+        found = [entry[1:] for entry in self.log if entry[0] == kind]
+        return [entry[1:] if kind in ("call", "result") else entry[0] for entry in found]
+
+    def check(self, pattern: str, is_unique: bool) -> None:
+        """The rules that all services have: each call answered at once and once, no result without a call."""
+        waiting: List[str] = []
+        turn: List[str] = []
+        ever: List[str] = []
+        for kind, *rest in self.log:
+            if kind == "call":
+                call_id, name = rest[:2]
+                demand(re.fullmatch(pattern, call_id), f"call id {call_id!r} does not match {pattern}")
+                demand(call_id not in turn, f"call id {call_id!r} twice in a turn")
+                demand(not is_unique or call_id not in ever, f"call ids must be unique: {call_id!r}")
+                demand(re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name), f"bad tool name {name!r}")
+                demand(len(waiting) == len(turn), f"calls without results: {waiting}")
+                waiting.append(call_id)
+                turn.append(call_id)
+                ever.append(call_id)
+            elif kind == "result":
+                demand(rest[0] in waiting, f"result {rest[0]!r} answers no open call")
+                waiting.remove(rest[0])
+                turn = turn if waiting else []
+            elif kind not in ("image", "thought"):
+                demand(not waiting, f"calls without results: {waiting}")
+                turn = []
+        demand(not waiting, f"calls without results: {waiting}")
+
+
+def grid_scenario(text: str) -> str:
+    """The scenario that a body names last; /2 when a tool result follows it."""
+    names = "|".join(sorted((re.escape(name) for name in GRID_FACTS if "/" not in name), key=len, reverse=True))
+    last = list(re.finditer(f"scenario: ({names})\\.", text))[-1]
+    answered = GRID_RESULT in text[last.end():]
+    return last.group(1) + ("/2" if answered and last.group(1) + "/2" in GRID_FACTS else "")
+
+
+def grid_seal(maker: str) -> str:
+    """The signature that the provider protocol's fake issues: base64 in the standard alphabet."""
+    return base64.b64encode(f"\u00ff\u00fe>>{maker}<<".encode("latin-1")).decode()
+
+
+GRID_FOREIGN = base64.b64encode(b"made by another model").decode()
+
+
+class GridFake:
+    """A provider: one request in, checked, one answer out."""
+
+    protocol = provider = model = host = path = whole_path = ""
+    headers: Dict[str, str] = {}
+    counts = frozenset({"cached", "reasoning"})     # what its usage tells besides totals
+    id_pattern = r"[\s\S]{1,40}"
+    is_unique = False
+    stops: Dict[str, str] = {}
+    stream_type = "text/event-stream"
+    maker = ""                                      # whose signatures it takes; "" when it signs nothing
+    has_stop = True
+    always_streams = False
+    error_fields: Dict[str, Any] = {}
+
+    def __init__(self) -> None:
+        self.bodies: List[str] = []
+        self.seen: List[GridSeen] = []
+        self.faults: List[str] = []
+
+    @property
+    def seal(self) -> str:
+        return grid_seal(self.maker)
+
+    def validate(self, received: Received) -> Optional[str]:
+        """Why the real service would refuse the request; None when it would not."""
+        try:
+            text = received.body.decode("ascii")
+            is_stream = received.path == self.path
+            demand(received.path in (self.path, self.whole_path or self.path), f"no such path: {received.path}")
+            for name, value in self.headers.items():
+                demand(received.headers.get(name) == value, f"header {name} is {received.headers.get(name)!r}")
+            demand(received.headers.get("content-type") == "application/json", "content type")
+            if not self.whole_path:
+                is_stream = bool(received.json.get("stream"))
+            self.check_call(received, is_stream)
+            self.seen.append(self.understand(text))
+            self.bodies.append(text)
+        except GridFault as fault:
+            return str(fault)
+        return None
+
+    def understand(self, text: str) -> GridSeen:
+        """The body understood. Raises `GridFault` for what the real service would refuse."""
+        body = json.loads(text)
+        demand(GRID_FOREIGN not in text, "a signature that another model made")
+        try:
+            json.dumps(body, ensure_ascii=False).encode("utf-8")            # no half of a surrogate pair
+            seen = self.read(body)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise GridFault(f"{type(error).__name__}: {error}") from error
+        for signature in seen.all("thought"):
+            demand(signature == self.seal, f"a signature that is not ours: {signature[:40]!r}")
+        seen.check(self.id_pattern, self.is_unique)
+        return seen
+
+    def check_call(self, received: Received, is_stream: bool) -> None:
+        """What only this service asks for."""
+
+    def read(self, body: Dict[str, Any]) -> GridSeen:
+        """The request understood. Raises `GridFault`."""
+        raise NotImplementedError
+
+    def frames(self, facts: GridFacts, usage: bool) -> List[bytes]:
+        """A streamed answer."""
+        raise NotImplementedError
+
+    def whole(self, facts: GridFacts) -> Dict[str, Any]:
+        """A whole answer."""
+        raise NotImplementedError
+
+    def error(self, status: int, message: str) -> Dict[str, Any]:
+        """An error body, by default OpenAI's."""
+        kind = {400: "invalid_request_error", 429: "rate_limit_exceeded"}.get(status, "server_error")
+        return {"error": {"message": message, "type": kind, "param": None, "code": kind}}
+
+    def error_frame(self) -> bytes:
+        """An error inside a stream."""
+        return sse([self.error(503, "The model is overloaded.")])
+
+    def broken(self) -> Answer:
+        """A whole answer that is none."""
+        return Answer(200, json.dumps(self.error(503, "The model is overloaded.")).encode())
+
+    def stop(self, facts: GridFacts) -> str:
+        """The service's word for the end."""
+        return self.stops[facts.stop]
+
+    def usage(self) -> Dict[str, int]:
+        """Neutral counts, of what the service tells; `fresh` are prompt tokens neither cached nor written."""
+        told = {name: count if name in ("prompt", "output") or name in self.counts else 0
+                for name, count in GRID_USAGE.items()}
+        return {**told, "fresh": told["prompt"] - told["cached"] - told["written"]}
+
+    def call_id(self, place: int) -> str:
+        return f"call_{self.provider}|{len(self.seen)}{place}".replace("|", "_").replace("-", "_")
+
+    def answer(self, received: Received) -> Answer:
+        """The scenario's answer, or a refusal."""
+        fault = self.validate(received)
+        if fault is not None:
+            self.faults.append(fault)
+            return self.refusal(400, fault)
+        scenario = grid_scenario(received.body.decode("ascii"))
+        if scenario == "error":
+            return self.refusal(429, "Slow down, please.")
+        facts = GRID_FACTS[scenario]
+        is_stream = self.always_streams or (received.path == self.path if self.whole_path
+                                            else bool(received.json.get("stream")))
+        if not is_stream:
+            if scenario == "error in stream":
+                return self.broken()
+            body = json.dumps(self.whole(facts)).encode()
+            part = body[:len(body) // 2] if scenario in ("cut", "early end") else body
+            return Answer(200, part, headers={"content-length": str(len(body))} if scenario == "cut" else {})
+        usage = bool((received.json.get("stream_options") or {}).get("include_usage"))
+        pieces = self.frames(facts, usage)
+        if scenario in ("cut", "early end", "error in stream"):
+            first = next(place for place, frame in enumerate(pieces) if b'"This ' in frame)
+            ends = {"cut": [b""], "early end": [], "error in stream": [self.error_frame()]}
+            pieces = pieces[:first + 1] + ends[scenario]
+        return Answer(200, pieces, self.stream_type)
+
+    def refusal(self, status: int, message: str) -> Answer:
+        return Answer(status, json.dumps(self.error(status, message)).encode(),
+                      headers={"retry-after": "7", **self.error_headers(status)} if status == 429 else
+                      self.error_headers(status))
+
+    def error_headers(self, status: int) -> Dict[str, str]:
+        return {}
+
+
+class GridChatFake(GridFake):
+    """Chat Completions as Groq has it: reasoning in `reasoning`, nothing signed."""
+
+    protocol, provider, model, host = "openai-completions", "groq", "qwen/qwen3.8-27b", "api.groq.com"
+    path = "/openai/v1/chat/completions"
+    headers = {"authorization": "Bearer gsk_grid0123456789abcdef"}
+    stops = {"stop": "stop", "stop_sequence": "stop", "tool_use": "tool_calls", "length": "length",
+             "refusal": "content_filter"}
+    fields = ("model messages stream stream_options max_tokens max_completion_tokens temperature top_p stop tools "
+              "tool_choice parallel_tool_calls response_format reasoning_effort seed user")
+    limit_names = ("max_tokens", "max_completion_tokens")
+    result_fields = "role tool_call_id content"
+
+    def read(self, body: Dict[str, Any]) -> GridSeen:
+        seen = GridSeen()
+        demand_fields(body, self.fields, "body")
+        demand(body["model"] == self.model, f"no model {body['model']!r}")
+        limits = [body[name] for name in self.limit_names if name in body]
+        demand(len(limits) <= 1, "two limits")
+        seen.limit = limits[0] if limits else None
+        seen.stop = tuple(body.get("stop") or ())
+        seen.thinks = body.get("reasoning_effort") not in (None, "none")
+        demand(body.get("reasoning_effort", "none") in ("none", "low", "medium", "high"), "reasoning_effort")
+        for tool in body.get("tools", ()):
+            demand_fields(tool, "type function", "tool")
+            demand_fields(tool["function"], "name description parameters strict", "function")
+            seen.tools.append(tool["function"]["name"])
+        demand(seen.tools or "tools" not in body, "tools: empty")
+        form = body.get("response_format")
+        if form:
+            demand(form["type"] in ("json_object", "json_schema"), "response_format")
+            seen.schema = form["type"] == "json_object" or form["json_schema"]["schema"]
+        demand(body["messages"], "messages: empty")
+        for place, message in enumerate(body["messages"]):
+            self.read_message(message, f"messages[{place}]", seen)
+        self.check_order(body["messages"])
+        return seen
+
+    def check_order(self, messages: List[Dict[str, Any]]) -> None:
+        demand(messages[-1]["role"] != "assistant", "the last turn is the assistant's")
+
+    def read_message(self, message: Dict[str, Any], where: str, seen: GridSeen) -> None:
+        role = message["role"]
+        if role == "assistant":
+            demand_fields(message, "role content tool_calls prefix", where)
+            demand(message.get("content") or message.get("tool_calls"), f"{where}: empty")
+            if message.get("content"):
+                self.read_assistant(message["content"], where, seen)
+            for call in message.get("tool_calls", ()):
+                demand_fields(call, "id type function", where)
+                demand_fields(call["function"], "name arguments", where)
+                demand(call["type"] == "function", where)
+                arguments = json_object(call["function"]["arguments"], where)
+                seen.log.append(("call", call["id"], call["function"]["name"], arguments))
+        elif role == "tool":
+            demand_fields(message, self.result_fields, where)
+            seen.log.append(("result", message["tool_call_id"], self.read_result(message["content"], where, seen)))
+        else:
+            demand(role in ("system", "user"), f"{where}: role {role}")
+            demand_fields(message, "role content", where)
+            self.read_content(message["content"], role, where, seen)
+
+    def read_assistant(self, content: Any, where: str, seen: GridSeen) -> None:
+        seen.log.append(("assistant", demand_text(content, where)))
+
+    def read_result(self, content: Any, where: str, seen: GridSeen) -> str:
+        demand(isinstance(content, str) or all(part["type"] == "text" for part in content),
+               f"{where}: a tool message takes text only")
+        return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+    def read_content(self, content: Any, role: str, where: str, seen: GridSeen) -> None:
+        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+            if part["type"] == "text":
+                seen.log.append((role, demand_text(part["text"], where)))
+            else:
+                demand_fields(part, "type image_url", where)
+                seen.log.append(self.read_picture(part["image_url"], where))
+
+    def read_picture(self, value: Any, where: str) -> Tuple[str, str]:
+        demand_fields(value, "url detail", where)
+        return demand_picture_url(value["url"], where)
+
+    def counted(self) -> Dict[str, Any]:
+        counts = self.usage()
+        return {"prompt_tokens": counts["prompt"], "completion_tokens": counts["output"],
+                "total_tokens": counts["prompt"] + counts["output"],
+                "prompt_tokens_details": {"cached_tokens": counts["cached"]},
+                "completion_tokens_details": {"reasoning_tokens": counts["reasoning"]}}
+
+    def calls(self, facts: GridFacts) -> List[Dict[str, Any]]:
+        return [{"index": place, "id": self.call_id(place), "type": "function",
+                 "function": {"name": name, "arguments": arguments}}
+                for place, (name, arguments) in enumerate(facts.calls)]
+
+    def thought(self, text: str, is_last: bool) -> Dict[str, Any]:
+        return {"reasoning": text}
+
+    def deltas(self, facts: GridFacts) -> List[Dict[str, Any]]:
+        out: List[Dict[str, Any]] = [{"role": "assistant", "content": ""}]
+        pieces = cut_up(facts.thinking) if facts.thinking else []
+        out += [self.thought(piece, place == len(pieces) - 1) for place, piece in enumerate(pieces)]
+        out += [{"content": piece} for piece in cut_up(facts.text)] if facts.text else []
+        calls = self.calls(facts)
+        out += [{"tool_calls": [{**call, "function": {**call["function"], "arguments": ""}}]} for call in calls]
+        texts_left = [cut_up(call["function"]["arguments"]) for call in calls]
+        for turn in range(max(map(len, texts_left), default=0)):            # they take turns
+            out += [{"tool_calls": [{"index": place, "function": {"arguments": pieces[turn]}}]}
+                    for place, pieces in enumerate(texts_left) if turn < len(pieces)]
+        return out
+
+    def envelope(self, **fields: Any) -> Dict[str, Any]:
+        return {"id": "chatcmpl-grid", "created": 1760000000, "model": self.model, **fields}
+
+    def chunk(self, delta: Dict[str, Any], reason: Optional[str] = None, **fields: Any) -> Dict[str, Any]:
+        return self.envelope(object="chat.completion.chunk", choices=[
+            {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}], **fields)
+
+    def frames(self, facts: GridFacts, usage: bool) -> List[bytes]:
+        chunks = [self.chunk(delta) for delta in self.deltas(facts)] + [self.chunk({}, self.stop(facts))]
+        if usage:
+            chunks.append(self.envelope(object="chat.completion.chunk", choices=[], usage=self.counted()))
+        return [sse([chunk]) for chunk in chunks] + [b"data: [DONE]\n\n"]
+
+    def message(self, facts: GridFacts) -> Dict[str, Any]:
+        return {"role": "assistant", "content": facts.text or None,
+                **({"reasoning": facts.thinking} if facts.thinking else {})}
+
+    def whole(self, facts: GridFacts) -> Dict[str, Any]:
+        calls = [{name: value for name, value in call.items() if name != "index"} for call in self.calls(facts)]
+        message = {**self.message(facts), **({"tool_calls": calls} if calls else {})}
+        return self.envelope(object="chat.completion", usage=self.counted(), choices=[
+            {"index": 0, "message": message, "logprobs": None, "finish_reason": self.stop(facts)}])
+
+
+class GridMistralFake(GridChatFake):
+    """Mistral: the strictest order and ids, thinking inside the content."""
+
+    protocol, provider, model, host = "mistral-conversations", "mistral", "mistral-medium-2604", "api.mistral.ai"
+    path = "/v1/chat/completions"
+    headers = {"authorization": "Bearer grid-mistral-0123456789"}
+    counts = frozenset({"cached"})
+    id_pattern = r"[a-zA-Z0-9]{9}"
+    maker = "mistral-conversations"
+    stops = {**GridChatFake.stops, "refusal": "stop"}       # it has no word for a refusal
+    fields = ("model messages stream max_tokens temperature top_p stop random_seed tools tool_choice "
+              "parallel_tool_calls response_format reasoning_effort prompt_mode frequency_penalty presence_penalty")
+    limit_names = ("max_tokens",)
+    result_fields = "role tool_call_id content name"
+    followers = {"system": "user assistant system", "user": "assistant system user", "assistant": "assistant user tool",
+                 "tool": "assistant tool"}
+
+    def check_order(self, messages: List[Dict[str, Any]]) -> None:
+        super().check_order(messages)
+        roles = [message["role"] for message in messages]
+        for before, after in zip(roles, roles[1:]):
+            demand(after in self.followers[before].split(), f"Unexpected role '{after}' after role '{before}'")
+
+    def read_assistant(self, content: Any, where: str, seen: GridSeen) -> None:
+        if isinstance(content, str):
+            seen.log.append(("assistant", demand_text(content, where)))
+            return
+        for place, chunk in enumerate(content):
+            if chunk["type"] == "thinking":
+                demand(place == 0, f"{where}: thinking comes first and in one chunk")
+                demand_fields(chunk, "type thinking signature closed", where)
+                demand("".join(inner["text"] for inner in chunk["thinking"]) == GRID_THOUGHT, f"{where}: thinking")
+                seen.log.append(("thought", chunk["signature"]))
+            else:
+                demand_fields(chunk, "type text", where)
+                seen.log.append(("assistant", demand_text(chunk["text"], where)))
+
+    def read_result(self, content: Any, where: str, seen: GridSeen) -> str:
+        if isinstance(content, str):
+            return content
+        seen.log.extend(self.read_picture(part["image_url"], where) for part in content if part["type"] == "image_url")
+        return "".join(part["text"] for part in content if part["type"] == "text")
+
+    def read_picture(self, value: Any, where: str) -> Tuple[str, str]:
+        return demand_picture_url(value, where)
+
+    def call_id(self, place: int) -> str:
+        return f"{len(self.seen) % 10000:04d}abcd{place}"
+
+    def thought(self, text: str, is_last: bool) -> Dict[str, Any]:
+        chunk: Dict[str, Any] = {"type": "thinking", "thinking": [{"type": "text", "text": text}]}
+        return {"content": [{**chunk, "signature": self.seal} if is_last else chunk]}
+
+    def counted(self) -> Dict[str, Any]:
+        counts = self.usage()
+        return {"prompt_tokens": counts["prompt"], "completion_tokens": counts["output"],
+                "total_tokens": counts["prompt"] + counts["output"], "num_cached_tokens": counts["cached"]}
+
+    def message(self, facts: GridFacts) -> Dict[str, Any]:
+        text = [{"type": "text", "text": facts.text}] if facts.text else []
+        content = [*self.thought(facts.thinking, True)["content"], *text] if facts.thinking else facts.text
+        return {"role": "assistant", "content": content}
+
+    def frames(self, facts: GridFacts, usage: bool) -> List[bytes]:
+        chunks = [self.chunk(delta) for delta in self.deltas(facts)]
+        chunks.append(self.chunk({"content": ""}, self.stop(facts), usage=self.counted()))
+        return [sse([chunk]) for chunk in chunks] + [b"data: [DONE]\n\n"]
+
+    def error(self, status: int, message: str) -> Dict[str, Any]:
+        return {"object": "error", "message": message, "type": "invalid_request_error" if status == 400 else
+                "rate_limited" if status == 429 else "service_unavailable", "param": None, "code": str(status)}
+
+
+class GridAnthropicFake(GridFake):
+    """Anthropic Messages."""
+
+    protocol, provider, model, host = "anthropic-messages", "anthropic", "claude-sonnet-4-5", "api.anthropic.com"
+    path = "/v1/messages"
+    headers = {"x-api-key": "sk-ant-api03-grid0123456789", "anthropic-version": "2023-06-01"}
+    counts = frozenset({"cached", "written", "reasoning"})
+    id_pattern = r"[a-zA-Z0-9_-]{1,64}"
+    is_unique = True
+    maker = "anthropic-messages"
+    stops = {"stop": "end_turn", "stop_sequence": "stop_sequence", "tool_use": "tool_use", "length": "max_tokens",
+             "refusal": "refusal"}
+    block_fields = {"text": "text", "image": "source", "thinking": "thinking signature", "redacted_thinking": "data",
+                    "tool_use": "id name input", "tool_result": "tool_use_id content is_error"}
+
+    def read(self, body: Dict[str, Any]) -> GridSeen:
+        seen = GridSeen()
+        demand_fields(body, "model max_tokens messages system tools tool_choice thinking output_config temperature "
+                            "top_p top_k stop_sequences metadata stream", "body")
+        demand(body["model"] == self.model, f"no model {body['model']!r}")
+        demand(json.dumps(body).count('"cache_control"') <= 4, "more than four cache marks")
+        seen.limit, seen.stop = body["max_tokens"], tuple(body.get("stop_sequences", ()))
+        thinking = body.get("thinking") or {"type": "disabled"}
+        seen.thinks = thinking["type"] == "enabled"
+        if seen.thinks:
+            demand(1024 <= thinking["budget_tokens"] < body["max_tokens"], "thinking.budget_tokens")
+            demand(not {"temperature", "top_k"} & set(body), "no sampling with thinking")
+        form = (body.get("output_config") or {}).get("format")
+        if form:
+            demand(form["type"] == "json_schema", "output_config.format")
+            seen.schema = form["schema"]
+        system = body.get("system") or []
+        seen.log.extend(("system", demand_text(block["text"], "system", False))
+                        for block in ([{"text": system}] if isinstance(system, str) else system))
+        for tool in body.get("tools", ()):
+            demand_fields(tool, "name description input_schema cache_control strict type", "tool")
+            demand(tool["input_schema"]["type"] == "object", "input_schema")
+            seen.tools.append(tool["name"])
+        messages = body["messages"]
+        demand(messages and messages[0]["role"] == "user", "messages: the first must be the user's")
+        for place, message in enumerate(messages):
+            before = messages[place - 1]["role"] if place else None
+            demand(message["role"] != before, f"messages.{place}: roles must alternate")
+            self.read_message(message, f"messages.{place}", seen)
+        demand("tools" in body or not seen.all("call"), "tool_use without tools")
+        last = next((message["content"] for message in reversed(messages) if message["role"] == "assistant"), [])
+        results = [block for block in messages[-1]["content"] if isinstance(block, dict)
+                   and block["type"] == "tool_result"]
+        demand(not (seen.thinks and results) or last[0]["type"] in ("thinking", "redacted_thinking"),
+               "Expected `thinking`, but found `tool_use`")
+        return seen
+
+    def read_message(self, message: Dict[str, Any], where: str, seen: GridSeen) -> None:
+        demand_fields(message, "role content", where)
+        role, content = message["role"], message["content"]
+        blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        demand(blocks and role in ("user", "assistant"), f"{where}: empty")
+        kinds = [block["type"] for block in blocks]
+        demand("tool_result" not in kinds[kinds.count("tool_result"):], f"{where}: tool_result blocks come first")
+        for block in blocks:
+            demand_fields(block, "type cache_control " + self.block_fields[block["type"]], where)
+            self.read_block(block, role, where, seen)
+
+    def read_block(self, block: Dict[str, Any], role: str, where: str, seen: GridSeen) -> None:
+        kind = block["type"]
+        demand((kind in ("tool_result", "image")) <= (role == "user"), f"{where}: {kind}")
+        demand((kind in ("tool_use", "thinking")) <= (role == "assistant"), f"{where}: {kind}")
+        if kind == "text":
+            seen.log.append((role, demand_text(block["text"], where, False)))
+        elif kind == "image":
+            demand_fields(block["source"], "type media_type data", where)
+            demand(block["source"]["media_type"] == "image/png", where)
+            seen.log.append(demand_picture(block["source"]["data"], where))
+        elif kind == "thinking":
+            demand(block["thinking"] == GRID_THOUGHT, f"{where}: thinking was changed")
+            seen.log.append(("thought", block["signature"]))
+        elif kind == "tool_use":
+            demand(isinstance(block["input"], dict), f"{where}: input")
+            seen.log.append(("call", block["id"], block["name"], block["input"]))
+        else:
+            content = block.get("content", "")
+            inner = [{"type": "text", "text": content}] if isinstance(content, str) else content
+            text = "".join(demand_text(part["text"], where, False) for part in inner if part["type"] == "text")
+            seen.log.append(("result", block["tool_use_id"], text))
+            for part in inner:
+                if part["type"] != "text":
+                    demand(not block.get("is_error"), f"{where}: an error result takes text only")
+                    self.read_block(part, role, where, seen)
+
+    def call_id(self, place: int) -> str:
+        return f"toolu_01{len(self.seen):06d}{place}"
+
+    def blocks(self, facts: GridFacts) -> List[Dict[str, Any]]:
+        thought = [{"type": "thinking", "thinking": facts.thinking, "signature": self.seal}] if facts.thinking else []
+        text = [{"type": "text", "text": facts.text}] if facts.text else []
+        return thought + text + [{"type": "tool_use", "id": self.call_id(place), "name": name, "input":
+                                  json.loads(arguments)} for place, (name, arguments) in enumerate(facts.calls)]
+
+    def counted(self) -> Dict[str, Any]:
+        counts = self.usage()
+        return {"input_tokens": counts["fresh"], "cache_creation_input_tokens": counts["written"],
+                "cache_read_input_tokens": counts["cached"], "output_tokens": counts["output"],
+                "output_tokens_details": {"thinking_tokens": counts["reasoning"]}}
+
+    def whole(self, facts: GridFacts) -> Dict[str, Any]:
+        return {"id": "msg_01grid", "type": "message", "role": "assistant", "model": self.model,
+                "content": self.blocks(facts), "stop_reason": self.stop(facts), "usage": self.counted(),
+                "stop_sequence": "three" if facts.stop == "stop_sequence" else None}
+
+    def frames(self, facts: GridFacts, usage: bool) -> List[bytes]:
+        whole = self.whole(facts)
+        events: List[Dict[str, Any]] = [{"type": "message_start", "message": {
+            **whole, "content": [], "stop_reason": None, "stop_sequence": None,
+            "usage": {**whole["usage"], "output_tokens": 1}}}, {"type": "ping"}]
+        for place, block in enumerate(whole["content"]):
+            kind = block["type"]
+            empty = {"text": {"text": ""}, "thinking": {"thinking": "", "signature": ""}, "tool_use": {"input": {}}}
+            events.append({"type": "content_block_start", "index": place, "content_block": {**block, **empty[kind]}})
+            name, text = {"text": ("text_delta", "text"), "thinking": ("thinking_delta", "thinking"),
+                          "tool_use": ("input_json_delta", "partial_json")}[kind]
+            written = json.dumps(block["input"]) if kind == "tool_use" else block[text]
+            deltas = [{"type": name, text: piece} for piece in cut_up(written)]
+            if kind == "thinking":
+                deltas.append({"type": "signature_delta", "signature": block["signature"]})
+            events += [{"type": "content_block_delta", "index": place, "delta": delta} for delta in deltas]
+            events.append({"type": "content_block_stop", "index": place})
+        events += [{"type": "message_delta", "delta": {name: whole[name] for name in ("stop_reason", "stop_sequence")},
+                    "usage": whole["usage"]}, {"type": "message_stop"}]
+        return [sse([event], named=True) for event in events]
+
+    def error(self, status: int, message: str) -> Dict[str, Any]:
+        kind = {400: "invalid_request_error", 429: "rate_limit_error"}.get(status, "overloaded_error")
+        return {"type": "error", "error": {"type": kind, "message": message}, "request_id": "req_grid"}
+
+    def error_frame(self) -> bytes:
+        return sse([self.error(529, "Overloaded")], named=True)
+
+
+class GridResponsesFake(GridFake):
+    """OpenAI Responses."""
+
+    protocol, provider, model, host = "openai-responses", "openai", "gpt-5.2", "api.openai.com"
+    path = "/v1/responses"
+    headers = {"authorization": "Bearer sk-proj-grid0123456789"}
+    id_pattern = r"[\s\S]{1,64}"
+    maker = "openai-responses"
+    has_stop = False
+    fields = ("model input store stream max_output_tokens temperature top_p user text include reasoning tools "
+              "tool_choice parallel_tool_calls prompt_cache_key")
+
+    def read(self, body: Dict[str, Any]) -> GridSeen:
+        seen = GridSeen()
+        demand_fields(body, self.fields, "body")
+        demand(body["model"] == self.model and body["store"] is False, "model or store")
+        seen.limit = body.get("max_output_tokens")
+        demand(seen.limit is None or seen.limit >= 16, "max_output_tokens: at least 16")
+        seen.thinks = (body.get("reasoning") or {}).get("effort", "none") != "none"
+        demand(not seen.thinks or body.get("include") == ["reasoning.encrypted_content"], "the reasoning would be lost")
+        demand_fields(body.get("reasoning") or {}, "effort summary", "reasoning")
+        for tool in body.get("tools", ()):
+            demand_fields(tool, "type name description parameters strict", "tool")
+            seen.tools.append(tool["name"])
+        form = (body.get("text") or {}).get("format")
+        if form:
+            seen.schema = form["type"] == "json_object" or form["schema"]
+            demand(form["type"] == "json_object" or re.fullmatch(r"[\w-]{1,64}", form["name"]), "text.format.name")
+        if body.get("instructions"):
+            seen.log.append(("system", body["instructions"]))
+        items = body["input"]
+        for place, item in enumerate(items):
+            self.read_item(item, f"input[{place}]", seen)
+            is_thought = item.get("type") == "reasoning"
+            demand(not is_thought or (place + 1 < len(items) and (items[place + 1].get("role") == "assistant" or items[
+                place + 1]["type"] in ("function_call", "reasoning"))), f"input[{place}]: reasoning without its item")
+        return seen
+
+    def read_item(self, item: Dict[str, Any], where: str, seen: GridSeen) -> None:
+        kind = item.get("type", "message")
+        if kind == "reasoning":
+            demand_fields(item, "type id summary encrypted_content status content", where)
+            demand([part["text"] for part in item["summary"]] == [GRID_THOUGHT], f"{where}: summary was changed")
+            seen.log.append(("thought", item["encrypted_content"]))
+        elif kind == "function_call":
+            demand_fields(item, "type call_id name arguments", where)
+            seen.log.append(("call", item["call_id"], item["name"], json_object(item["arguments"], where)))
+        elif kind == "function_call_output":
+            demand_fields(item, "type call_id output", where)
+            parts = item["output"]
+            parts = [{"type": "input_text", "text": parts}] if isinstance(parts, str) else parts
+            text = "".join(part["text"] for part in parts if part["type"] == "input_text")
+            seen.log.append(("result", item["call_id"], text))
+            self.read_parts([part for part in parts if part["type"] != "input_text"], "user", where, seen)
+        elif item["role"] == "assistant":
+            demand_fields(item, "type id role status content", where)
+            demand(item["id"].startswith("msg_"), f"{where}.id")
+            for part in item["content"]:
+                demand_fields(part, "type text annotations", where)
+                demand(part["type"] == "output_text", where)
+                seen.log.append(("assistant", part["text"]))
+        else:
+            demand_fields(item, "type role content", where)
+            role = "system" if item["role"] in ("system", "developer") else item["role"]
+            demand(role in ("system", "user"), where)
+            content = item["content"]
+            self.read_parts([{"type": "input_text", "text": content}] if isinstance(content, str) else content, role,
+                            where, seen)
+
+    def read_parts(self, parts: List[Dict[str, Any]], role: str, where: str, seen: GridSeen) -> None:
+        for part in parts:
+            if part["type"] == "input_text":
+                demand_fields(part, "type text", where)
+                seen.log.append((role, demand_text(part["text"], where)))
+            else:
+                demand(part["type"] == "input_image" and part["detail"] in ("auto", "low", "high"), where)
+                demand_fields(part, "type image_url detail", where)
+                seen.log.append(demand_picture_url(part["image_url"], where))
+
+    def items(self, facts: GridFacts) -> List[Dict[str, Any]]:
+        out: List[Dict[str, Any]] = []
+        if facts.thinking:
+            out.append({"id": "rs_grid", "type": "reasoning", "encrypted_content": self.seal,
+                        "summary": [{"type": "summary_text", "text": facts.thinking}]})
+        if facts.text:
+            part = {"type": "refusal", "refusal": facts.text} if facts.stop == "refusal" else {
+                "type": "output_text", "text": facts.text, "annotations": [], "logprobs": []}
+            out.append({"id": "msg_grid", "type": "message", "role": "assistant", "status": "completed",
+                        "content": [part]})
+        return out + [{"id": f"fc_{place}", "type": "function_call", "call_id": self.call_id(place), "name": name,
+                       "arguments": arguments, "status": "completed"}
+                      for place, (name, arguments) in enumerate(facts.calls)]
+
+    def whole(self, facts: GridFacts) -> Dict[str, Any]:
+        counts = self.usage()
+        is_cut = facts.stop == "length"
+        return {"id": "resp_grid", "object": "response", "created_at": 1760000002, "model": self.model,
+                "status": "incomplete" if is_cut else "completed", "error": None,
+                "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None, "output": self.items(facts),
+                "parallel_tool_calls": True, "tool_choice": "auto", "tools": [], "usage": {
+                    "input_tokens": counts["prompt"], "input_tokens_details": {"cached_tokens": counts["cached"]},
+                    "output_tokens": counts["output"], "total_tokens": counts["prompt"] + counts["output"],
+                    "output_tokens_details": {"reasoning_tokens": counts["reasoning"]}}}
+
+    def item_events(self, place: int, item: Dict[str, Any]) -> Iterator[Dict[str, Any]]:
+        at = {"output_index": place, "item_id": item["id"]}
+        kind = item["type"]
+        empty = {"reasoning": {"summary": [], "encrypted_content": None}, "message": {"content": []},
+                 "function_call": {"arguments": ""}}
+        yield {"type": "response.output_item.added", "output_index": place,
+               "item": {**item, **empty[kind], "status": "in_progress"}}
+        if kind == "function_call":
+            yield from ({"type": "response.function_call_arguments.delta", **at, "delta": piece}
+                        for piece in cut_up(item["arguments"]))
+            yield {"type": "response.function_call_arguments.done", **at, "arguments": item["arguments"]}
+        else:
+            part, = item["summary"] if kind == "reasoning" else item["content"]
+            name = "refusal" if part["type"] == "refusal" else "text"
+            word = {"summary_text": "reasoning_summary", "output_text": "content", "refusal": "content"}[part["type"]]
+            stem = {"summary_text": "reasoning_summary_text"}.get(part["type"], part["type"])
+            at["summary_index" if kind == "reasoning" else "content_index"] = 0
+            yield {"type": f"response.{word}_part.added", **at, "part": {**part, name: ""}}
+            yield from ({"type": f"response.{stem}.delta", **at, "delta": piece} for piece in cut_up(part[name]))
+            yield {"type": f"response.{stem}.done", **at, name: part[name]}
+            yield {"type": f"response.{word}_part.done", **at, "part": part}
+        yield {"type": "response.output_item.done", "output_index": place, "item": item}
+
+    def events(self, facts: GridFacts) -> List[Dict[str, Any]]:
+        whole = self.whole(facts)
+        begun = {**whole, "status": "in_progress", "output": [], "usage": None, "incomplete_details": None}
+        events = [{"type": "response.created", "response": begun}, {"type": "response.in_progress", "response": begun}]
+        for place, item in enumerate(whole["output"]):
+            events.extend(self.item_events(place, item))
+        return [*events, {"type": f"response.{whole['status']}", "response": whole}]
+
+    def frames(self, facts: GridFacts, usage: bool) -> List[bytes]:
+        return [sse([{**event, "sequence_number": place}], named=True)
+                for place, event in enumerate(self.events(facts))]
+
+    def failed(self) -> Dict[str, Any]:
+        return {**self.whole(GridFacts()), "status": "failed",
+                "error": {"code": "server_error", "message": "The model failed."}}
+
+    def error_frame(self) -> bytes:
+        return sse([{"type": "response.failed", "response": self.failed()}], named=True)
+
+    def broken(self) -> Answer:
+        return Answer(200, json.dumps(self.failed()).encode())
+
+
+class GridAzureFake(GridResponsesFake):
+    """Azure OpenAI: another address, another header, the seal of reasoning in the last event only."""
+
+    protocol, provider, host = "azure-openai-responses", "azure-openai-responses", "gridres.openai.azure.com"
+    path = "/openai/v1/responses?api-version=v1"
+    headers = {"api-key": "grid-azure-0123456789"}
+
+    def item_events(self, place: int, item: Dict[str, Any]) -> Iterator[Dict[str, Any]]:
+        for event in super().item_events(place, item):
+            if event["type"] == "response.output_item.done" and item["type"] == "reasoning":
+                event = {**event, "item": {**item, "encrypted_content": None}}
+            yield event
+
+
+GRID_JWT = ".".join(base64.urlsafe_b64encode(part).decode().rstrip("=") for part in (
+    b'{"alg":"none"}', b'{"https://api.openai.com/auth":{"chatgpt_account_id":"acct-grid"}}', b"seal"))
+
+
+class GridCodexFake(GridResponsesFake):
+    """The ChatGPT subscription's backend: always a stream, without event names, ended by response.done."""
+
+    protocol, provider, model, host = "openai-codex-responses", "openai-codex", "gpt-5.6-luna", "chatgpt.com"
+    path = "/backend-api/codex/responses"
+    headers = {"authorization": f"Bearer {GRID_JWT}", "chatgpt-account-id": "acct-grid", "accept": "text/event-stream",
+               "openai-beta": "responses=experimental"}
+    fields = ("model store stream instructions input text include prompt_cache_key tool_choice parallel_tool_calls "
+              "temperature service_tier tools reasoning")
+    always_streams = True
+
+    def read(self, body: Dict[str, Any]) -> GridSeen:
+        demand(body.get("stream") is True, "Stream must be set to true")
+        demand(body.get("instructions"), "Instructions are required")
+        demand(all(item.get("role") != "system" for item in body["input"]), "System messages are not allowed")
+        return super().read(body)
+
+    def frames(self, facts: GridFacts, usage: bool) -> List[bytes]:
+        events = self.events(facts)
+        events[-1] = {**events[-1], "type": "response.done"}
+        return [sse([event]) for event in events]
+
+    def error(self, status: int, message: str) -> Dict[str, Any]:
+        return {"detail": message} if status == 400 else super().error(status, message)
+
+
+class GridGeminiFake(GridFake):
+    """The Gemini API, with a model that checks signatures of calls."""
+
+    protocol, provider, model = "google-generative-ai", "google", "gemini-3-flash-preview"
+    host = "generativelanguage.googleapis.com"
+    path = f"/v1beta/models/{model}:streamGenerateContent?alt=sse"
+    whole_path = f"/v1beta/models/{model}:generateContent"
+    headers = {"x-goog-api-key": "AIzaGrid0123456789"}
+    maker = "google-generative-ai"
+    id_pattern = r"[A-Za-z0-9_:-]{1,64}"
+    has_ids = signs_calls = nests = True
+    gives_ids = False
+    stops = {"stop": "STOP", "stop_sequence": "STOP", "tool_use": "STOP", "length": "MAX_TOKENS", "refusal": "SAFETY"}
+    fields = "contents systemInstruction tools toolConfig generationConfig safetySettings"
+
+    def read(self, body: Dict[str, Any]) -> GridSeen:
+        seen = GridSeen()
+        demand_fields(body, self.fields, "body")
+        config = body.get("generationConfig") or {}
+        demand_fields(config, "maxOutputTokens temperature topP topK stopSequences seed responseMimeType "
+                              "responseJsonSchema thinkingConfig", "generationConfig")
+        seen.limit, seen.stop = config.get("maxOutputTokens"), tuple(config.get("stopSequences", ()))
+        thinking = config.get("thinkingConfig") or {}
+        demand_fields(thinking, "includeThoughts thinkingLevel thinkingBudget", "thinkingConfig")
+        demand(len({"thinkingLevel", "thinkingBudget"} & set(thinking)) <= 1, "level and budget together")
+        seen.thinks = bool(thinking.get("includeThoughts"))
+        if config.get("responseMimeType"):
+            seen.schema = config.get("responseJsonSchema", True)
+        for tool in body.get("tools", ()):
+            for declared in tool["functionDeclarations"]:
+                demand_fields(declared, "name description parameters parametersJsonSchema", "functionDeclarations")
+                seen.tools.append(declared["name"])
+        for part in (body.get("systemInstruction") or {"parts": []})["parts"]:
+            seen.log.append(("system", demand_text(part["text"], "systemInstruction")))
+        contents = body["contents"]
+        demand(contents and contents[0]["role"] == "user", "contents: the first must be the user's")
+        open_calls: List[Tuple[str, str]] = []
+        for place, content in enumerate(contents):
+            open_calls = self.read_content(content, place, contents, open_calls, seen)
+        return seen
+
+    def read_content(self, content: Dict[str, Any], place: int, contents: List[Dict[str, Any]],
+                     open_calls: List[Tuple[str, str]], seen: GridSeen) -> List[Tuple[str, str]]:
+        where = f"contents[{place}]"
+        demand_fields(content, "role parts", where)
+        demand(content["role"] in ("user", "model") and content["parts"], f"{where}: role or no parts")
+        answers = [part for part in content["parts"] if "functionResponse" in part]
+        demand(len(answers) == len(open_calls), "the number of function response parts must be equal to that of calls")
+        demand(not answers or len(answers) == len(content["parts"]), f"{where}: other parts among function responses")
+        calls: List[Tuple[str, str]] = []
+        for number, part in enumerate(content["parts"]):
+            demand_fields(part, "text thought thoughtSignature functionCall functionResponse inlineData", where)
+            spot = f"{place}_{len(calls)}"
+            if "functionCall" in part:
+                calls.append(self.read_call(part["functionCall"], where, spot, seen))
+            elif "functionResponse" in part:
+                self.read_answer(part["functionResponse"], where, open_calls[number], seen)
+            elif "inlineData" in part:
+                demand(part["inlineData"]["mimeType"] == "image/png", where)
+                seen.log.append(demand_picture(part["inlineData"]["data"], where))
+            elif part.get("thought"):
+                demand(content["role"] == "model" and part["text"] == GRID_THOUGHT, f"{where}: thought was changed")
+            elif part["text"] or "thoughtSignature" not in part:
+                role = "assistant" if content["role"] == "model" else "user"
+                seen.log.append((role, demand_text(part["text"], where)))
+            signature = part.get("thoughtSignature")
+            if signature and signature != "skip_thought_signature_validator":
+                seen.log.append(("thought", signature))
+        if calls:
+            demand(content["role"] == "model", f"{where}: role of a call")
+            demand(contents[place - 1]["role"] == "user", "a function call turn comes right after a user turn")
+            first = next(part for part in content["parts"] if "functionCall" in part)
+            later = contents[place + 1:]
+            is_current = not any(turn["role"] == "user" and any("text" in part for part in turn["parts"])
+                                 for turn in later)
+            demand(not (self.signs_calls and is_current) or first.get("thoughtSignature"),
+                   f"{where}: Function call is missing a thought_signature")
+        return calls
+
+    def read_call(self, call: Dict[str, Any], where: str, spot: str, seen: GridSeen) -> Tuple[str, str]:
+        demand_fields(call, "id name args" if self.has_ids else "name args", where)
+        demand(isinstance(call["args"], dict), where)
+        call_id = call["id"] if self.has_ids else spot
+        seen.log.append(("call", call_id, call["name"], call["args"]))
+        return call_id, call["name"]
+
+    def read_answer(self, answer: Dict[str, Any], where: str, call: Tuple[str, str], seen: GridSeen) -> None:
+        allowed = "name response" + (" id" if self.has_ids else "") + (" parts" if self.nests else "")
+        demand_fields(answer, allowed, where)
+        demand(answer["name"] == call[1] and answer.get("id", call[0]) == call[0], f"{where}: answers another call")
+        demand(set(answer["response"]) <= {"output", "error"}, where)
+        seen.log.append(("result", call[0], next(iter(answer["response"].values()))))
+        for part in answer.get("parts", ()):
+            seen.log.append(demand_picture(part["inlineData"]["data"], where))
+
+    def call_id(self, place: int) -> str:
+        return f"{len(self.seen)}x{place}"
+
+    def parts(self, facts: GridFacts, size: int) -> List[Dict[str, Any]]:
+        out: List[Dict[str, Any]] = [{"text": piece, "thought": True} for piece in cut_up(facts.thinking, size)
+                                     if facts.thinking]
+        out += [{"text": piece} for piece in cut_up(facts.text, size) if facts.text]
+        for place, (name, arguments) in enumerate(facts.calls):
+            call = {"name": name, "args": json.loads(arguments)}
+            out.append({"functionCall": {"id": self.call_id(place), **call} if self.gives_ids else call})
+            if place == 0 and (self.signs_calls or facts.thinking):     # of parallel calls only the first is signed
+                out[-1]["thoughtSignature"] = self.seal
+        if facts.thinking and not facts.calls:              # at the end, on a part of its own
+            out.append({"text": "", "thoughtSignature": self.seal})
+        return out
+
+    def chunk(self, parts: List[Dict[str, Any]], reason: str = "") -> Dict[str, Any]:
+        counts = self.usage()
+        candidate: Dict[str, Any] = {"content": {"role": "model", "parts": parts}, "index": 0}
+        return {"candidates": [{**candidate, "finishReason": reason} if reason else candidate],
+                "responseId": "grid", "modelVersion": self.model, "usageMetadata": {
+                    "promptTokenCount": counts["prompt"], "cachedContentTokenCount": counts["cached"],
+                    "candidatesTokenCount": counts["output"] - counts["reasoning"],
+                    "thoughtsTokenCount": counts["reasoning"], "totalTokenCount": counts["prompt"] + counts["output"]}}
+
+    def whole(self, facts: GridFacts) -> Dict[str, Any]:
+        return self.chunk(self.parts(facts, 10 ** 6), self.stop(facts))
+
+    def frames(self, facts: GridFacts, usage: bool) -> List[bytes]:
+        chunks = [self.chunk([part]) for part in self.parts(facts, 5)] + [self.chunk([{"text": ""}], self.stop(facts))]
+        return [sse([chunk]) for chunk in chunks]
+
+    def error(self, status: int, message: str) -> Dict[str, Any]:
+        word = {400: "INVALID_ARGUMENT", 429: "RESOURCE_EXHAUSTED"}.get(status, "UNAVAILABLE")
+        return {"error": {"code": status, "message": message, "status": word}}
+
+
+class GridVertexFake(GridGeminiFake):
+    """Vertex AI, with a model of the second generation: no call ids, images beside results."""
+
+    protocol, provider, model = "google-vertex", "google-vertex", "gemini-2.5-pro"
+    host = "us-central1-aiplatform.googleapis.com"
+    whole_path = ("/v1/projects/grid-project/locations/us-central1/publishers/google/models/"
+                  f"{model}:generateContent")
+    path = whole_path.replace("generateContent", "streamGenerateContent?alt=sse")
+    headers = {"x-goog-api-key": "AIzaGridVertex0123456789"}
+    maker = "google-vertex"
+    has_ids = signs_calls = nests = False
+
+
+class GridCodeAssistFake(GridGeminiFake):
+    """Cloud Code Assist: the Gemini request and answer in wrappers, calls with ids."""
+
+    protocol, provider, model = "google-gemini-cli", "google-gemini-cli", "gemini-3.1-pro-preview"
+    host = "cloudcode-pa.googleapis.com"
+    path, whole_path = "/v1internal:streamGenerateContent?alt=sse", "/v1internal:generateContent"
+    headers = {"authorization": "Bearer ya29.grid0123456789"}
+    maker = "google-gemini-cli"
+    gives_ids = True
+    fields = GridGeminiFake.fields + " sessionId"
+
+    def read(self, body: Dict[str, Any]) -> GridSeen:
+        demand_fields(body, "project model request userAgent requestId user_prompt_id", "body")
+        demand(body["project"] == "grid-project" and body["model"] == self.model, "project or model")
+        return super().read(body["request"])
+
+    def chunk(self, parts: List[Dict[str, Any]], reason: str = "") -> Dict[str, Any]:
+        return {"response": super().chunk(parts, reason), "traceId": "grid"}
+
+
+def grid_aws_frame(kind: str, payload: Dict[str, Any], message: str = "event") -> bytes:
+    """One frame of an AWS event stream."""
+    named = "event" if message == "event" else "exception"
+    pairs = ((f":{named}-type", kind), (":content-type", "application/json"), (":message-type", message))
+    head = b"".join(struct.pack(">B", len(name)) + name.encode() + struct.pack(">BH", 7, len(value)) + value.encode()
+                    for name, value in pairs)
+    body = json.dumps(payload).encode()
+    prelude = struct.pack(">II", len(head) + len(body) + 16, len(head))
+    frame = prelude + struct.pack(">I", zlib.crc32(prelude)) + head + body
+    return frame + struct.pack(">I", zlib.crc32(frame))
+
+
+class GridBedrockFake(GridFake):
+    """Bedrock's Converse with Claude behind it, signed requests, binary frames."""
+
+    protocol, provider = "bedrock-converse-stream", "amazon-bedrock"
+    model, host = "us.anthropic.claude-sonnet-4-5-20250929-v1:0", "bedrock-runtime.us-east-1.amazonaws.com"
+    path = f"/model/{model.replace(':', '%3A')}/converse-stream"
+    whole_path = path[:-len("-stream")]
+    counts = frozenset({"cached", "written"})
+    id_pattern = r"[a-zA-Z0-9_-]{1,64}"
+    is_unique = True
+    stream_type = "application/vnd.amazon.eventstream"
+    maker = "bedrock-converse-stream"
+    stops = GridAnthropicFake.stops
+    key, secret = "AKIAGRID0123456789AB", "grid/secret+0123456789"
+
+    def check_call(self, received: Received, is_stream: bool) -> None:
+        """The signature, computed once more from what arrived."""
+        form = (r"AWS4-HMAC-SHA256 Credential=([^/]+)/((\d{8})/us-east-1/bedrock/aws4_request), "
+                r"SignedHeaders=([a-z0-9;-]+), Signature=([0-9a-f]{64})")
+        found = re.fullmatch(form, received.headers.get("authorization", ""))
+        if found is None:
+            raise GridFault("IncompleteSignature")
+        key, scope, day, names, signature = found.groups()
+        demand(key == self.key and {"host", "x-amz-date"} <= set(names.split(";")), "what is signed, and by whom")
+        path = urllib.parse.quote(received.path, safe="/-_.~")
+        signed = [f"{name}:{received.headers.get(name)}" for name in names.split(";")]
+        lines = [received.method, path, "", *signed, "", names, hashlib.sha256(received.body).hexdigest()]
+        text = ["AWS4-HMAC-SHA256", received.headers.get("x-amz-date", ""), scope,
+                hashlib.sha256("\n".join(lines).encode()).hexdigest()]
+        secret = ("AWS4" + self.secret).encode()
+        for step in (day, "us-east-1", "bedrock", "aws4_request"):
+            secret = hmac.new(secret, step.encode(), hashlib.sha256).digest()
+        demand(hmac.new(secret, "\n".join(text).encode(), hashlib.sha256).hexdigest() == signature,
+               "SignatureDoesNotMatch")
+        demand(received.headers.get("accept") == (self.stream_type if is_stream else "application/json"), "accept")
+
+    def read(self, body: Dict[str, Any]) -> GridSeen:
+        seen = GridSeen()
+        demand_fields(body, "messages system inferenceConfig toolConfig additionalModelRequestFields outputConfig",
+                      "body")
+        config, more = body.get("inferenceConfig") or {}, body.get("additionalModelRequestFields") or {}
+        demand_fields(config, "maxTokens temperature topP stopSequences", "inferenceConfig")
+        demand_fields(more, "thinking anthropic_beta output_config top_k", "additionalModelRequestFields")
+        seen.limit, seen.stop = config.get("maxTokens"), tuple(config.get("stopSequences", ()))
+        seen.thinks = (more.get("thinking") or {}).get("type") == "enabled"
+        demand(not seen.thinks or 1024 <= more["thinking"]["budget_tokens"] < config["maxTokens"], "budget_tokens")
+        form = (body.get("outputConfig") or {}).get("textFormat")
+        if form:
+            seen.schema = json.loads(form["structure"]["jsonSchema"]["schema"])
+        for tool in (body.get("toolConfig") or {"tools": []})["tools"]:
+            demand_fields(tool["toolSpec"], "name description inputSchema strict", "toolSpec")
+            demand(tool["toolSpec"]["inputSchema"]["json"]["type"] == "object", "inputSchema")
+            seen.tools.append(tool["toolSpec"]["name"])
+        for block in body.get("system", ()):
+            if "cachePoint" not in block:
+                seen.log.append(("system", demand_text(block["text"], "system", False)))
+        messages = body["messages"]
+        demand(messages and messages[0]["role"] == "user", "A conversation must start with a user message")
+        for place, message in enumerate(messages):
+            demand_fields(message, "role content", "message")
+            before = messages[place - 1]["role"] if place else None
+            demand(message["role"] != before, f"messages.{place}: roles must alternate")
+            demand(message["content"], f"messages.{place}: empty")
+            kinds = ["toolResult" in block for block in message["content"]]
+            demand(sorted(kinds, reverse=True) == kinds, f"messages.{place}: results come first")
+            for block in message["content"]:
+                self.read_block(block, message["role"], f"messages.{place}", seen)
+        demand("toolConfig" in body or not seen.all("call"), "toolConfig is missing")
+        results = "toolResult" in messages[-1]["content"][0]
+        demand(not (seen.thinks and results) or "reasoningContent" in messages[-2]["content"][0],
+               "Expected `thinking`, but found `tool_use`")
+        return seen
+
+    def read_block(self, block: Dict[str, Any], role: str, where: str, seen: GridSeen) -> None:
+        (kind, value), = block.items()
+        demand((kind in ("toolUse", "reasoningContent")) <= (role == "assistant"), f"{where}: {kind}")
+        if kind == "text":
+            seen.log.append((role, demand_text(value, where, False)))
+        elif kind == "image":
+            demand_fields(value, "format source", where)
+            demand(value["format"] == "png", where)
+            seen.log.append(demand_picture(value["source"]["bytes"], where))
+        elif kind == "reasoningContent":
+            demand(value["reasoningText"]["text"] == GRID_THOUGHT, f"{where}: reasoning was changed")
+            seen.log.append(("thought", value["reasoningText"]["signature"]))
+        elif kind == "toolUse":
+            demand_fields(value, "toolUseId name input", where)
+            seen.log.append(("call", value["toolUseId"], value["name"], value["input"]))
+        elif kind == "toolResult":
+            demand_fields(value, "toolUseId content status", where)
+            demand(value["content"] and role == "user", where)
+            text = "".join(demand_text(part["text"], where, False) for part in value["content"] if "text" in part)
+            seen.log.append(("result", value["toolUseId"], text))
+            for part in value["content"]:
+                if "text" not in part:
+                    demand(value.get("status") != "error", f"{where}: an error result takes text only")
+                    self.read_block(part, role, where, seen)
+        else:
+            demand(block == {"cachePoint": {"type": "default"}}, f"{where}: {kind}")
+
+    def call_id(self, place: int) -> str:
+        return f"tooluse_{len(self.seen)}_{place}"
+
+    def counted(self) -> Dict[str, Any]:
+        counts = self.usage()
+        return {"inputTokens": counts["fresh"], "outputTokens": counts["output"],
+                "totalTokens": counts["prompt"] + counts["output"], "cacheReadInputTokens": counts["cached"],
+                "cacheWriteInputTokens": counts["written"]}
+
+    def blocks(self, facts: GridFacts) -> List[Dict[str, Any]]:
+        out: List[Dict[str, Any]] = []
+        if facts.thinking:
+            out.append({"reasoningContent": {"reasoningText": {"text": facts.thinking, "signature": self.seal}}})
+        if facts.text:
+            out.append({"text": facts.text})
+        return out + [{"toolUse": {"toolUseId": self.call_id(place), "name": name, "input": json.loads(arguments)}}
+                      for place, (name, arguments) in enumerate(facts.calls)]
+
+    def whole(self, facts: GridFacts) -> Dict[str, Any]:
+        return {"output": {"message": {"role": "assistant", "content": self.blocks(facts)}},
+                "stopReason": self.stop(facts), "usage": self.counted(), "metrics": {"latencyMs": 5}}
+
+    def frames(self, facts: GridFacts, usage: bool) -> List[bytes]:
+        frames = [grid_aws_frame("messageStart", {"role": "assistant"})]
+        for place, block in enumerate(self.blocks(facts)):
+            at = {"contentBlockIndex": place}
+            if "toolUse" in block:
+                call = block["toolUse"]
+                start = {"toolUse": {"toolUseId": call["toolUseId"], "name": call["name"]}}
+                frames.append(grid_aws_frame("contentBlockStart", {**at, "start": start}))
+                deltas = [{"toolUse": {"input": piece}} for piece in cut_up(json.dumps(call["input"]))]
+            elif "text" in block:
+                deltas = [{"text": piece} for piece in cut_up(block["text"])]
+            else:
+                thought = block["reasoningContent"]["reasoningText"]
+                deltas = [{"reasoningContent": {"text": piece}} for piece in cut_up(thought["text"])]
+                deltas.append({"reasoningContent": {"signature": thought["signature"]}})
+            frames += [grid_aws_frame("contentBlockDelta", {**at, "delta": delta, "p": "abc"}) for delta in deltas]
+            frames.append(grid_aws_frame("contentBlockStop", at))
+        frames.append(grid_aws_frame("messageStop", {"stopReason": self.stop(facts)}))
+        return frames + [grid_aws_frame("metadata", {"usage": self.counted(), "metrics": {"latencyMs": 5}})]
+
+    def error(self, status: int, message: str) -> Dict[str, Any]:
+        return {"message": message}
+
+    def error_headers(self, status: int) -> Dict[str, str]:
+        return {"x-amzn-errortype": {400: "ValidationException", 429: "ThrottlingException"}[status] + ":http://x/"}
+
+    def error_frame(self) -> bytes:
+        return grid_aws_frame("modelStreamErrorException", {"message": "The model broke."}, "exception")
+
+    def broken(self) -> Answer:
+        return Answer(424, b'{"message":"The model broke."}', headers={"x-amzn-errortype": "ModelErrorException"})
+
+
+GRID_FAKES = (GridChatFake, GridAnthropicFake, GridResponsesFake, GridAzureFake, GridCodexFake, GridGeminiFake,
+              GridVertexFake, GridCodeAssistFake, GridMistralFake, GridBedrockFake)
+GRID_PROTOCOLS = [fake.protocol for fake in GRID_FAKES]
+
+
+# --- The wire ---------------------------------------------------------------------------------------------------------
+
+
+def make_grid_certificates(folder: str, hosts: Sequence[str]) -> Tuple[str, str]:
+    """(authority's certificate, host certificate with its key) made by the `openssl` program."""
+    def path(name: str) -> str:
+        return os.path.join(folder, name)
+
+    def openssl(*arguments: str) -> None:
+        subprocess.run(["openssl", *arguments], check=True, cwd=folder, timeout=60, stdout=subprocess.DEVNULL,
+                       stderr=subprocess.DEVNULL)
+
+    names = ",".join(f"DNS:{host}" for host in hosts)
+    with open(path("grid.cnf"), "w", encoding="ascii") as file:
+        file.write("[req]\ndistinguished_name=dn\nprompt=no\n[dn]\nCN=pigateway grid test\n[ca]\n"
+                   "basicConstraints=critical,CA:TRUE\nkeyUsage=critical,keyCertSign,cRLSign\n"
+                   "subjectKeyIdentifier=hash\n[host]\nbasicConstraints=critical,CA:FALSE\n"
+                   "keyUsage=critical,digitalSignature\nextendedKeyUsage=serverAuth\nsubjectKeyIdentifier=hash\n"
+                   f"authorityKeyIdentifier=keyid\nsubjectAltName={names}\n")
+    for name in ("ca", "host"):
+        openssl("ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", f"{name}.key")
+    openssl("req", "-x509", "-new", "-key", "ca.key", "-config", "grid.cnf", "-extensions", "ca", "-days", "2",
+            "-subj", "/CN=pigateway grid CA", "-out", "ca.pem")
+    openssl("req", "-new", "-key", "host.key", "-config", "grid.cnf", "-out", "host.csr")
+    openssl("x509", "-req", "-in", "host.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-set_serial", "7", "-days", "2",
+            "-extfile", "grid.cnf", "-extensions", "host", "-out", "host.crt")
+    with open(path("host.pem"), "w", encoding="ascii") as out:
+        for name in ("host.key", "host.crt"):
+            with open(path(name), encoding="ascii") as part:
+                out.write(part.read())
+    return path("ca.pem"), path("host.pem")
+
+
+class GridProxy:
+    """A CONNECT proxy that is the other end itself: TLS with its own certificate, then HTTP, answered by host."""
+
+    def __init__(self, certificate: str, fakes: Dict[str, Any]) -> None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate)
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True
+            tunnel = ""
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+            def do_CONNECT(self) -> None:
+                self.tunnel = self.path.rpartition(":")[0]
+                if self.tunnel not in fakes:
+                    self.send_error(403, "no such host in the grid")
+                    return
+                self.wfile.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
+                try:
+                    self.connection = context.wrap_socket(self.connection, server_side=True)
+                except OSError:
+                    self.close_connection = True
+                    return
+                self.rfile, self.wfile = self.connection.makefile("rb"), self.connection.makefile("wb", 0)
+                self.close_connection = False
+
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["content-length"]))
+                headers = {name.lower(): value for name, value in self.headers.items()}
+                assert headers["host"] == self.tunnel
+                give_grid_answer(self, fakes[self.tunnel].answer(Received(self.command, self.path, headers, body)))
+
+            def finish(self) -> None:
+                with contextlib.suppress(OSError, ValueError):
+                    super().finish()
+                self.connection.close()
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def give_grid_answer(handler: Any, answer: Answer) -> None:
+    """Sends an answer: bytes whole, pieces in chunks; b"" among them, or a length that is not reached, cuts it."""
+    handler.send_response(answer.status)
+    handler.send_header("content-type", answer.content_type)
+    is_whole = isinstance(answer.body, bytes)
+    fixed = {"content-length": str(len(answer.body))} if is_whole else {"transfer-encoding": "chunked"}
+    for name, value in {**fixed, **answer.headers}.items():
+        handler.send_header(name, value)
+    handler.end_headers()
+    with contextlib.suppress(OSError):
+        if is_whole:
+            handler.wfile.write(answer.body)
+            is_cut = answer.headers.get("content-length", str(len(answer.body))) != str(len(answer.body))
+        else:
+            is_cut = b"" in answer.body
+            pieces = b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in answer.body if piece)
+            handler.wfile.write(pieces + (b"" if is_cut else b"0\r\n\r\n"))
+        if is_cut:
+            handler.close_connection = True
+            handler.connection.shutdown(socket.SHUT_RDWR)
+
+
+class GridWorld(NamedTuple):
+    """The gateway and the providers around it, by protocol."""
+
+    url: str
+    fakes: Dict[str, GridFake]
+
+
+GRID_ENVIRON = {
+    "GROQ_API_KEY": "gsk_grid0123456789abcdef", "ANTHROPIC_API_KEY": "sk-ant-api03-grid0123456789",
+    "OPENAI_API_KEY": "sk-proj-grid0123456789", "AZURE_OPENAI_API_KEY": "grid-azure-0123456789",
+    "AZURE_OPENAI_RESOURCE_NAME": "gridres", "GEMINI_API_KEY": "AIzaGrid0123456789",
+    "GOOGLE_CLOUD_API_KEY": "AIzaGridVertex0123456789", "GOOGLE_CLOUD_PROJECT": "grid-project",
+    "GOOGLE_CLOUD_LOCATION": "us-central1", "MISTRAL_API_KEY": "grid-mistral-0123456789",
+    "AWS_ACCESS_KEY_ID": GridBedrockFake.key, "AWS_SECRET_ACCESS_KEY": GridBedrockFake.secret,
+    "AWS_REGION": "us-east-1",
+}
+GRID_LOGINS = {
+    "openai-codex": {"type": "oauth", "access": GRID_JWT, "refresh": "r", "expires": 9e15},
+    "google-gemini-cli": {"type": "oauth", "access": "ya29.grid0123456789", "refresh": "r", "expires": 9e15,
+                          "projectId": "grid-project"},
+}
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory: Any) -> Iterator[GridWorld]:
+    """The gateway as shipped, with all of the grid's providers."""
+    if not shutil.which("openssl"):
+        pytest.skip("needs the openssl program")
+    folder = tmp_path_factory.mktemp("grid")
+    fakes = {fake.protocol: fake() for fake in GRID_FAKES}
+    authority, certificate = make_grid_certificates(str(folder), [fake.host for fake in GRID_FAKES])
+    proxy = GridProxy(certificate, {fake.host: fake for fake in fakes.values()})
+    write_agent_files(folder, auth=GRID_LOGINS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SSL_CERT_FILE", authority)
+        for name in ("NO_PROXY", "no_proxy", "ALL_PROXY", "all_proxy", "SSL_CERT_DIR"):
+            patch.delenv(name, raising=False)
+        for name in ("HTTPS_PROXY", "https_proxy"):         # read when the transport is made
+            patch.setenv(name, proxy.url)
+        try:
+            with running(folder, GRID_ENVIRON) as handle:
+                yield GridWorld(handle.url, fakes)
+        finally:
+            proxy.close()
+
+
+# --- The clients ------------------------------------------------------------------------------------------------------
+
+
+class GridChatClient:
+    """Chat Completions, as a plain client has it: what it does not know is dropped from what goes back."""
+
+    name, path = "openai-chat", "/v1/chat/completions"
+    stops = {"stop": "stop", "stop_sequence": "stop", "tool_use": "tool_calls", "length": "length",
+             "refusal": "content_filter"}
+
+    def body(self, case: GridCase, model_id: str, stream: bool) -> Dict[str, Any]:
+        out: Dict[str, Any] = {"model": model_id, "messages": self.system(case), "max_completion_tokens": 4000}
+        for turn in case.turns:
+            out["messages"].extend(self.turn(turn))
+        if stream:
+            out.update(stream=True, stream_options={"include_usage": True})
+        if case.tools:
+            out["tools"] = [{"type": "function", "function": {"name": name, "description": "d", "parameters": schema}}
+                            for name, schema in GRID_TOOLS.items()]
+        if case.thinks:
+            out["reasoning_effort"] = "high"
+        if case.stop:
+            out["stop"] = list(case.stop)
+        if case.output:
+            out["response_format"] = {"type": "json_object"} if case.output == "object" else {
+                "type": "json_schema", "json_schema": {"name": "place", "schema": GRID_SCHEMA, "strict": True}}
+        return out
+
+    def system(self, case: GridCase) -> List[Dict[str, Any]]:
+        return [{"role": "system", "content": case.system}] if case.system else []
+
+    def turn(self, turn: GridTurn) -> List[Dict[str, Any]]:
+        url = "data:image/png;base64," + base64.b64encode(PICTURE).decode()
+        picture = {"type": "image_url", "image_url": {"url": url}}
+        if turn.results:
+            return [{"role": "tool", "tool_call_id": call_id, "content": [{"type": "text", "text": text}, picture]
+                     if shows else text} for call_id, text, shows in turn.results]
+        content: Any = [{"type": "text", "text": turn.text}, picture] if turn.image else turn.text
+        out: Dict[str, Any] = {"role": turn.role, "content": content}
+        if turn.thinking:
+            out.update(reasoning_content=GRID_THOUGHT, reasoning_details=[
+                {"type": "reasoning.text", "text": GRID_THOUGHT, "signature": turn.thinking}])
+        if turn.calls:
+            out["tool_calls"] = [{"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+                                 for call_id, name, arguments in turn.calls]
+        return [out]
+
+    def read(self, result: Result, stream: bool) -> Read:
+        if stream and result.status == 200:
+            return check_chat_stream(result.body)
+        body = result.json
+        if "error" in body:
+            assert set(body["error"]) == {"message", "type", "param", "code"}
+            return Read(error=body["error"])
+        choice, = body["choices"]
+        message = choice["message"]
+        calls = tuple((call["id"], call["function"]["name"], call["function"]["arguments"])
+                      for call in message.get("tool_calls", ()))
+        return Read(message["content"] or "", message.get("reasoning_content", ""), calls, choice["finish_reason"],
+                    body["usage"])
+
+    def usage(self, usage: Dict[str, Any]) -> Dict[str, int]:
+        return {"prompt": usage["prompt_tokens"], "cached": usage["prompt_tokens_details"]["cached_tokens"],
+                "output": usage["completion_tokens"],
+                "reasoning": usage["completion_tokens_details"]["reasoning_tokens"]}
+
+    def goes_back(self, result: Result, read: Read, stream: bool) -> List[Dict[str, Any]]:
+        """The answer as a turn of the next request."""
+        return self.turn(GridTurn("assistant", read.text, calls=read.calls))
+
+
+class GridMessagesClient(GridChatClient):
+    """Anthropic Messages: content goes back block by block, as it came."""
+
+    name, path = "anthropic-messages", "/v1/messages"
+    stops = {"stop": "end_turn", "stop_sequence": "end_turn", "tool_use": "tool_use", "length": "max_tokens",
+             "refusal": "refusal"}
+
+    def body(self, case: GridCase, model_id: str, stream: bool) -> Dict[str, Any]:
+        out: Dict[str, Any] = {"model": model_id, "max_tokens": 4000, "messages": [], "stream": stream}
+        for turn in case.turns:
+            message, = self.turn(turn)
+            if message["role"] == "user" and out["messages"] and out["messages"][-1]["role"] == "user":
+                out["messages"][-1]["content"] += message["content"]
+            else:
+                out["messages"].append(message)
+        if case.system:
+            out["system"] = [{"type": "text", "text": case.system, "cache_control": {"type": "ephemeral"}}]
+        if case.tools:
+            out["tools"] = [{"name": name, "description": "d", "input_schema": schema}
+                            for name, schema in GRID_TOOLS.items()]
+        if case.thinks:
+            out["thinking"] = {"type": "enabled", "budget_tokens": 2048}
+        if case.stop:
+            out["stop_sequences"] = list(case.stop)
+        if case.output:
+            out["output_config"] = {"format": {"type": "json_schema", "schema": GRID_SCHEMA}}
+        return out
+
+    def turn(self, turn: GridTurn) -> List[Dict[str, Any]]:
+        picture = {"type": "image", "source": {"type": "base64", "media_type": "image/png",
+                                               "data": base64.b64encode(PICTURE).decode()}}
+        blocks: List[Dict[str, Any]] = []
+        if turn.thinking:
+            blocks.append({"type": "thinking", "thinking": GRID_THOUGHT, "signature": turn.thinking})
+        if turn.text:
+            blocks.append({"type": "text", "text": turn.text})
+        blocks += [picture] if turn.image else []
+        blocks += [{"type": "tool_use", "id": call_id, "name": name, "input": json.loads(arguments)}
+                   for call_id, name, arguments in turn.calls]
+        blocks += [{"type": "tool_result", "tool_use_id": call_id, "content": [{"type": "text", "text": text}, picture]
+                    if shows else text} for call_id, text, shows in turn.results]
+        return [{"role": "user" if turn.results else turn.role, "content": blocks}]
+
+    def read(self, result: Result, stream: bool) -> Read:
+        if stream and result.status == 200:
+            return check_messages_stream(result.body)
+        body = result.json
+        if body["type"] == "error":
+            assert body["error"]["message"] and body["error"]["type"]
+            return Read(error=body["error"])
+        blocks = body["content"]
+        calls = tuple((block["id"], block["name"], json.dumps(block["input"])) for block in blocks
+                      if block["type"] == "tool_use")
+        return Read("".join(block["text"] for block in blocks if block["type"] == "text"),
+                    "".join(block["thinking"] for block in blocks if block["type"] == "thinking"), calls,
+                    body["stop_reason"], body["usage"])
+
+    def usage(self, usage: Dict[str, Any]) -> Dict[str, int]:
+        cached, written = usage["cache_read_input_tokens"], usage["cache_creation_input_tokens"]
+        return {"prompt": usage["input_tokens"] + cached + written, "cached": cached, "output": usage["output_tokens"],
+                "reasoning": usage.get("output_tokens_details", {}).get("thinking_tokens", 0)}
+
+    def goes_back(self, result: Result, read: Read, stream: bool) -> List[Dict[str, Any]]:
+        if not stream:
+            return [{"role": "assistant", "content": result.json["content"]}]
+        blocks: List[Dict[str, Any]] = []
+        written = ""
+        for event in result.events:
+            if event["type"] == "content_block_start":
+                blocks.append(dict(event["content_block"]))
+                written = ""
+            elif event["type"] == "content_block_delta":
+                delta = event["delta"]
+                written += delta.get("partial_json", "")
+                for name in {"text", "thinking", "signature"} & set(delta):
+                    blocks[-1][name] = blocks[-1].get(name, "") + delta[name]
+            elif event["type"] == "content_block_stop" and blocks[-1]["type"] == "tool_use":
+                blocks[-1]["input"] = json.loads(written or "{}")
+        return [{"role": "assistant", "content": blocks}]
+
+
+GRID_CLIENTS: Dict[str, GridChatClient] = {client.name: client for client in (GridChatClient(), GridMessagesClient())}
+
+
+# --- The cells --------------------------------------------------------------------------------------------------------
+
+
+def grid_call(world: GridWorld, client: GridChatClient, fake: GridFake, body: Dict[str, Any]) -> Result:
+    """One request; whatever the fake found wrong with it fails the test."""
+    fake.faults.clear()
+    result = call(world.url, client.path, body)
+    assert fake.faults == [], f"{fake.protocol} refused the request"
+    return result
+
+
+def check_grid_answer(client: GridChatClient, fake: GridFake, result: Result, stream: bool, scenario: str) -> Read:
+    """What the client reads is what the provider said."""
+    assert result.status == 200, result.body
+    facts, read = GRID_FACTS[scenario], client.read(result, stream)
+    assert read.error is None and read.text == facts.text
+    assert read.thinking == facts.thinking
+    assert [(name, json.loads(arguments)) for _, name, arguments in read.calls] == [
+        (name, json.loads(arguments)) for name, arguments in facts.calls]
+    stop = client.stops[facts.stop]
+    if scenario == "stop" and client.name == "anthropic-messages" and "stop_sequence" in fake.stops.values():
+        stop = "stop_sequence"
+    if scenario == "refusal" and fake.protocol == "mistral-conversations":
+        stop = client.stops["stop"]
+    assert read.stop == stop
+    told = fake.usage()
+    assert client.usage(read.usage) == {name: told[name] for name in ("prompt", "cached", "output", "reasoning")}
+    return read
+
+
+def check_grid_request(case: GridCase, fake: GridFake, turns: Sequence[GridTurn]) -> None:
+    """What the provider understood is what the client said."""
+    seen = fake.seen[-1]
+    assert "".join(seen.all("system")) in (case.system, *([pg.CODEX_INSTRUCTIONS] if not case.system else ()))
+    said = "".join(seen.all("user"))
+    for turn in turns:
+        if turn.role == "user" and turn.text:
+            assert turn.text in said
+    spoken = [text for text in seen.all("assistant") if text != pg.MISTRAL_GAP]
+    assert spoken == [turn.text for turn in turns if turn.role == "assistant" and turn.text]
+    assert seen.all("call") == [(name, json.loads(arguments)) for turn in turns for _, name, arguments in turn.calls]
+    results = [(text,) for turn in turns for _, text, _ in turn.results]
+    assert seen.all("result") == results
+    pictures = sum(turn.image + sum(shows for _, _, shows in turn.results) for turn in turns)
+    assert len(seen.all("image")) == pictures
+    assert seen.tools == (list(GRID_TOOLS) if case.tools else [])
+    assert (seen.schema is True) == (case.output == "object") and bool(seen.schema) == bool(case.output)
+    assert seen.stop == (case.stop if fake.has_stop else ())
+    assert seen.limit is None or seen.limit >= 4000
+
+
+# Anthropic's API has no free-form JSON mode, so that its clients cannot ask for it.
+GRID_CELLS = [(client, protocol, scenario) for client in GRID_CLIENTS for protocol in GRID_PROTOCOLS
+              for scenario, case in GRID_CASES.items() if client == "openai-chat" or case.output != "object"]
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+@pytest.mark.parametrize("client_name, protocol, scenario", GRID_CELLS, ids=["-".join(cell) for cell in GRID_CELLS])
+def test_grid(grid: GridWorld, client_name: str, protocol: str, scenario: str, stream: bool) -> None:
+    client, fake, case = GRID_CLIENTS[client_name], grid.fakes[protocol], GRID_CASES[scenario]
+    count = len(fake.seen)
+    body = client.body(case, f"{fake.provider}/{fake.model}", stream)
+    result = grid_call(grid, client, fake, body)
+    field = DOCUMENTED_400.get((scenario, protocol))
+    if field is not None:
+        error = client.read(result, stream).error
+        assert result.status == 400 and error["code"] == "unsupported_parameter" and error["param"] == field
+        assert len(fake.seen) == count, "it was found out before the provider was asked"
+        return
+    if scenario == "error":
+        error = client.read(result, stream).error
+        assert (result.status, error["type"]) == (429, "rate_limit_error") and "Slow down" in error["message"]
+        assert int(result.headers["retry-after"]) >= 7
+        return
+    if scenario in ("error in stream", "cut", "early end"):
+        read = client.read(result, stream)
+        assert read.error and (result.status >= 500 if not stream else result.status == 200 and not read.stop)
+        assert not stream or GRID_FACTS[scenario].text.startswith(read.text) and read.text
+        return
+    read = check_grid_answer(client, fake, result, stream, scenario)
+    check_grid_request(case, fake, case.turns)
+    if case.thinks:
+        assert fake.seen[-1].thinks
+    dropped = result.headers.get("x-pigateway-dropped", "")
+    assert ((scenario, protocol) in GRID_DROPPED) == ("stop" in dropped)
+    assert (protocol == "openai-codex-responses") == ("max_" in dropped), "the one that takes no limit"
+    turns = [*case.turns]
+    while read.calls:                                       # the tool loop, until the provider is content
+        turns += [GridTurn("assistant", read.text, calls=read.calls),
+                  GridTurn("tool", results=tuple((call_id, GRID_RESULT, case.shows) for call_id, _, _ in read.calls))]
+        body["messages"] += client.goes_back(result, read, stream) + client.turn(turns[-1])
+        result = grid_call(grid, client, fake, body)
+        read = check_grid_answer(client, fake, result, stream, scenario + "/2")
+        check_grid_request(case, fake, turns)
+        check_grid_seals(client, fake, case)
+    if case.thinks:                                         # and a turn behind it
+        turns += [GridTurn("assistant", read.text), *grid_ask("thought")]
+        body["messages"] += client.goes_back(result, read, stream) + client.turn(turns[-1])
+        result = grid_call(grid, client, fake, body)
+        check_grid_answer(client, fake, result, stream, "thought")
+        check_grid_request(case, fake, turns)
+        check_grid_seals(client, fake, case)
+
+
+@pytest.mark.parametrize("protocol", GRID_PROTOCOLS)
+def test_grid_lanes(grid: GridWorld, protocol: str) -> None:
+    for name, native in (("openai-chat", "openai-completions"), ("anthropic-messages", "anthropic-messages")):
+        client, fake = GRID_CLIENTS[name], grid.fakes[protocol]
+        result = grid_call(grid, client, fake, client.body(GRID_CASES["text"], f"{fake.provider}/{fake.model}", True))
+        assert result.headers["x-pigateway-lane"] == ("native" if protocol == native else "translated")
+
+
+def check_grid_seals(client: GridChatClient, fake: GridFake, case: GridCase) -> None:
+    """An Anthropic client gives signatures back, and they reach their maker; a plain chat client knows nothing of them,
+    and those that calls cannot do without are remembered for it."""
+    if case.thinks and fake.maker and client.name == "anthropic-messages":
+        assert fake.seen[-1].all("thought"), "the signature was lost"
+    if getattr(fake, "signs_calls", False) and case.tools:
+        assert fake.seal in fake.seen[-1].all("thought"), "the call's own signature was lost"
+
+
+# --- A long conversation ----------------------------------------------------------------------------------------------
+
+
+def grid_history(client: GridChatClient, fake: GridFake, is_tidy: bool) -> Tuple[GridTurn, ...]:
+    """Fifty turns and more: tools, parallel calls, pictures, thinking of all makers; unless `is_tidy`, also what
+    clients get wrong: results without calls, calls without results, ids used again, empty turns, halves of pairs."""
+    turns: List[GridTurn] = []
+    makers = [*pg.UPSTREAM_PROTOCOLS, "another-maker"]
+    for number in range(10):
+        one, two = (f"call_{number}", f"b{number}") if is_tidy else ("call_again", f"toolu|{number}/\u00e9")
+        maker = makers[number % len(makers)]
+        is_own = bool(fake.maker) and maker == fake.maker
+        signature = pg.seal(pg.Thinking(GRID_THOUGHT, fake.seal if is_own else GRID_FOREIGN, False, maker), client.name)
+        turns += [
+            GridTurn("user", f"Question {number}" + ("" if is_tidy else " \ud83d half"), image=number % 3 == 0),
+            GridTurn("assistant", f"I look {number}.", thinking=signature, calls=(
+                (one, "weather", GRID_ROME), (two, "map_of", GRID_OSLO))),
+            GridTurn("tool", results=((one, "18", False), *(
+                [] if number == 4 and not is_tidy else [(two, "here", number % 2 == 0)]))),
+            GridTurn("assistant", f"It is 18, {number}."), GridTurn("user", "Thanks."),
+            GridTurn("assistant", "" if number == 5 and not is_tidy else "Any time.")]
+        if not is_tidy and number == 2:
+            turns += [GridTurn("tool", results=(("call_of_nobody", "lost", True),))]
+        if not is_tidy and number == 7:
+            turns += [GridTurn("user", ""), GridTurn("assistant", "  ")]
+    return grid_ask("long", *turns)
+
+
+@pytest.mark.parametrize("protocol", GRID_PROTOCOLS)
+@pytest.mark.parametrize("client_name", GRID_CLIENTS)
+def test_grid_long_conversation(grid: GridWorld, client_name: str, protocol: str) -> None:
+    client, fake = GRID_CLIENTS[client_name], grid.fakes[protocol]
+    is_tidy = client_name == protocol       # an Anthropic body goes to Anthropic as it came, its faults included
+    case = GridCase(grid_history(client, fake, is_tidy), GRID_SYSTEM, True, True)
+    result = grid_call(grid, client, fake, client.body(case, f"{fake.provider}/{fake.model}", True))
+    check_grid_answer(client, fake, result, True, "long")
+    seen = fake.seen[-1]
+    assert len(seen.all("call")) == len(seen.all("result")) == 20
+    assert len(seen.all("image")) == 9
+    assert is_tidy or "lost" in "".join(seen.all("user"))
+
+
+# --- The fakes themselves ---------------------------------------------------------------------------------------------
+
+# Faults that a request may have: (scenario whose last request is spoilt, what to look for, what to put there).
+GRID_SPOILERS: Dict[str, Tuple[str, str, str]] = {
+    "unknown field": ("text", r"\A\{", '{"surprise":1,'),
+    "damaged image": ("image", re.escape(base64.b64encode(PICTURE).decode()[:40]), "AAAA"),
+    "foreign signature": ("thinking", r"//4\+Pm[A-Za-z0-9+/]+=*", GRID_FOREIGN),
+    "half of a pair": ("text", "Please", r"\\ud83d"),
+    "changed call": ("tool loop", r'("name": ?)"weather"(, ?"arg|, ?"input": ?\{|\}, ?"type)', r'\1"bad name!"\2'),
+}
+
+
+@pytest.mark.parametrize("fault", GRID_SPOILERS)
+@pytest.mark.parametrize("protocol", GRID_PROTOCOLS)
+def test_grid_fakes_see_faults(grid: GridWorld, protocol: str, fault: str) -> None:
+    scenario, pattern, other = GRID_SPOILERS[fault]
+    test_grid(grid, "anthropic-messages", protocol, scenario, False)
+    fake = grid.fakes[protocol]
+    body = fake.bodies[-1]
+    fake.understand(body)
+    spoilt = re.sub(pattern, other, body, count=1)
+    if spoilt == body:
+        assert fault == "foreign signature" and not fake.maker or fault == "changed call"
+        return
+    with pytest.raises(GridFault):
+        fake.understand(spoilt)
+
+
+# Calls as letters, results in capitals, "." for somebody else's turn.
+@pytest.mark.parametrize("said, is_unique, fault", [
+    ("aA", True, None), ("abBA", True, None), ("aaAA", False, "twice in a turn"), ("aA.aA", True, "must be unique"),
+    ("aA.aA", False, None), ("a.", False, "without results"), ("a", False, "without results"),
+    ("abA.B", False, "without results"), ("A", False, "no open call"), ("aAA", False, "no open call"),
+    ("abAc", False, "without results"), ("1", False, "does not match")])
+def test_grid_rules_of_calls(said: str, is_unique: bool, fault: Optional[str]) -> None:
+    seen = GridSeen()
+    seen.log = [("user", "x") if letter == "." else ("result", letter.lower(), "") if letter.isupper() else
+                ("call", letter, "f", {}) for letter in said]
+    with pytest.raises(GridFault, match=fault) if fault else contextlib.nullcontext():
+        seen.check(r"[a-z]+", is_unique)
+
+
+# --- The table --------------------------------------------------------------------------------------------------------
+
+
+def grid_table() -> str:
+    """README's table of what works where."""
+    rows = [["", *GRID_PROTOCOLS], ["---"] * (len(GRID_PROTOCOLS) + 1)]
+    rows += [[scenario, *("400" if (scenario, protocol) in DOCUMENTED_400 else "ok" for protocol in GRID_PROTOCOLS)]
+             for scenario in GRID_CASES]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def test_readme_has_the_grid() -> None:
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in grid_table().split("\n")]
+    assert readme_rows("grid") == rows[2:]
