@@ -46,6 +46,7 @@ import contextlib
 import datetime
 import difflib
 import email.utils
+import errno
 import functools
 import hashlib
 import hmac
@@ -73,7 +74,7 @@ import zlib
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import (Any, Callable, Dict, FrozenSet, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence,
-                    Tuple, Type, Union)
+                    TextIO, Tuple, Type, Union)
 
 __all__ = [
     "main", "start_server", "stop_server", "Config", "Gateway", "Server", "ClientProtocol", "UpstreamProtocol",
@@ -306,7 +307,7 @@ _SECRET_PATTERNS = tuple(re.compile(pattern) for pattern in (
     r"\bAIza[A-Za-z0-9_-]{20,}",
     r"\bya29\.[A-Za-z0-9._-]{10,}",
     r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b",
-    r"\beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}(?:\.[A-Za-z0-9_-]*)?",
+    r"\beyJ[A-Za-z0-9_-]{8,}(?:\.[A-Za-z0-9_-]*){0,2}",
     r"(?i)(?<=[?&]key=)[^&\s\"']+",
     r"(?i)(?<=[?&]api_key=)[^&\s\"']+",
 ))
@@ -741,7 +742,7 @@ def parse_json_object(body: bytes) -> Dict[str, Any]:
     return value
 
 
-_FENCE = re.compile(r"\A\s*```[a-zA-Z]*\s*\n(.*?)\n?\s*```\s*\Z", re.DOTALL)
+_FENCE = re.compile(r"```[a-zA-Z]*[^\S\n]*\n(.*)```", re.DOTALL)
 _BAD_ESCAPE = re.compile(r'\\(?!["\\/bfnrtu])')
 _lenient_decoder = json.JSONDecoder(strict=False)
 
@@ -753,7 +754,7 @@ def repair_json_object(text: str) -> Optional[Dict[str, Any]]:
     otherwise broken text is not completed by guessing."""
     if not text.strip():
         return {}
-    fenced = _FENCE.match(text)
+    fenced = _FENCE.fullmatch(text.strip())
     candidate = fenced.group(1) if fenced else text
     for attempt in (candidate, _BAD_ESCAPE.sub(r"\\\\", candidate)):
         try:
@@ -1621,6 +1622,7 @@ class OpenAIChat(ClientProtocol):
         if not items:
             raise BadRequest("messages: at least one message is required", param="messages")
         turns: List[Message] = []
+        results: List[Part] = []                # of neighbouring tool messages, which are one turn
         for path, item in objects(items, "messages"):
             role = required(item, "role", "a string", path)
             if role not in self.roles:
@@ -1629,11 +1631,14 @@ class OpenAIChat(ClientProtocol):
             if item.get("name") is not None and role != "function":
                 notes.lose(f"{path}.name")
             turn = self.roles[role](self, item, path, notes)
-            if turn.role == "tool" and turns and turns[-1].role == "tool":
-                turns[-1] = Message("tool", turns[-1].parts + turn.parts)
-            else:
-                turns.append(turn)
-        return turns
+            if turn.role == "tool":
+                results.extend(turn.parts)
+                continue
+            if results:
+                turns.append(Message("tool", tuple(results)))
+                results = []
+            turns.append(turn)
+        return turns + ([Message("tool", tuple(results))] if results else [])
 
     def _system(self, item: Dict[str, Any], path: str, notes: Notes) -> Message:
         return Message("system", self._content(item, path, notes))
@@ -2394,7 +2399,7 @@ class Assembler:
 
     def __init__(self) -> None:
         self._open: Dict[Any, Tuple[int, Part, List[str]]] = {}
-        self._count = 0
+        self._count = self._size = 0
 
     def __contains__(self, key: Any) -> bool:
         return key in self._open
@@ -2408,6 +2413,9 @@ class Assembler:
     def delta(self, key: Any, text: str) -> PartDelta:
         """Adds to a part."""
         index, _, pieces = self._open[key]
+        self._size += len(text)
+        if self._size > MAX_EVENT_BYTES:
+            raise UpstreamProtocolError(f"the provider's answer is longer than {MAX_EVENT_BYTES} bytes")
         pieces.append(text)
         return PartDelta(index, text)
 
@@ -3416,7 +3424,7 @@ def system_blocks(system: Any) -> List[Any]:
     return system or []
 
 
-_MODEL_VALUE = re.compile(rb'"model"\s*:\s*("(?:[^"\\]|\\.)*")')
+_MODEL_VALUE = re.compile(rb'"model"\s*:\s*("[^"\\]*(?:\\.[^"\\]*)*")')
 
 
 def splice_model(body: bytes, data: Mapping[str, Any], model_id: str) -> bytes:
@@ -3427,9 +3435,13 @@ def splice_model(body: bytes, data: Mapping[str, Any], model_id: str) -> bytes:
         return body
     wanted = {**data, "model": model_id}
     value = json_text(model_id).encode("utf-8")
+    tries = 0
     for match in _MODEL_VALUE.finditer(body):
-        if json.loads(match.group(1)) != data.get("model"):
+        if match.end(1) - match.start(1) > 4096 or json.loads(match.group(1)) != data.get("model"):
             continue
+        tries += 1
+        if tries > 4:                           # each try parses the whole body
+            break
         candidate = body[:match.start(1)] + value + body[match.end(1):]
         if clean_strings(json.loads(candidate.decode("utf-8-sig"))) == wanted:
             return candidate
@@ -6414,6 +6426,7 @@ class Lane:
             return b""
         self.finished, self.error = True, error
         error.message = redact(error.message, self.secrets)
+        error.code = redact(error.code, self.secrets)
         return self.client.error_event(error, self.stamp.request_id)
 
 
@@ -6457,6 +6470,7 @@ class TranslatedLane(Lane):
             if isinstance(event, Failed):
                 self.error = event.error
                 self.error.message = redact(self.error.message, self.secrets)
+                self.error.code = redact(self.error.code, self.secrets)
             elif isinstance(event, Done):
                 self.usage, self.stop_reason = event.usage, event.stop_reason
             elif isinstance(event, PartEnd) and isinstance(event.part, ToolCall) and event.part.signature:
@@ -6600,7 +6614,7 @@ class AnthropicLane(NativeLane):
         elif name == "error":
             if not self.started:
                 raise stream_error(data)
-            text = redact(text, self.secrets)
+            text = redact(dumps(data), self.secrets)
             self.finished, self.error = True, stream_error(loads(text))
         elif name == "message_delta":
             usage = as_dict(data.get("usage"))
@@ -7221,7 +7235,7 @@ class Catalogue:
     def _unlisted(self, name: str) -> Optional[Model]:
         provider_name, _, model_id = name.partition("/")
         provider = self.providers.get(provider_name)
-        if provider is None or not model_id or provider.name == DEMO:
+        if provider is None or not model_id or provider.name == DEMO or len(model_id) > 1000:
             return None
         return unlisted_model(provider, model_id)
 
@@ -7457,6 +7471,13 @@ AZURE_VARIABLES = {"base_url": "AZURE_OPENAI_BASE_URL", "resource": "AZURE_OPENA
 SENTINEL = "<authenticated>"        # pi's mark for ambient cloud credentials; never a key
 
 
+def open_text(path: str) -> TextIO:
+    """A configuration file, opened for reading; not a pipe or device, which might never end. Raises OSError."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError(errno.EINVAL, "not a regular file")
+    return open(path, encoding="utf-8-sig")
+
+
 class FileCache:
     """A JSON object file, read again when it changes. pi rewrites its files in place, so a reader may find half of one:
     such a moment is waited out, and a file that stays broken leaves the last good content in force."""
@@ -7491,7 +7512,7 @@ class FileCache:
     def _load(self) -> Optional[Dict[str, Any]]:
         for _ in range(self._TRIES):
             try:
-                with open(self.path, encoding="utf-8-sig") as file:
+                with open_text(self.path) as file:
                     text = file.read()
                 content = self._parse(text) if text.strip() else None
             except (OSError, ValueError, RecursionError):
@@ -8472,6 +8493,13 @@ class Scope:
         self._cancelled: Optional[GatewayError] = None
         self._upstream: Optional[socket.socket] = None
         self._poller: Optional[Poller] = None
+        self._client_spoke = False
+        self._beat_at = 0.0
+        self.put_off_beat()
+
+    def put_off_beat(self) -> None:
+        """The client has just heard something."""
+        self._beat_at = time.monotonic() + self._heartbeat_s
 
     def attach(self, upstream: Optional[socket.socket]) -> None:
         """Names the socket that `cancel` is to cut off."""
@@ -8498,31 +8526,31 @@ class Scope:
         """Waits until `upstream` can be read; False when that takes `limit_s`. Raises `ClientGone`, or what `cancel` was
         given."""
         if self._poller is None or self._poller.first is not upstream:
-            self._poller = Poller(upstream, self._client)
+            self._poller = Poller(upstream, self._client, self._client_spoke)
         now = time.monotonic()
-        deadline, beat = now + limit_s, now + self._heartbeat_s
+        deadline = now + limit_s
         while True:
             if self._cancelled is not None:
                 raise self._cancelled
-            ready = self._poller.wait(min(deadline, beat) - now)
+            ready = self._poller.wait(min(deadline, self._beat_at) - now)
+            if ready and (upstream not in ready or len(ready) > 1):     # a busy provider must not hide a client's end
+                self._check_client()
+                self._poller = Poller(upstream, self._client, self._client_spoke)
+            now = time.monotonic()
+            if now >= self._beat_at:            # also beside a provider that sends comments, which nobody sees
+                self.put_off_beat()
+                self.on_beat()
             if upstream in ready and upstream is not None:
                 self.check()
                 return True
-            if ready:
-                self._check_client()
-                self._poller = Poller(upstream, self._client)
-            now = time.monotonic()
             if now >= deadline:
                 return False
-            if now >= beat:
-                self.on_beat()
-                beat = now + self._heartbeat_s
 
     def _check_client(self) -> None:
         """Tells a client that left from one that already sends its next request (no longer watched then)."""
         try:
-            if self._client is not None and self._client.recv(1, socket.MSG_PEEK):
-                self._client = None
+            if self._client is not None and not self._client_spoke and self._client.recv(1, socket.MSG_PEEK):
+                self._client_spoke = True       # its next request: from now on only its end counts
                 return
         except BlockingIOError:                 # woken for nothing
             return
@@ -8535,13 +8563,16 @@ class Poller:
     """Waits for one or two sockets to become readable. `poll` where there is one, since `select` ends at descriptor 1024;
     made once for many waits."""
 
-    def __init__(self, first: Optional[socket.socket], second: Optional[socket.socket] = None) -> None:
+    def __init__(self, first: Optional[socket.socket], second: Optional[socket.socket] = None,
+                 end_only: bool = False) -> None:
         self.first = first
+        if end_only and not hasattr(select, "POLLRDHUP"):
+            second = None
         self._socks = [sock for sock in (first, second) if sock is not None]
         self._poll = select.poll() if hasattr(select, "poll") else None
         if self._poll:
             for sock in self._socks:
-                self._poll.register(sock, select.POLLIN)
+                self._poll.register(sock, select.POLLRDHUP if sock is second and end_only else select.POLLIN)
 
     def wait(self, timeout_s: float) -> List[socket.socket]:
         """The sockets that have data or an end to read, after at most `timeout_s`."""
@@ -8585,6 +8616,8 @@ class Response:
     """A provider's answer: status, headers (names in lower case), and the body as an iterator of pieces, each of them
     all that one receive brought. Ends when the body does; raises `UpstreamProtocolError` when it is cut."""
 
+    _INFLATED_BYTES = 8 * MIB
+
     def __init__(self, status: int, headers: Mapping[str, str], connection: Connection, rest: bytes, scope: Scope,
                  idle_s: float) -> None:
         self.status = status
@@ -8624,7 +8657,14 @@ class Response:
                 data = data[:self._length]
                 self._length -= len(data)
                 self._complete = self._length == 0
-            return self._inflate.decompress(data) if self._inflate else data
+            if not self._inflate:
+                return data
+            if self._inflate.eof:               # zlib keeps, and copies, all that follows
+                return b""
+            data = self._inflate.decompress(data, self._INFLATED_BYTES)
+            if self._inflate.unconsumed_tail:
+                raise ValueError("compressed beyond reason")
+            return data
         except (ValueError, zlib.error) as error:
             raise UpstreamProtocolError(f"the provider's answer is malformed: {error}") from None
 
@@ -8952,6 +8992,7 @@ class Transport:
 # ======================================================================================================================
 
 # End-to-end headers of a provider's answer that clients act on.
+MAX_CARRIED = 40                  # some clients take a hundred headers at most
 CARRIED_TO_CLIENT = re.compile(r"(?:anthropic-ratelimit-.*|x-ratelimit-.*|retry-after(?:-ms)?|openai-processing-ms|"
                                r"openai-version|anthropic-organization-id)")
 
@@ -9081,8 +9122,9 @@ class Gateway:
             scope.on_beat = functools.partial(self._beat, exchange)
         response = self.transport.open(call, scope)
         try:
-            exchange.answer_headers.update((name, value) for name, value in response.headers.items()
-                                           if CARRIED_TO_CLIENT.fullmatch(name))
+            carried = [(name, header_text(redact(value, lane.secrets))) for name, value in response.headers.items()
+                       if CARRIED_TO_CLIENT.fullmatch(name)]
+            exchange.answer_headers.update(carried[:MAX_CARRIED])
             if not 200 <= response.status < 300:
                 raise self._refusal(lane, response)
             is_stream = lane.upstream.stream_type in response.headers.get("content-type", "")
@@ -9093,18 +9135,18 @@ class Gateway:
             self._carry(lane, response, is_stream, exchange)
         finally:
             exchange.log.update(lane=lane.name, tokens_in=lane.usage.prompt, tokens_out=lane.usage.output,
-                                stop=lane.stop_reason)
+                                stop=redact(str(lane.stop_reason), lane.secrets)[:64])
             response.close()
 
     def _refusal(self, lane: Lane, response: Response) -> GatewayError:
         if 300 <= response.status < 400:
             return UpstreamError(f"the provider answered with a redirect ({response.status}), which is never followed; "
                                  "check its base URL")
-        body = response.read(MAX_EVENT_BYTES)[:MAX_ERROR_BYTES]
+        body = redact_body(response.read(MAX_EVENT_BYTES), lane.secrets)[:MAX_ERROR_BYTES]
         error = lane.upstream.parse_error(response.status, response.headers, body, self.clock())
         if error.provider_reply and isinstance(lane, NativeLane):
-            text = redact(error.provider_reply.body.decode("utf-8", "replace"), lane.secrets)
-            error.provider_reply = error.provider_reply._replace(body=text.encode("utf-8"))
+            error.provider_reply = error.provider_reply._replace(
+                content_type=redact(error.provider_reply.content_type, lane.secrets))
         else:
             error.provider_reply = None
         return error
@@ -9152,7 +9194,11 @@ class Gateway:
             if not is_stream:
                 yield lane.whole(response.read(MAX_EVENT_BYTES))
                 return
+            size = 0
             for data in response:
+                size += len(data)
+                if size > MAX_EVENT_BYTES and not lane.request.stream:
+                    raise UpstreamProtocolError(f"the provider's answer is longer than {MAX_EVENT_BYTES} bytes")
                 yield lane.feed(data)
             yield lane.end()
         except GatewayError as error:
@@ -9170,6 +9216,16 @@ class Gateway:
         """How many requests are under way at providers."""
         with self._scopes_lock:
             return len(self._scopes)
+
+
+def redact_body(body: bytes, secret_values: Sequence[str]) -> bytes:
+    """An error body without secrets, also where JSON escapes hide them; before any cut, which would leave a part."""
+    text = body.decode("utf-8", "replace")
+    try:
+        plain = dumps(json.loads(text))
+    except (ValueError, RecursionError):
+        plain = text
+    return redact(plain if any(value in plain for value in secret_values) else text, secret_values).encode("utf-8")
 
 
 STREAM_HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache, no-transform",
@@ -9196,6 +9252,7 @@ class Discovery:
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
         self._stopped = threading.Event()
+        self._asking: set[str] = set()          # a server that drips its list is not asked again meanwhile
 
     def start(self) -> None:
         """Starts the thread, if there is anybody to ask."""
@@ -9215,7 +9272,7 @@ class Discovery:
         """Asks everybody once, side by side; whether all of them answered."""
         gateway = self._gateway
         asked = [provider for provider in gateway.catalogue.providers.values()
-                 if provider.discover and gateway.is_usable(provider)]
+                 if provider.discover and gateway.is_usable(provider) and provider.name not in self._asking]
         results: List[bool] = []
         scopes = [Scope() for _ in asked]
         threads = [threading.Thread(target=lambda p=provider, s=scope: results.append(self.ask(p, s)), daemon=True)
@@ -9232,6 +9289,7 @@ class Discovery:
     def ask(self, provider: Provider, scope: Scope) -> bool:
         """Takes over one server's list; False when it gave none."""
         gateway = self._gateway
+        self._asking.add(provider.name)
         try:
             model = unlisted_model(provider, "")
             credential = gateway.credentials.get(provider, model)
@@ -9242,6 +9300,8 @@ class Discovery:
         except (GatewayError, AttributeError, KeyError, TypeError) as error:
             log.debug("no model list from %s: %s", provider.name, redact(str(error)))
             return False
+        finally:
+            self._asking.discard(provider.name)
         if found:
             gateway.catalogue.discover(provider, found, provider.source == "copilot")
         return bool(found)
@@ -9348,6 +9408,7 @@ class HttpResponder:
         self.keep_alive = (head is not None and self._chunked
                            and "close" not in head.headers.get("connection", "").lower())
         self.status = 0
+        self._scope: Optional[Scope] = None
 
     def _head(self, status: int, headers: Mapping[str, str]) -> bytes:
         self.status = status
@@ -9389,6 +9450,8 @@ class HttpResponder:
         """A piece of a streamed answer, sent at once."""
         if not data:
             return
+        if self._scope:
+            self._scope.put_off_beat()
         head, self._pending_head = self._pending_head or b"", None
         self._send(head + (b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data))
 
@@ -9401,7 +9464,8 @@ class HttpResponder:
 
     def scope(self) -> Scope:
         """A scope that watches this client."""
-        return Scope(self._sock, self._heartbeat_s)
+        self._scope = Scope(self._sock, self._heartbeat_s)
+        return self._scope
 
 
 class Handler(socketserver.BaseRequestHandler):
@@ -9533,6 +9597,8 @@ class Handler(socketserver.BaseRequestHandler):
             exchange.log["gone"] = True
         except GatewayError as error:
             self._send_error(error, exchange)
+        except RecursionError:
+            self._send_error(BadRequest("the body is nested too deeply", code="invalid_json"), exchange)
         except Exception as error:              # the outermost edge of the request: nothing may end the thread
             log.error("internal error: %s: %s", type(error).__name__, redact(str(error)))
             log.debug("where it happened", exc_info=True)
@@ -9572,10 +9638,10 @@ class Handler(socketserver.BaseRequestHandler):
         if not log.isEnabledFor(logging.INFO):
             return
         fields = {"kind": "access", "id": exchange.stamp.request_id, "method": head.method,
-                  "url": redact(head.target.partition("?")[0])[:200],
+                  "url": redact(head.target.partition("?")[0][:400])[:200],
                   "status": 499 if exchange.log.pop("gone", False) else responder.status,
                   "durationMs": round((time.monotonic() - started) * 1000, 1), **exchange.log,
-                  "safeHeaders": {name: redact(head.headers[name])[:200] for name in LOGGED_HEADERS
+                  "safeHeaders": {name: redact(head.headers[name][:400])[:200] for name in LOGGED_HEADERS
                                   if name in head.headers}}
         log.info("access", extra={"fields": fields})
 
@@ -9747,6 +9813,14 @@ class Server(http.server.ThreadingHTTPServer):
         host, port = self.server_address[:2]
         return f"http://[{host}]:{port}" if ":" in str(host) else f"http://{host}:{port}"
 
+    def get_request(self) -> Any:
+        """Accepts; out of descriptors, pauses, since the loop would come back at once."""
+        try:
+            return super().get_request()
+        except OSError:
+            time.sleep(0.05)
+            raise
+
     def process_request(self, request: Any, client_address: Any) -> None:
         """Starts a connection's thread. `threading.Thread.start` waits for the thread to run, which stalls accepting
         when many clients connect at once; this does not."""
@@ -9882,6 +9956,9 @@ class Config:
         return self.is_loopback or bool(self.expose_oauth_subscriptions)
 
 
+DAY_MS = 24 * 3600 * 1000
+
+
 class Option(NamedTuple):
     """A configuration key: its kind and range, the variable and the flag that also set it. `own` keys are ours; pi-gateway
     refuses a gateway.json that has them, so people who run both put them into pigateway.json."""
@@ -9916,18 +9993,18 @@ OPTIONS = (
     Option("exposeOAuthSubscriptions", "boolean", "PI_GATEWAY_EXPOSE_OAUTH", "--expose-oauth-subscriptions",
            help="offer personal subscriptions on other than loopback addresses too"),
     Option("requireKeyOnLoopback", "boolean", flag="--require-key-on-loopback", help="demand the apiKey on loopback too"),
-    Option("forceAbortTimeoutMs", "integer", low=100),
-    Option("heartbeatIntervalMs", "integer", low=1000),
+    Option("forceAbortTimeoutMs", "integer", low=100, high=DAY_MS),
+    Option("heartbeatIntervalMs", "integer", low=1000, high=DAY_MS),
     Option("strict", "boolean", flag="--strict", help="answer 400 instead of leaving out what a model cannot take",
            own=True),
     Option("demo", "boolean", flag="--demo", help="list the built-in demo model beside others", own=True),
     Option("demoDelayMs", "integer", flag="--demo-delay-ms", low=0, high=60_000,
            help="pause between two words of the demo model", own=True),
     Option("maxBodyBytes", "integer", low=1024, own=True),
-    Option("bodyTimeoutMs", "integer", low=100, own=True),
-    Option("connectTimeoutMs", "integer", low=100, own=True),
-    Option("firstByteTimeoutMs", "integer", low=100, own=True),
-    Option("idleTimeoutMs", "integer", low=100, own=True),
+    Option("bodyTimeoutMs", "integer", low=100, high=DAY_MS, own=True),
+    Option("connectTimeoutMs", "integer", low=100, high=DAY_MS, own=True),
+    Option("firstByteTimeoutMs", "integer", low=100, high=DAY_MS, own=True),
+    Option("idleTimeoutMs", "integer", low=100, high=DAY_MS, own=True),
     Option("caBundle", "string", own=True),
     Option("pidFile", "string", flag="--pid-file", help="lock file, for several gateways on one machine", own=True),
 )
@@ -9955,7 +10032,7 @@ def check_option(option: Option, value: Any, where: str) -> Any:
 def read_config_file(path: str, is_required: bool) -> Optional[Dict[str, Any]]:
     """The options of a configuration file by attribute, None when there is no such file and none is needed."""
     try:
-        with open(path, encoding="utf-8-sig") as file:
+        with open_text(path) as file:
             data = json.load(file)
     except (FileNotFoundError, NotADirectoryError):
         if is_required:
@@ -10027,6 +10104,8 @@ def check_security(config: Config) -> None:
     if not config.is_loopback and not config.api_key:
         raise ConfigError(f'listening on {config.bind_address} lets other machines in: set "apiKey" in gateway.json, or '
                           "PI_GATEWAY_API_KEY")
+    if config.api_key and not (config.api_key.isascii() and config.api_key.isprintable()):
+        raise ConfigError("apiKey: only printable ASCII characters can be sent in a header")
     if config.require_key_on_loopback and not config.api_key:
         raise ConfigError('requireKeyOnLoopback needs a key: set "apiKey" in gateway.json, or PI_GATEWAY_API_KEY')
 
@@ -10045,7 +10124,7 @@ def agent_dir(config: Config, environ: Mapping[str, str]) -> str:
 def read_models_json(path: str) -> ModelsFile:
     """models.json, or just the built-in table when there is none. Raises `ConfigError` when it is malformed."""
     try:
-        with open(path, encoding="utf-8-sig") as file:
+        with open_text(path) as file:
             return read_models_file(json.loads(strip_json_comments(file.read())))
     except (FileNotFoundError, NotADirectoryError):
         return ModelsFile(dict(PROVIDERS), {}, [])
@@ -10053,7 +10132,7 @@ def read_models_json(path: str) -> ModelsFile:
         raise ConfigError(f"{path}: {describe(error)}") from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}: not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
-    except (BadRequest, AttributeError, ValueError, RecursionError) as error:
+    except (BadRequest, AttributeError, ValueError, RecursionError, OverflowError) as error:
         raise ConfigError(f"{path}: {getattr(error, 'message', 'must hold a JSON object with providers')}") from None
 
 
@@ -10148,12 +10227,13 @@ class PidFile:
         created it and is about to write."""
         for _ in range(10):
             try:
-                with open(self._path, encoding="ascii", errors="replace") as file:
-                    text = file.read().strip()
+                descriptor = os.open(self._path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+                with os.fdopen(descriptor, encoding="ascii", errors="replace") as file:
+                    text = file.read(64).strip()
             except OSError:
                 return None
             if text:
-                return int(text) if text.isascii() and text.isdigit() and int(text) > 0 else None
+                return int(text) if re.fullmatch(r"[1-9][0-9]{0,9}", text) else None
             time.sleep(0.02)
         return None
 
@@ -10336,7 +10416,7 @@ def run(config: Config) -> int:
     pid_file = PidFile(config.pid_file or os.path.join(home(os.environ), ".pi", "agent", "gateway.pid"))
     try:
         pid_file.claim()
-    except OSError as error:                    # a locked-down machine; two gateways then only clash at the port
+    except (OSError, ValueError) as error:      # a locked-down machine; two gateways then only clash at the port
         log.warning("no lock file: %s", describe(error))
     stop_asked = threading.Event()
 
