@@ -164,6 +164,11 @@ class GatewayError(Exception):
         self.retry_after = retry_after
         self.provider_reply = provider_reply
 
+    def hide(self, secret_values: Sequence[str]) -> None:
+        """Takes secrets out of everything that a client or a log will see."""
+        self.message, self.code = redact(self.message, secret_values), redact(self.code, secret_values)
+        self.named_code = self.named_code and redact(self.named_code, secret_values)
+
 
 class ProviderReply(NamedTuple):
     """A provider's error answer as it came, for a client of the same protocol."""
@@ -322,6 +327,29 @@ def redact(text: str, secret_values: Iterable[str] = ()) -> str:
     for pattern in _SECRET_PATTERNS:
         text = pattern.sub(REDACTED, text)
     return text
+
+
+def redact_strings(value: Any, secret_values: Sequence[str]) -> Any:
+    """`redact` for every string inside a JSON value."""
+    if isinstance(value, str):
+        return redact(value, secret_values)
+    if isinstance(value, list):
+        return [redact_strings(item, secret_values) for item in value]
+    if isinstance(value, dict):
+        return {redact(key, secret_values): redact_strings(item, secret_values) for key, item in value.items()}
+    return value
+
+
+def redact_body(body: bytes, secret_values: Sequence[str]) -> bytes:
+    """A provider's error body without secrets, also where JSON escapes hide them; as it came when there are none."""
+    try:
+        value = json.loads(body)
+        hidden = redact_strings(value, secret_values)
+        return body if hidden == value else json.dumps(hidden).encode("ascii")
+    except (ValueError, RecursionError):
+        text = body.decode("utf-8", "replace")
+        hidden_text = redact(text, secret_values)
+        return body if hidden_text == text else hidden_text.encode("utf-8")
 
 
 class JsonFormatter(logging.Formatter):
@@ -6425,8 +6453,7 @@ class Lane:
         if self.finished:
             return b""
         self.finished, self.error = True, error
-        error.message = redact(error.message, self.secrets)
-        error.code = redact(error.code, self.secrets)
+        error.hide(self.secrets)
         return self.client.error_event(error, self.stamp.request_id)
 
 
@@ -6469,8 +6496,7 @@ class TranslatedLane(Lane):
         for event in events:
             if isinstance(event, Failed):
                 self.error = event.error
-                self.error.message = redact(self.error.message, self.secrets)
-                self.error.code = redact(self.error.code, self.secrets)
+                self.error.hide(self.secrets)
             elif isinstance(event, Done):
                 self.usage, self.stop_reason = event.usage, event.stop_reason
             elif isinstance(event, PartEnd) and isinstance(event.part, ToolCall) and event.part.signature:
@@ -6614,8 +6640,9 @@ class AnthropicLane(NativeLane):
         elif name == "error":
             if not self.started:
                 raise stream_error(data)
-            text = redact(dumps(data), self.secrets)
-            self.finished, self.error = True, stream_error(loads(text))
+            hidden = redact_strings(data, self.secrets)
+            text = text if hidden == data else dumps(hidden)
+            self.finished, self.error = True, stream_error(hidden)
         elif name == "message_delta":
             usage = as_dict(data.get("usage"))
             later = read_anthropic_usage(usage)
@@ -9099,7 +9126,7 @@ class Gateway:
         try:
             self._attempts(lane, call, scope, exchange)
         except GatewayError as error:
-            error.message = redact(error.message, credential.secrets)
+            error.hide(credential.secrets)
             raise
         finally:
             with self._scopes_lock:
@@ -9216,16 +9243,6 @@ class Gateway:
         """How many requests are under way at providers."""
         with self._scopes_lock:
             return len(self._scopes)
-
-
-def redact_body(body: bytes, secret_values: Sequence[str]) -> bytes:
-    """An error body without secrets, also where JSON escapes hide them; before any cut, which would leave a part."""
-    text = body.decode("utf-8", "replace")
-    try:
-        plain = dumps(json.loads(text))
-    except (ValueError, RecursionError):
-        plain = text
-    return redact(plain if any(value in plain for value in secret_values) else text, secret_values).encode("utf-8")
 
 
 STREAM_HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache, no-transform",
@@ -10032,7 +10049,7 @@ def check_option(option: Option, value: Any, where: str) -> Any:
 def read_config_file(path: str, is_required: bool) -> Optional[Dict[str, Any]]:
     """The options of a configuration file by attribute, None when there is no such file and none is needed."""
     try:
-        with open_text(path) as file:
+        with open(path, encoding="utf-8-sig") if is_required else open_text(path) as file:
             data = json.load(file)
     except (FileNotFoundError, NotADirectoryError):
         if is_required:
@@ -10228,8 +10245,10 @@ class PidFile:
         for _ in range(10):
             try:
                 descriptor = os.open(self._path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-                with os.fdopen(descriptor, encoding="ascii", errors="replace") as file:
-                    text = file.read(64).strip()
+                try:
+                    text = os.read(descriptor, 64).decode("ascii", "replace").strip()
+                finally:
+                    os.close(descriptor)
             except OSError:
                 return None
             if text:

@@ -43,6 +43,7 @@ import json
 import logging
 import random
 import re
+import select
 import shutil
 import signal
 import socket
@@ -9837,6 +9838,413 @@ def test_mistral_stream_failures(wire: bytes, error: Any) -> None:
 def test_mistral_errors(status: int, body: Any, error: Any, message: Optional[str]) -> None:
     found = MISTRAL.parse_error(status, {}, body if isinstance(body, bytes) else json.dumps(body).encode(), AWS_NOW)
     assert type(found) is error and found.message == (message or found.message)
+
+
+# ======================================================================================================================
+# Hostile clients and providers
+# ======================================================================================================================
+
+HOSTILE_KEY = "upstream/Key+9f8e7d"         # of no known shape
+
+
+@pytest.fixture(scope="session")
+def hostile_standing(tmp_path_factory: Any) -> Iterator[Tuple[pg.ServerHandle, FakeUpstream]]:
+    """Like `standing`, with that key for both providers."""
+    home = tmp_path_factory.mktemp("hostile")
+    with fake_upstream(Answer()) as fake:
+        models = two_providers(fake.url)
+        for row in models["providers"].values():
+            row["apiKey"] = HOSTILE_KEY
+        write_agent_files(home, models=models)
+        with running(home) as handle:
+            yield handle, fake
+
+
+@pytest.fixture
+def hostile(hostile_standing: Tuple[pg.ServerHandle, FakeUpstream]) -> Given:
+    """Gives that provider its answers."""
+    def given(*answers: Any) -> Tuple[pg.ServerHandle, FakeUpstream]:
+        handle, fake = hostile_standing
+        fake.answers[:] = answers
+        fake.received.clear()
+        return handle, fake
+
+    return given
+
+
+def hostile_error(row: str, **fields: Any) -> Dict[str, Any]:
+    """An error body of that provider, with these fields in its error."""
+    error = {"type": "invalid_request_error", "message": "No.", **fields}
+    return {"error": error, **({"type": "error"} if row == "anth" else {})}
+
+
+def hostile_escaped(data: Any) -> bytes:
+    """JSON whose strings hide a key behind escapes."""
+    return json.dumps(data).replace("/", "\\/").replace("+", "\\u002b").encode()
+
+
+def hostile_stream(row: str, data: Any, is_escaped: bool, is_first: bool) -> Answer:
+    """A stream with that error in it."""
+    text = hostile_escaped(data) if is_escaped else json.dumps(data).encode()
+    event = (b"event: error\n" if row == "anth" else b"") + b"data: " + text + b"\n\n"
+    start = STREAMS[row][:STREAMS[row].index(b"\n\n", STREAMS[row].index(b"Hel")) + 2]
+    return Answer(200, [event] if is_first else [start, event], "text/event-stream")
+
+
+# where the key stands: (whether the client streams, what the provider answers)
+HOSTILE_PLACES: Dict[str, Tuple[bool, Callable[[str], Answer]]] = {
+    "code": (False, lambda row: Answer(400, json.dumps(hostile_error(row, code=HOSTILE_KEY)).encode())),
+    "type": (False, lambda row: Answer(400, json.dumps(hostile_error(row, type=HOSTILE_KEY)).encode())),
+    "param": (False, lambda row: Answer(400, json.dumps(hostile_error(row, param=HOSTILE_KEY)).encode())),
+    "request id": (False, lambda row: Answer(400, json.dumps(
+        {**hostile_error(row), "request_id": HOSTILE_KEY}).encode())),
+    "escaped": (False, lambda row: Answer(400, hostile_escaped(hostile_error(row, message=f"Bad {HOSTILE_KEY}")))),
+    "escaped in a 200": (False, lambda row: Answer(200, hostile_escaped(hostile_error(row, message=HOSTILE_KEY)))),
+    "behind a BOM": (False, lambda row: Answer(400, b"\xef\xbb\xbf" + hostile_escaped(
+        hostile_error(row, message=f"Bad {HOSTILE_KEY}")))),
+    "in UTF-16": (False, lambda row: Answer(400, json.dumps(
+        hostile_error(row, message=HOSTILE_KEY)).encode("utf-16-le"))),
+    "no JSON": (False, lambda row: Answer(500, f"Bad key {HOSTILE_KEY}".encode(), "text/plain")),
+    "content type": (False, lambda row: Answer(400, json.dumps(hostile_error(row)).encode(),
+                                               f"application/json; k={HOSTILE_KEY}")),
+    "header": (False, lambda row: whole_answer(row)._replace(headers={"x-ratelimit-owner": f"org {HOSTILE_KEY}"})),
+    "header of a stream": (True, lambda row: stream_answer(row)._replace(headers={"x-ratelimit-owner": HOSTILE_KEY})),
+    "header of a refusal": (False, lambda row: Answer(429, json.dumps(hostile_error(row)).encode(),
+                                                      headers={"x-ratelimit-owner": HOSTILE_KEY,
+                                                               "retry-after": HOSTILE_KEY})),
+    "across the cut of a message": (False, lambda row: Answer(400, json.dumps(
+        hostile_error(row, message="x" * (pg.MAX_MESSAGE_CHARS - 10) + HOSTILE_KEY)).encode())),
+    "across the cut of a text": (False, lambda row: Answer(400, (
+        "x" * (pg.MAX_MESSAGE_CHARS - 10) + HOSTILE_KEY).encode(), "text/plain")),
+    "across the cut of a body": (False, lambda row: Answer(400, b" " * (pg.MAX_ERROR_BYTES - 10) + HOSTILE_KEY.encode(),
+                                                           "text/plain")),
+    **{f"{field} of the {'first' if is_first else 'later'} event, {'escaped' if is_escaped else 'plain'}": (
+        True, lambda row, field=field, first=is_first, escaped=is_escaped: hostile_stream(      # type: ignore[misc]
+            row, hostile_error(row, **{field: f"Bad {HOSTILE_KEY}"}), escaped, first))
+       for field in ("message", "code", "type") for is_first in (True, False) for is_escaped in (True, False)}}
+
+
+HOSTILE_CASES = [(client, row, place) for client, row in WAYS for place in HOSTILE_PLACES]
+
+
+def test_keys_that_json_escapes_are_found_too() -> None:
+    key = 'quote"Key+9f8e7d'
+    assert "9f8e7d" not in pg.redact_body(json.dumps({"error": {"message": "Bad " + key}}).encode(), [key]).decode()
+
+
+@pytest.mark.parametrize("client, row, place", HOSTILE_CASES)
+def test_no_answer_shows_a_key_of_unknown_shape(hostile: Given, lines: LogLines, client: str, row: str,
+                                                place: str) -> None:
+    is_stream, answer = HOSTILE_PLACES[place]
+    handle, fake = hostile(answer(row))
+    result = call(handle.url, WAY_IN[client], question(row, is_stream))
+    lines.access()
+    assert HOSTILE_KEY in json.dumps(fake.received[0].headers)
+    shown = result.body.decode("utf-8", "replace") + json.dumps(result.headers)
+    for old, new in (("\0", ""), ("\\/", "/"), ("\\u002b", "+")):
+        shown = shown.replace(old, new)
+    logged = "".join(pg.JsonFormatter().format(record) for record in lines.records)
+    assert HOSTILE_KEY[:9] not in shown and HOSTILE_KEY[-9:] not in shown
+    assert HOSTILE_KEY not in logged.replace("\\/", "/")
+    if not is_stream and not place.startswith("header"):
+        assert result.status >= 400 and isinstance(result.json["error"]["message"], str)
+
+
+@pytest.mark.parametrize("row", ["chat", "anth"])
+@pytest.mark.parametrize("client", ["chat", "messages"])
+def test_stop_reason_in_the_log(hostile: Given, lines: LogLines, client: str, row: str) -> None:
+    reason = HOSTILE_KEY + "y" * 5000
+    stop = b'"end_turn"' if row == "anth" else b'"stop"'
+    handle, _ = hostile(Answer(200, [STREAMS[row].replace(stop, json.dumps(reason).encode())], "text/event-stream"))
+    assert call(handle.url, WAY_IN[client], question(row, True)).status == 200
+    fields = lines.access()
+    assert len(fields["stop"]) <= 64 and HOSTILE_KEY not in json.dumps(fields)
+
+
+@pytest.mark.parametrize("value", ["\x01\x02 5", "caf\xe9", "\x7f\x80\xff", "a\tb\x1b[31mred", "x" * 5000], ids=ascii)
+@pytest.mark.parametrize("status", [200, 429])
+@pytest.mark.parametrize("client, row", WAYS)
+def test_carried_headers_are_printable(script: Given, client: str, row: str, status: int, value: str) -> None:
+    answer = whole_answer(row) if status == 200 else Answer(status, json.dumps(hostile_error(row)).encode())
+    names = ["retry-after", "x-ratelimit-limit-requests", "anthropic-ratelimit-requests-limit"]
+    handle, _ = script(answer._replace(headers={name: value for name in names}))
+    with RawClient(handle.url) as raw:
+        result = raw.ask("POST", WAY_IN[client], json.dumps(question(row)).encode())
+        assert result.status == status and names[1] in result.headers
+        for held in result.headers.values():
+            assert len(held) <= 1000 and re.fullmatch(r"[\x20-\x7e]*", held)
+
+
+@pytest.mark.parametrize("client, row", WAYS)
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_provider_sends_many_headers(script: Given, client: str, row: str, stream: bool) -> None:
+    answer = stream_answer(row) if stream else whole_answer(row)
+    handle, _ = script(answer._replace(headers={f"x-ratelimit-{number}": "1" for number in range(190)}))
+    result = call(handle.url, WAY_IN[client], question(row, stream))    # http.client takes a hundred headers
+    assert result.status == 200 and answer_text(result) == "Hello"
+    assert sum(name.startswith("x-ratelimit-") for name in result.headers) == pg.MAX_CARRIED == 40
+
+
+def comments_only() -> Iterator[Any]:
+    """A stream that never ends and never says anything."""
+    while True:
+        yield 0.005
+        yield b": still here\n\n"
+
+
+@pytest.mark.parametrize("client, row", WAYS)
+def test_heartbeat_beside_comments(tmp_path: Any, client: str, row: str) -> None:
+    with serving(tmp_path, lambda request: Answer(200, comments_only(), "text/event-stream"),
+                 heartbeat_interval_ms=30) as (handle, fake):
+        opened = OpenCall(handle.url, WAY_IN[client], question(row, True))
+        for _ in range(3):
+            opened.read_until(HEARTBEATS[client])
+            opened.seen = b""
+        opened.close()
+        assert fake.client_gone.wait(5)
+
+
+@pytest.mark.skipif(not hasattr(select, "POLLRDHUP"), reason="an end behind unread bytes shows on Linux only")
+@pytest.mark.parametrize("client, row", WAYS)
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+def test_client_that_speaks_and_leaves(tmp_path: Any, lines: LogLines, client: str, row: str, stream: bool) -> None:
+    begun = threading.Event()
+
+    def pieces() -> Iterator[Any]:
+        begun.set()
+        yield from drip(row)
+
+    with serving(tmp_path, lambda request: Answer(200, pieces(), "text/event-stream")) as (handle, fake):
+        opened = OpenCall(handle.url, WAY_IN[client], question(row, stream))
+        if stream:
+            opened.read_until(b"Hel")
+        assert begun.wait(5)
+        opened.sock.sendall(b"P")                   # as if of its next request
+        assert not fake.client_gone.wait(0.03)
+        opened.close()
+        assert fake.client_gone.wait(5) and lines.access()["status"] == 499
+        until(lambda: handle.gateway.open_requests == 0)
+
+
+def test_client_that_speaks_is_answered_twice(tmp_path: Any) -> None:
+    def answer(request: Received) -> Answer:
+        return Answer(200, [CHAT_STREAM[:40], 0.03, CHAT_STREAM[40:80], 0.03, CHAT_STREAM[80:]], "text/event-stream")
+
+    with serving(tmp_path, answer) as (handle, _), RawClient(handle.url) as raw:
+        body = json.dumps(question("chat", True)).encode()
+        wire = f"POST {WAY_IN['chat']} HTTP/1.1\r\nHost: {raw.netloc}\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+        raw.send(wire + body + wire[:1])
+        assert answer_text(raw.answer() or Result(0, {}, b"")) == "Hello"
+        raw.send(wire[1:] + body)
+        assert answer_text(raw.answer() or Result(0, {}, b"")) == "Hello"
+
+
+# --- Without end ------------------------------------------------------------------------------------------------------
+
+
+def endless(row: str, what: str) -> Iterator[bytes]:
+    """A stream that never ends."""
+    events = [event + b"\n\n" for event in STREAMS[row].split(b"\n\n")]
+    place = next(place for place, event in enumerate(events) if b"Hel" in event)
+    if what == "text" and place:
+        yield b"".join(events[:place])
+    while True:
+        yield {"text": events[place] * 20, "comments": b": still here\n\n" * 100,
+               "one event": b"data: " + b"x" * 2000, "one line": b"x" * 2000}[what]
+
+
+@pytest.mark.parametrize("what", ["text", "comments", "one event", "one line"])
+@pytest.mark.parametrize("client, row", WAYS)
+def test_endless_stream_for_a_whole_answer(hostile: Given, monkeypatch: Any, client: str, row: str, what: str) -> None:
+    monkeypatch.setattr(pg, "MAX_EVENT_BYTES", 50_000)
+    handle, fake = hostile(lambda request: Answer(200, endless(row, what), "text/event-stream"))
+    fake.client_gone.clear()
+    assert call(handle.url, WAY_IN[client], question(row)).status == 502
+    assert fake.client_gone.wait(5)
+
+
+@pytest.mark.parametrize("client, row", [("chat", "anth"), ("messages", "chat")])
+def test_endless_translated_part(hostile: Given, monkeypatch: Any, client: str, row: str) -> None:
+    monkeypatch.setattr(pg, "MAX_EVENT_BYTES", 20_000)
+    handle, _ = hostile(lambda request: Answer(200, endless(row, "text"), "text/event-stream"))
+    assert "longer than" in stream_failure(client, call(handle.url, WAY_IN[client], question(row, True)))["message"]
+
+
+def gzipped(body: bytes) -> bytes:
+    """A gzip member."""
+    packer = zlib.compressobj(9, zlib.DEFLATED, 31)
+    return packer.compress(body) + packer.flush()
+
+
+def test_gzip_bomb() -> None:
+    with fake_upstream(Answer(200, gzipped(bytes(32 << 20)), headers={"Content-Encoding": "gzip"})) as fake:
+        with transport() as made, pytest.raises(pg.UpstreamProtocolError, match="beyond reason"):
+            fetch(made, fake.url)
+
+
+@pytest.mark.parametrize("rest", [[b"x" * 50_000] * 100, [gzipped(b"more")], [gzipped(bytes(32 << 20))]],
+                         ids=["junk", "member", "bomb"])
+def test_bytes_after_the_gzip_end(rest: List[bytes]) -> None:
+    packed = gzipped(CHAT_STREAM)
+    for body in ([packed, *rest], [packed[:5], packed[5:-1], packed[-1:] + rest[0], *rest[1:]]):
+        with fake_upstream(Answer(200, body, headers={"Content-Encoding": "gzip"})) as fake, transport() as made:
+            assert fetch(made, fake.url) == (200, CHAT_STREAM)
+
+
+# --- What was quadratic: these took minutes ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("-eyJaaaaaaaaa" * 200_000, pg.REDACTED), ("eyJ" * 500_000, pg.REDACTED), ("eyJaaaaaaaa." * 200_000, None),
+    ("sk-" * 500_000, pg.REDACTED), ("bearer " * 200_000, None), ("?key=" * 200_000, None), ("AIza" * 300_000, None)],
+    ids=["-eyJ", "eyJ", "eyJ.", "sk-", "bearer", "key", "AIza"])
+def test_redact_long_text(text: str, expected: Optional[str]) -> None:
+    shown = pg.redact(text)
+    assert len(shown) <= 2 * len(text) and (expected is None or len(shown) <= len(expected) + 3)
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("```\n" + " " * 2_000_000 + "x", None), ("```json\n{\"a\": 1}" + "\n" * 2_000_000 + "```", {"a": 1}),
+    (" " * 2_000_000 + "x", None), ("```" * 700_000, None), ("```" + " " * 2_000_000 + "\n{}```", {}),
+    ("```" + "a" * 2_000_000, None), ("{\"a\":" * 200_000, None), ("\n" * 1_000_000 + "{}" + "\n" * 1_000_000, {})],
+    ids=["blanks", "fence and blanks", "no fence", "fences", "fence and its blanks", "name", "nested", "blank lines"])
+def test_repair_long_arguments(text: str, expected: Any) -> None:
+    assert pg.repair_json_object(text) == expected
+
+
+@pytest.mark.parametrize("fields", [
+    {"metadata": {str(number): {"model": "p/m1"} for number in range(5000)}, "model": "p/m1"},
+    {"model": "p/m1", "metadata": {str(number): {"model": "p/m1"} for number in range(5000)}},
+    {"system": '"model": "' + "\\" * 4_000_000, "model": "p/m1"},
+    {"metadata": {"model": "x" * 8_000_000}, "model": "p/m1"}, {"model": "x" * 8_000_000}],
+    ids=["nested before", "nested after", "backslashes", "long nested", "long"])
+def test_splice_model_into_a_hostile_body(fields: Dict[str, Any]) -> None:
+    data = {"max_tokens": 5, **fields}
+    body = pg.splice_model(json.dumps(data).encode(), data, "claude-x")
+    assert json.loads(body) == {**data, "model": "claude-x"}
+
+
+def test_splice_model_into_broken_strings() -> None:
+    body = b'{"model":"p/m1","x":"' + b'\\"model\\":\\"' * 500_000 + b'"}'
+    assert json.loads(pg.splice_model(body, json.loads(body), "y"))["model"] == "y"
+
+
+def test_many_tool_results_are_one_turn() -> None:
+    calls_made = [{**CALL, "id": f"c{number}"} for number in range(20_000)]
+    answers = [{"role": "tool", "tool_call_id": made["id"], "content": "x"} for made in calls_made]
+    request = chat_request(messages=[{"role": "user", "content": "x"},
+                                     {"role": "assistant", "content": None, "tool_calls": calls_made}, *answers])
+    assert [turn.role for turn in request.messages] == ["user", "assistant", "tool"]
+    assert [part.call_id for part in request.messages[2].parts] == [made["id"] for made in calls_made]
+
+
+# --- Requests ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("client", ["chat", "messages"])
+@pytest.mark.parametrize("row", ["chat", "anth"])
+def test_long_model_names(script: Given, client: str, row: str) -> None:
+    handle, fake = script(whole_answer(row))
+    for name in (f"{row}/" + "x" * 1001, f"{row}/" + "é" * 100_000, "x" * 1_000_000, f"{row}/" + "x/" * 600):
+        result = call(handle.url, WAY_IN[client], {**question(row), "model": name})
+        assert result.status == 404 and len(result.body) < 5000 and not fake.received
+    assert call(handle.url, WAY_IN[client], {**question(row), "model": f"{row}/" + "x" * 1000}).status == 200
+    assert fake.received[0].json["model"] == "x" * 1000
+
+
+@pytest.mark.parametrize("client, row", WAYS)
+@pytest.mark.parametrize("field", ["unknown", "schema", "content"])
+def test_bodies_nested_below_the_limit(script: Given, client: str, row: str, field: str) -> None:
+    handle, _ = script(whole_answer(row))
+    body = question(row)
+    if field == "unknown":
+        body["metadata"] = "HERE"
+    elif field == "content":
+        body["messages"][0]["content"] = "HERE"
+    else:
+        body["tools"] = [{"type": "function", "function": {"name": "f", "parameters": {"properties": "HERE"}}}
+                         if client == "chat" else
+                         {"name": "f", "input_schema": {"type": "object", "properties": "HERE"}}]
+    seen = set()
+    for depth in [*range(100, 1100, 45), *range(960, 1000, 3), 3000, 10_000, 100_000]:
+        data = json.dumps(body).replace('"HERE"', '{"a":' * depth + "1" + "}" * depth).encode()
+        result = call(handle.url, WAY_IN[client], data)
+        seen.add(result.status)
+        assert result.status in (200, 400) and (result.status == 200 or result.json["error"]["message"]), depth
+    assert 400 in seen
+
+
+# --- Files ------------------------------------------------------------------------------------------------------------
+
+
+@POSIX
+@pytest.mark.parametrize("name, status", [("models", 2), ("gateway", 2), ("pigateway", 2), ("auth", 0)])
+def test_pipes_where_files_belong(tmp_path: Any, name: str, status: int) -> None:
+    folder = write_agent_files(tmp_path, **{"models": two_providers("http://127.0.0.1:9")} if name != "models" else {})
+    os.mkfifo(os.path.join(folder, f"{name}.json"))
+    ended, out, err = run_program(tmp_path, "models")       # the time limit of which ends what hangs
+    assert ended == status and "Traceback" not in err
+    assert "chat/m1" in out if name == "auth" else f"{name}.json: not a regular file" in err.lower()
+
+
+@POSIX
+@pytest.mark.parametrize("content", ["1" * 5000, "1" * 4000 + "\n", "9" * 11, "-" * 5000, " " * 5000 + "1", None],
+                         ids=["5000 digits", "4000 digits", "11 digits", "dashes", "blanks", "pipe"])
+def test_odd_pid_files(tmp_path: Any, content: Optional[str]) -> None:
+    path = str(tmp_path / "g.pid")
+    if content is None:
+        os.mkfifo(path)
+    else:
+        with open(path, "w", encoding="ascii") as file:
+            file.write(content)
+    lock = pg.PidFile(path)
+    assert lock.owner() is None
+    lock.claim()
+    assert lock.owner() == os.getpid()
+    lock.release()
+    assert not os.path.exists(path)
+
+
+@pytest.mark.parametrize("field", ["contextWindow", "maxTokens"])
+@pytest.mark.parametrize("number", ["1e999", "-1e999", "NaN", "1" * 5000], ids=lambda text: text[:6])
+def test_numbers_beyond_reason_in_the_models_file(tmp_path: Any, capsys: Any, monkeypatch: Any, field: str,
+                                                  number: str) -> None:
+    text = json.dumps(two_providers("http://127.0.0.1:9", **{field: "HERE"})).replace('"HERE"', number)
+    write_agent_files(tmp_path, models=text)
+    assert "models.json" in config_error(capsys, monkeypatch, tmp_path, "models")
+
+
+@pytest.mark.parametrize("key", ["clé-0123456789", "key\u2028", "键键键键键键", "a\x7fb", "tab\there", "line\nbreak"], ids=ascii)
+@pytest.mark.parametrize("where", ["file", "variable"])
+def test_keys_that_no_header_can_hold(tmp_path: Any, capsys: Any, monkeypatch: Any, key: str, where: str) -> None:
+    write_agent_files(tmp_path, **{"gateway": {"apiKey": key}} if where == "file" else {})
+    environ = {"PI_GATEWAY_API_KEY": key} if where == "variable" else {}
+    message = config_error(capsys, monkeypatch, tmp_path, "models", **environ)
+    assert "apiKey" in message and key not in message
+
+
+MS_OPTIONS = [option for option in pg.OPTIONS if option.key.endswith("Ms")]
+
+
+def test_every_period_has_limits() -> None:
+    assert {option.key for option in MS_OPTIONS} == {
+        "forceAbortTimeoutMs", "heartbeatIntervalMs", "demoDelayMs", "bodyTimeoutMs", "connectTimeoutMs",
+        "firstByteTimeoutMs", "idleTimeoutMs"}
+    assert all(option.low is not None and option.high is not None for option in MS_OPTIONS)
+
+
+@pytest.mark.parametrize("option", MS_OPTIONS, ids=lambda option: option.key)
+def test_periods_beyond_reason(tmp_path: Any, capsys: Any, monkeypatch: Any, option: pg.Option) -> None:
+    for value in (option.low - 1, option.high + 1, 10 ** 400, -10 ** 400, 0.5):     # type: ignore[operator]
+        write_agent_files(tmp_path, pigateway={option.key: value})
+        message = config_error(capsys, monkeypatch, tmp_path, "models")
+        assert option.key in message and "pigateway.json" in message and len(message) < 400
+    for text in ("1e999", "NaN", "1" * 5000):
+        write_agent_files(tmp_path, pigateway='{"%s": %s}' % (option.key, text))
+        assert "pigateway.json" in config_error(capsys, monkeypatch, tmp_path, "models")
+    for value in (option.low, option.high):
+        write_agent_files(tmp_path, pigateway={option.key: value})
+        assert getattr(load(tmp_path), option.attribute) == value
 
 
 # ======================================================================================================================
