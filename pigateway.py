@@ -7379,6 +7379,9 @@ def read_models_file(data: Mapping[str, Any]) -> ModelsFile:
 
 def _read_provider(result: ModelsFile, name: str, entry: Dict[str, Any], path: str) -> None:
     fields = {key: optional(entry, key, kind, path) for key, kind in _PROVIDER_KEYS.items()}
+    for key in entry:                           # pi ignores what it does not know; a slip of the pen is worth a word
+        near = difflib.get_close_matches(key, _PROVIDER_KEYS, 1, 0.7) if key not in _PROVIDER_KEYS else []
+        result.problems.extend(f'{path}: unknown key "{key}"; did you mean "{name}"?' for name in near)
     if not re.fullmatch(r"[^/\s]+", name) or name == DEMO:
         raise BadRequest(f"{path}: a provider's name may not be empty, be {DEMO!r} or hold a slash or blank")
     provider = _merge_provider(name, fields, path)
@@ -7549,7 +7552,8 @@ class FileCache:
             time.sleep(self._PAUSE_S)
         identity = self._identify()
         if identity and identity[2]:            # its size
-            log.warning("%s cannot be read as JSON; keeping what was read before", self.path)
+            log.warning("%s cannot be read as JSON; going on with %s", self.path,
+                        "what was read before" if self._content else "nothing from it")
             return None
         return {}
 
@@ -7624,8 +7628,9 @@ class Credentials:
 
     def _azure(self, provider: Provider, entry: Mapping[str, Any]) -> Credential:
         parts = {name: self._variable(variable, entry) for name, variable in AZURE_VARIABLES.items()}
-        parts = present(**parts, endpoint=azure_base_url(present(**parts), provider.endpoints[provider.protocol]))
-        return replace(self._key(provider, entry), parts=parts)
+        credential = self._key(provider, entry)
+        endpoint = azure_base_url(present(**parts), provider.endpoints[provider.protocol])
+        return replace(credential, parts=present(**parts, endpoint=endpoint))
 
     def _code_assist(self, provider: Provider, entry: Mapping[str, Any]) -> Credential:
         project = entry.get("projectId") or self._variable("GOOGLE_CLOUD_PROJECT", entry)
@@ -7656,9 +7661,14 @@ class Credentials:
         "aws": _has_aws, "google": _has_google, "azure": _has_azure}
 
     def fill(self, url: str, provider: Provider) -> str:
-        """A base URL with its {NAME} placeholders filled in."""
+        """A base URL with its {NAME} placeholders filled in. Raises `Unauthorized` that names what is missing."""
         entry = as_dict(self._auth.read().get(provider.name))
-        return _PLACEHOLDER.sub(lambda match: self._variable(match.group(1), entry) or match.group(0), url)
+        for name in _PLACEHOLDER.findall(url):
+            value = self._variable(name, entry)
+            if not value:
+                raise Unauthorized(f'"{provider.name}" needs {name} as well', code="no_credentials", param="model")
+            url = url.replace("{%s}" % name, value)
+        return url
 
     def _variable(self, name: str, entry: Mapping[str, Any]) -> Optional[str]:
         own = as_dict(entry.get("env")).get(name)
@@ -7682,7 +7692,9 @@ class Credentials:
     def _advice(self, provider: Provider, entry: Mapping[str, Any]) -> str:
         if entry.get("key") or provider.api_key:
             return f'the key for "{provider.name}" in the configuration resolves to nothing; check its variable or command'
-        return f'no key for "{provider.name}"' + (f": set {provider.env[-1]}" if provider.env else "")
+        if not provider.env:
+            return f'no log-in for "{provider.name}": log in with pi, which keeps it in auth.json'
+        return f'no key for "{provider.name}": set {provider.env[-1]}'
 
     def _header(self, provider: Provider, name: str, value: str, entry: Mapping[str, Any]) -> str:
         resolved = self.resolve(value, entry)
@@ -10008,7 +10020,7 @@ OPTIONS = (
     Option("modelAllowlist", "list", flag="--model-allowlist", help="only offer this model: provider/id or bare id"),
     Option("modelDenylist", "list", flag="--model-denylist", help="never offer this model"),
     Option("exposeOAuthSubscriptions", "boolean", "PI_GATEWAY_EXPOSE_OAUTH", "--expose-oauth-subscriptions",
-           help="offer personal subscriptions on other than loopback addresses too"),
+           help="offer personal subscriptions beyond loopback too"),
     Option("requireKeyOnLoopback", "boolean", flag="--require-key-on-loopback", help="demand the apiKey on loopback too"),
     Option("forceAbortTimeoutMs", "integer", low=100, high=DAY_MS),
     Option("heartbeatIntervalMs", "integer", low=1000, high=DAY_MS),
@@ -10362,6 +10374,16 @@ def refuse_key_flag(argv: Sequence[str]) -> None:
                           "~/.pi/agent/gateway.json, or PI_GATEWAY_API_KEY")
 
 
+def check_words(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    """A misspelt flag named as such; argparse would take what follows it for a command."""
+    known = [flag for action in parser._actions for flag in action.option_strings]
+    for argument in argv:
+        flag = argument.partition("=")[0]
+        if flag.startswith("--") and flag != "--" and flag not in known:
+            near = difflib.get_close_matches(flag, known, 1, 0.0)
+            raise ConfigError(f"unknown flag {redact(flag)[:60]}; the nearest is {near[0]} (see --help)")
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """The command line. Returns the exit status: 0 done, 1 failure, 2 configuration, 3 another gateway is running."""
     argv = sys.argv[1:] if argv is None else list(argv)
@@ -10371,7 +10393,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         refuse_key_flag(argv)
         parser = build_parser()
+        check_words(parser, argv)
         arguments = parser.parse_args(argv)
+        if arguments.json and arguments.command != "models":
+            raise ConfigError("--json goes with the models command: pigateway.py models --json")
         if arguments.command == "help":
             parser.print_help()
             return EXIT_OK
@@ -10416,7 +10441,9 @@ def print_models(gateway: Gateway, as_json: bool) -> int:
     silent = [provider.name for provider in gateway.catalogue.providers.values() if provider.discover
               and gateway.is_usable(provider) and not gateway.catalogue.is_discovered(provider)]
     if silent:
-        print(f"{NAME}: no list from {', '.join(silent)} within a second", file=sys.stderr)
+        print(f"{NAME}: no list from {', '.join(silent)} (not reachable, or slower than a second)", file=sys.stderr)
+    if not models:
+        print(f"{NAME}: no model is left: the allow and deny lists leave out all of them", file=sys.stderr)
     if as_json:
         print(json.dumps([{
             "id": model.full_id, "provider": model.provider, "name": model.name or model.id, "protocol": model.protocol,

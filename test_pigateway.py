@@ -10247,6 +10247,27 @@ def test_periods_beyond_reason(tmp_path: Any, capsys: Any, monkeypatch: Any, opt
         assert getattr(load(tmp_path), option.attribute) == value
 
 
+@pytest.mark.parametrize("argv, words", [
+    (["--prot", "4000"], "unknown flag --prot; the nearest is --port"), (["--json"], "--json goes with the models command"),
+    (["--secret=sk-abcdefghijklmnop1234"], "unknown flag --secret")])
+def test_slips_on_the_command_line(argv: List[str], words: str, capsys: Any) -> None:
+    assert pg.main(argv) == 2
+    shown = capsys.readouterr().err
+    assert words in shown and "abcdefghijklmnop" not in shown
+
+
+def test_slips_in_models_json_are_named() -> None:
+    read = pg.read_models_file({"providers": {"work": {"baseUrl": "http://127.0.0.1:9/v1", "apikey": "x", "pi-only": 1}}})
+    assert read.problems == ['providers.work: unknown key "apikey"; did you mean "apiKey"?'] and "work" in read.providers
+
+
+def test_what_an_address_lacks_is_named(tmp_path: Any) -> None:
+    with running(tmp_path, {"CLOUDFLARE_API_KEY": "sk-cloudflare-key"}) as handle:
+        result = call(handle.url, "/v1/chat/completions",
+                      {"model": "cloudflare-workers-ai/m", "messages": [{"role": "user", "content": "Hi"}]})
+    assert result.status == 401 and "needs CLOUDFLARE_ACCOUNT_ID as well" in result.json["error"]["message"]
+
+
 # ======================================================================================================================
 # README
 # ======================================================================================================================
