@@ -24,7 +24,8 @@ def bootstrap() -> int:
             subprocess.check_call([sys.executable, "-m", "venv", folder])
         subprocess.check_call([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "pytest"])
     command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", os.path.abspath(__file__), *sys.argv[1:]]
-    return subprocess.call(command, cwd=here)
+    # plugins that happen to be installed cost time in each of some thousand tests, and no test needs one
+    return subprocess.call(command, cwd=here, env={**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"})
 
 
 if __name__ == "__main__":
