@@ -9,11 +9,12 @@ and point an OpenAI client at http://127.0.0.1:4000/v1 or an Anthropic client at
 
 Contents (`grep -n '^# §' pigateway.py`):
 
-    §1 Constants            §6 Normalisation          §11 HTTP client
-    §2 Errors               §7 Client protocols       §12 Gateway
-    §3 Logging, redaction   §8 Upstream protocols     §13 HTTP server
-    §4 Representation       §9 Catalogue              §14 Configuration and CLI
-    §5 Framing              §10 Credentials           §15 Catalogue data
+    §1 Constants            §7 Client protocols       §13 HTTP server
+    §2 Errors               §8 Upstream protocols     §14 Log-ins
+    §3 Logging, redaction   §9 Catalogue              §15 Configuration and CLI
+    §4 Representation       §10 Credentials           §16 Catalogue data
+    §5 Framing              §11 HTTP client
+    §6 Normalisation        §12 Gateway
 
 §1 to §9 open nothing and read no clock, environment or random number: bytes and dicts in, dicts and events out.
 
@@ -32,7 +33,7 @@ One request in twelve steps:
     11. The status line goes out with the first event, so that an early failure still is an HTTP error.
     12. The response goes back to the pool or is closed; one access line is logged.
 
-To add a provider that speaks a known protocol: one row in `PROVIDERS` (§9) and its lines in `MODELS` (§15).
+To add a provider that speaks a known protocol: one row in `PROVIDERS` (§9) and its lines in `MODELS` (§16).
 To add a wire format: one class in §8 and its entry in `UPSTREAM_PROTOCOLS`, or one in §7 and its path in `ROUTES`;
 one transcript in the tests.
 """
@@ -57,6 +58,7 @@ import json
 import logging
 import math
 import os
+import queue
 import re
 import secrets
 import select
@@ -115,6 +117,7 @@ DISCOVERY_RETRY_S = 15.0
 DISCOVERY_TIMEOUT_S = 10.0        # for all servers together
 
 EXIT_OK, EXIT_FAILURE, EXIT_CONFIG, EXIT_RUNNING = 0, 1, 2, 3
+EXIT_INTERRUPTED = 130           # by Ctrl-C, as shells count it
 
 LEVELS = ("off", "minimal", "low", "medium", "high", "xhigh", "max")
 LEVEL_ALIASES = {"none": "off", "disabled": "off", **{level: level for level in LEVELS}}
@@ -138,13 +141,14 @@ log.addHandler(logging.NullHandler())
 #   GatewayError            500   message, code, param, retry_after (seconds)
 #   ├─ BadRequest           400   ← ContextOverflow 400, ModelNotFound 404, RouteNotFound 404, MethodNotAllowed 405,
 #   │                               Conflict 409, BodyTooLarge 413, HeadTooLarge 431
-#   ├─ Unauthorized         401   the client's key for us, or no key of ours for the provider
+#   ├─ Unauthorized         401   the client's key for us, or no key of ours for the provider ← LogInOver 401
 #   ├─ Forbidden            403   a host, an origin or a subscription that may not be used; a provider's own 403
 #   ├─ ShuttingDown         503   this process is stopping
 #   └─ UpstreamError        502   ← CredentialRefused 502, RateLimited 429 ← QuotaExceeded, Overloaded 503,
 #                                   UpstreamTimeout 504, UpstreamProtocolError 502, EmptyAnswer 502
 #   ClientGone (apart)            nobody is left to tell; logged, never rendered
 #   ConfigError (apart)           a file, variable or flag that cannot be used: exit status 2
+#   LogInFailed, AuthFileError    a command cannot do what it was asked: exit status 1
 
 
 class GatewayError(Exception):
@@ -232,6 +236,12 @@ class Unauthorized(GatewayError):
     status, code = 401, "invalid_api_key"
 
 
+class LogInOver(Unauthorized):
+    """A subscription's log-in is missing, expired or revoked: only its owner can help."""
+
+    code = "no_credentials"
+
+
 class Forbidden(GatewayError):
     """Understood and refused."""
 
@@ -300,6 +310,14 @@ class ClientGone(Exception):
 
 class ConfigError(Exception):
     """A configuration that cannot be used; the message names the file, variable or flag."""
+
+
+class LogInFailed(Exception):
+    """A log-in that came to nothing; the message says why."""
+
+
+class AuthFileError(Exception):
+    """auth.json, or its lock, cannot be used; the message says why."""
 
 
 # ======================================================================================================================
@@ -383,12 +401,14 @@ class Text:
 @dataclass(frozen=True)
 class Thinking:
     """A model's reasoning. `signature` is its maker's opaque seal (or the whole content, when `redacted`), to be given
-    back byte for byte to that maker and nobody else; `maker` is the wire protocol that issued it."""
+    back byte for byte to that maker and nobody else; `maker` is the wire protocol that issued it, `origin` the model and
+    account (see `origin_of`), "" when that is not known."""
 
     text: str = ""
     signature: Optional[str] = None
     redacted: bool = False
     maker: str = ""
+    origin: str = ""
 
 
 @dataclass(frozen=True)
@@ -413,14 +433,15 @@ class Document:
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A call that the model asks for. `arguments` is JSON text exactly as the model wrote it, valid or not; `signature`
-    and `maker` are as in `Thinking`, for providers that seal calls too."""
+    """A call that the model asks for. `arguments` is JSON text exactly as the model wrote it, valid or not; `signature`,
+    `maker` and `origin` are as in `Thinking`, for providers that seal calls too."""
 
     id: str
     name: str
     arguments: str = ""
     signature: Optional[str] = None
     maker: str = ""
+    origin: str = ""
 
 
 @dataclass(frozen=True)
@@ -481,8 +502,9 @@ class OutputFormat(NamedTuple):
 class Request:
     """What the client asked for. `extra` holds fields that only its own protocol knows, `lost` the paths of what the
     representation cannot hold, `refused` those (path, reason) whose loss would change the answer: all three matter only
-    when the request is translated. `images` are the paths of its images, `session` is what the client calls the conversation. `data`, `body` and `headers` are the request
-    as it came, for the native lane."""
+    when the request is translated. `images` are the paths of its images, `session` is what the client calls the
+    conversation. `data`, `body`, `headers` and `query` are the request as it came, for the native lane; `foreign` are
+    the signatures in it that must not go out."""
 
     model: str
     messages: Tuple[Message, ...]
@@ -514,6 +536,8 @@ class Request:
     data: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
     body: bytes = field(default=b"", repr=False, compare=False)
     headers: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+    query: str = field(default="", repr=False, compare=False)
+    foreign: FrozenSet[str] = field(default=frozenset(), repr=False, compare=False)
 
 
 class Usage(NamedTuple):
@@ -669,13 +693,16 @@ class Model:
 
 @dataclass(frozen=True)
 class Credential:
-    """What authorises a call: kind is api_key, oauth or none. `parts` are its further pieces by name, where a provider
-    wants more than one (key pairs, projects, regions)."""
+    """What authorises a call: kind is api_key, oauth, client (what the client brought, in its own header) or none.
+    `parts` are its further pieces by name, where a provider wants more than one (key pairs, projects, regions). `account`
+    tells accounts apart without naming them; `is_passed`: it is the client's own, not ours."""
 
     kind: str = "none"
     token: str = field(default="", repr=False)
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     parts: Mapping[str, str] = field(default_factory=dict, repr=False)
+    account: str = ""
+    is_passed: bool = False
 
     @property
     def secrets(self) -> List[str]:
@@ -684,7 +711,8 @@ class Credential:
         return [value for value in (self.token, *self.headers.values(), *parts) if len(value) >= 8]
 
 
-SECRET_PARTS = ("access_key_id", "secret_access_key", "session_token")
+NAMING_FIELDS = ("accountId", "projectId", "email")     # of a log-in's entry: whose it is
+SECRET_PARTS = ("access_key_id", "secret_access_key", "session_token", *NAMING_FIELDS)
 
 
 class Call(NamedTuple):
@@ -1303,6 +1331,10 @@ class ClientProtocol:
         """A fresh `Writer` for one streamed answer."""
         raise NotImplementedError
 
+    def seals(self, data: Mapping[str, Any]) -> Iterable[str]:
+        """The signatures in a request body that its `Request` does not hold."""
+        return ()
+
     def render_error(self, error: GatewayError, request_id: str) -> Tuple[int, Dict[str, Any]]:
         """An error as (HTTP status, body) in the client's envelope."""
         raise NotImplementedError
@@ -1444,19 +1476,19 @@ def seal(part: Thinking, protocol: str) -> str:
     """The signature of `part` as a client of `protocol` is to keep it, "" when there is none."""
     if not part.signature or part.maker == protocol:
         return part.signature or ""
-    packed = json_text([part.maker, part.signature]).encode("utf-8")
+    packed = json_text([part.maker, part.signature, part.origin]).encode("utf-8")
     return _SEAL + base64.urlsafe_b64encode(packed).decode("ascii")
 
 
-def unseal(signature: Optional[str], protocol: str) -> Tuple[Optional[str], str]:
-    """(signature, maker) of what a client of `protocol` gave back."""
+def unseal(signature: Optional[str], protocol: str) -> Tuple[Optional[str], str, str]:
+    """(signature, maker, origin) of what a client of `protocol` gave back."""
     if not signature or not signature.startswith(_SEAL):
-        return signature or None, protocol
+        return signature or None, protocol, ""
     try:
-        maker, inner = json.loads(base64.urlsafe_b64decode(signature[len(_SEAL):]))
-        return (inner, maker) if isinstance(maker, str) and isinstance(inner, str) else (None, "")
+        maker, inner, origin = (json.loads(base64.urlsafe_b64decode(signature[len(_SEAL):])) + [""])[:3]
     except (ValueError, TypeError):
-        return None, ""
+        return None, "", ""
+    return (inner, maker, origin) if all(isinstance(text, str) for text in (maker, inner, origin)) else (None, "", "")
 
 
 # --- OpenAI Chat Completions ------------------------------------------------------------------------------------------
@@ -1696,12 +1728,17 @@ class OpenAIChat(ClientProtocol):
         parts: List[Part] = []
         for where, detail in objects(item.get("reasoning_details"), f"{path}.reasoning_details"):
             sealed = detail.get("data") or detail.get("signature")
-            signature, maker = unseal(sealed if isinstance(sealed, str) else None, self.name)
+            signature, maker, origin = unseal(sealed if isinstance(sealed, str) else None, self.name)
             if signature and maker != self.name:
                 text = detail.get("text")
-                parts.append(Thinking(text if isinstance(text, str) else "", signature, "data" in detail, maker))
+                parts.append(Thinking(text if isinstance(text, str) else "", signature, "data" in detail, maker, origin))
         text = item.get("reasoning_content") or item.get("reasoning")
         return parts or ([Thinking(text)] if isinstance(text, str) else [])
+
+    def seals(self, data: Mapping[str, Any]) -> Iterable[str]:
+        """See `ClientProtocol.seals`."""
+        return [seal for message in data.get("messages") or () for detail in message.get("reasoning_details") or ()
+                for seal in detail_seals(detail)]
 
     def _call(self, call: Dict[str, Any], path: str) -> ToolCall:
         call_id = required(call, "id", "a string", path)
@@ -2178,12 +2215,12 @@ class AnthropicClient(ClientProtocol):
         return [Text(heading), *self.content(block.get("content") or "", f"{path}.content", notes)]
 
     def _thinking(self, block: Dict[str, Any], path: str, notes: Notes) -> List[Part]:
-        signature, maker = unseal(optional(block, "signature", "a string", path), self.name)
-        return [Thinking(required(block, "thinking", "a string", path), signature, False, maker if signature else "")]
+        signature, maker, origin = unseal(optional(block, "signature", "a string", path), self.name)
+        return [Thinking(required(block, "thinking", "a string", path), signature, False, maker if signature else "", origin)]
 
     def _redacted(self, block: Dict[str, Any], path: str, notes: Notes) -> List[Part]:
-        signature, maker = unseal(required(block, "data", "a string", path), self.name)
-        return [Thinking("", signature, True, maker)]
+        signature, maker, origin = unseal(required(block, "data", "a string", path), self.name)
+        return [Thinking("", signature, True, maker, origin)]
 
     def _tool_use(self, block: Dict[str, Any], path: str, notes: Notes) -> List[Part]:
         arguments = json_text(required(block, "input", "an object", path))
@@ -2378,6 +2415,7 @@ class MessagesWriter(Writer):
 
 CHAT = OpenAIChat()
 MESSAGES = AnthropicClient()
+CLIENT_PROTOCOLS: Dict[str, ClientProtocol] = {client.name: client for client in (CHAT, MESSAGES)}
 
 
 # ======================================================================================================================
@@ -2563,6 +2601,11 @@ class UpstreamProtocol:
         """Settles what cannot stand together in one request; the names of our fields that had to go."""
         return request, []
 
+    def name_tools(self, request: Request, credential: Credential) -> Tuple[Request, Mapping[str, str]]:
+        """The request with its tools named as this credential demands, and the names that changed: as sent → the
+        client's own."""
+        return request, {}
+
     def build(self, request: Request, model: Model, credential: Credential) -> Call:
         """The call for a normalised request."""
         raise NotImplementedError
@@ -2669,7 +2712,7 @@ def authorization(model: Model, credential: Credential, scheme: str = "bearer") 
     """Request headers that all providers share: identity, authorisation, then what the user configured."""
     headers = {"content-type": "application/json", "accept": "application/json, text/event-stream",
                "user-agent": USER_AGENT}
-    if credential.token:
+    if credential.token and credential.kind != "client":
         if scheme == "bearer":
             headers["authorization"] = f"Bearer {credential.token}"
         elif scheme == "cf-aig-authorization":
@@ -2843,6 +2886,12 @@ class OpenAICompletions(UpstreamProtocol):
     def reader(self, model: Model, stamp: Stamp) -> Reader:
         """See `UpstreamProtocol.reader`."""
         return ChatReader(model, stamp)
+
+
+def detail_seals(detail: Any) -> List[str]:
+    """The opaque strings in an item of `reasoning_details`."""
+    values = (as_dict(detail).get(name) for name in ("signature", "data"))
+    return [value for value in values if isinstance(value, str) and value]
 
 
 def sealed_details(part: Thinking) -> List[Any]:
@@ -3237,7 +3286,33 @@ OAUTH_BETAS = "claude-code-20250219,oauth-2025-04-20"
 OAUTH_IDENTITY = "You are Claude Code, Anthropic's official CLI for Claude."
 OAUTH_AGENT = "claude-cli/2.1.322"
 CARRIED_TO_ANTHROPIC = ("anthropic-version", "anthropic-beta")     # end-to-end headers of the protocol
+# What a client that brings its own credential means for us, or for the connection, rather than for the provider.
+NOT_PASSED = re.compile(r"host|connection|keep-alive|proxy-.*|te|trailer|transfer-encoding|upgrade|content-length|expect|"
+                        r"accept-encoding|cookie|origin|referer|forwarded|via|x-forwarded-.*|x-real-ip|x-pigateway-.*|"
+                        r"authorization|x-api-key|x-goog-api-key")
 CARRIED_TO_OPENAI = ("openai-beta", "openai-organization", "openai-project")
+
+
+# Claude Code's own tools: a subscription token is to see them spelt like this.
+OAUTH_TOOLS = {name.lower(): name for name in (
+    "Read", "Write", "Edit", "Bash", "Grep", "Glob", "AskUserQuestion", "EnterPlanMode", "ExitPlanMode", "KillShell",
+    "NotebookEdit", "Skill", "Task", "TaskOutput", "TodoWrite", "WebFetch", "WebSearch")}
+
+
+def oauth_tool_names(names: Sequence[str]) -> Dict[str, str]:
+    """As sent → the client's own, of those of a client's tools that have to be spelt differently; a name that another
+    tool already has is left alone."""
+    out: Dict[str, str] = {}
+    for name in names:
+        wanted = OAUTH_TOOLS.get(name.lower(), name)
+        if wanted != name and wanted not in names:
+            out.setdefault(wanted, name)
+    return out
+
+
+def client_tool_name(name: str, names: Mapping[str, str]) -> str:
+    """The client's own name of a tool; `names` as `oauth_tool_names` gives them."""
+    return names.get(name) or names.get(OAUTH_TOOLS.get(name.lower(), "")) or name
 
 
 class AnthropicMessages(UpstreamProtocol):
@@ -3281,6 +3356,23 @@ class AnthropicMessages(UpstreamProtocol):
         last = next((message for message in reversed(request.messages) if message.role == "assistant"), None)
         return last is None or not any(isinstance(part, Thinking) for part in last.parts)
 
+    def name_tools(self, request: Request, credential: Credential) -> Tuple[Request, Mapping[str, str]]:
+        """See `UpstreamProtocol.name_tools`."""
+        names = oauth_tool_names([tool.name for tool in request.tools]) if credential.kind == "oauth" else {}
+        if not names:
+            return request, names
+        sent = {own: name for name, own in names.items()}
+
+        def rename(part: Part) -> Part:
+            return replace(part, name=sent[part.name]) if isinstance(part, ToolCall) and part.name in sent else part
+
+        choice = request.tool_choice
+        return replace(
+            request, tools=tuple(replace(tool, name=sent.get(tool.name, tool.name)) for tool in request.tools),
+            tool_choice=choice._replace(name=sent.get(choice.name, choice.name)) if choice and choice.name else choice,
+            messages=tuple(replace(message, parts=tuple(map(rename, message.parts))) for message in request.messages),
+        ), names
+
     def build(self, request: Request, model: Model, credential: Credential) -> Call:
         """See `UpstreamProtocol.build`."""
         messages = self._messages(request.messages)
@@ -3308,6 +3400,8 @@ class AnthropicMessages(UpstreamProtocol):
         """Request headers; those of the client that the protocol defines are carried."""
         scheme = model.flag("auth") or ("bearer" if credential.kind == "oauth" else "x-api-key")
         headers = {"anthropic-version": ANTHROPIC_VERSION, **authorization(model, credential, scheme)}
+        if credential.kind == "client":         # its own program, to its own provider: everything as it said it
+            return {**headers, **{name: value for name, value in client.items() if not NOT_PASSED.fullmatch(name)}}
         headers.update((name, client[name]) for name in CARRIED_TO_ANTHROPIC if name in client)
         if credential.kind == "oauth":
             betas = headers.get("anthropic-beta")
@@ -5453,33 +5547,30 @@ def _header_number(headers: Mapping[str, str], name: str) -> Optional[float]:
 # --- Signatures of tool calls -----------------------------------------------------------------------------------------
 
 
-class SignatureMemory:
-    """Signatures by tool-call id, for clients whose protocol has no place for them. Holds the last `limit`, each for
-    `ttl_s` seconds. Safe to share between threads."""
+class Memory:
+    """The last `limit` values by key, each for `ttl_s` seconds. Safe to share between threads."""
 
     def __init__(self, limit: int = 4096, ttl_s: float = 6 * 3600.0) -> None:
         self._limit = limit
         self._ttl_s = ttl_s
         self._lock = threading.Lock()
-        self._entries: Dict[str, Tuple[float, str, str]] = {}
+        self._entries: Dict[str, Tuple[float, Any]] = {}
 
-    def remember(self, call_id: str, maker: str, signature: str, now: float) -> None:
-        """Keeps the signature of a call; the oldest make room."""
-        call_id = fit_id(call_id, ANTHROPIC_ID_LIMIT)      # as Anthropic clients are given it
+    def put(self, key: str, value: Any, now: float) -> None:
+        """Keeps a value; the oldest make room."""
         with self._lock:
-            self._entries.pop(call_id, None)    # put in again below, as the newest
-            self._entries[call_id] = (now + self._ttl_s, maker, signature)
+            self._entries.pop(key, None)        # put in again below, as the newest
+            self._entries[key] = (now + self._ttl_s, value)
             while len(self._entries) > self._limit:
                 del self._entries[next(iter(self._entries))]
 
-    def recall(self, call_id: str, now: float) -> Optional[Tuple[str, str]]:
-        """(maker, signature) of a call, None when it is not known, or no longer."""
-        call_id = fit_id(call_id, ANTHROPIC_ID_LIMIT)
+    def get(self, key: str, now: float) -> Any:
+        """A value, None when it is not known, or no longer."""
         with self._lock:
-            expires, maker, signature = self._entries.get(call_id, (now, "", ""))
+            expires, value = self._entries.get(key, (now, None))
             if expires > now:
-                return maker, signature
-            self._entries.pop(call_id, None)
+                return value
+            self._entries.pop(key, None)
             return None
 
     def __len__(self) -> int:
@@ -5487,11 +5578,71 @@ class SignatureMemory:
             return len(self._entries)
 
 
+class SignatureMemory:
+    """What the protocols of clients have no place for: the signatures of tool calls by call id, and from which model and
+    account a signature is that the client was given bare. Of signatures it keeps a hash only."""
+
+    def __init__(self, limit: int = 4096, ttl_s: float = 6 * 3600.0) -> None:
+        self._calls = Memory(limit, ttl_s)
+        self._origins = Memory(limit, ttl_s)
+
+    def remember(self, call_id: str, maker: str, signature: str, now: float, origin: str = "") -> None:
+        """Keeps the signature of a call."""
+        self._calls.put(fit_id(call_id, ANTHROPIC_ID_LIMIT), (maker, signature, origin), now)   # as clients are given it
+
+    def recall(self, call_id: str, now: float) -> Optional[Tuple[str, str, str]]:
+        """(maker, signature, origin) of a call, None when it is not known, or no longer."""
+        return self._calls.get(fit_id(call_id, ANTHROPIC_ID_LIMIT), now)
+
+    def note_origin(self, signature: str, origin: str, now: float) -> None:
+        """Keeps where a signature is from."""
+        self._origins.put(_digest(signature), origin, now)
+
+    def is_foreign(self, signature: str, origin: str, now: float) -> bool:
+        """Whether the signature is known to be from elsewhere."""
+        return self._origins.get(_digest(signature), now) not in (None, origin)
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:24]
+
+
+def origin_of(model: Model, credential: Credential) -> str:
+    """Model and account, as seals name them."""
+    return f"{model.full_id}@{credential.account}"
+
+
+def without_seals(request: Request, is_foreign: Callable[[str, str], bool], more: Iterable[str] = ()) -> Request:
+    """`request` without the signatures of which `is_foreign(signature, origin)` holds, and without the thinking that they
+    seal. `more` are signatures in the body that the representation does not hold."""
+    foreign = {signature for signature in more if is_foreign(signature, "")}
+
+    def is_sealed(part: Part) -> bool:
+        sealed = isinstance(part, (Thinking, ToolCall)) and part.signature and is_foreign(part.signature, part.origin)
+        if sealed:
+            foreign.add(part.signature)
+        return bool(sealed)
+
+    def strip(parts: Iterable[Part]) -> Iterator[Part]:
+        for part in parts:
+            if not is_sealed(part):
+                yield part
+            elif isinstance(part, ToolCall):
+                yield replace(part, signature=None, maker="", origin="")
+
+    messages = tuple(replace(message, parts=tuple(strip(message.parts))) if message.role == "assistant" else message
+                     for message in request.messages)
+    return replace(request, messages=messages, foreign=request.foreign | foreign) if foreign else request
+
+
 def with_remembered(request: Request, memory: SignatureMemory, now: float) -> Request:
     """`request` with the signatures that its client dropped, put back on their calls."""
     def sign(part: Part) -> Part:
         found = memory.recall(part.id, now) if isinstance(part, ToolCall) and not part.signature else None
-        return replace(part, maker=found[0], signature=found[1]) if found else part
+        return replace(part, maker=found[0], signature=found[1], origin=found[2]) if found else part
 
     messages = tuple(replace(message, parts=tuple(sign(part) for part in message.parts))
                      if message.role == "assistant" else message for message in request.messages)
@@ -6424,7 +6575,10 @@ class Lane:
         self.usage = Usage()
         self.stop_reason = ""
         self.secrets: Sequence[str] = ()        # what a provider may not quote to the client
+        self.is_passed = False                  # whether the credential is the client's own
+        self.origin = ""                        # whose signatures the answer holds
         self.signed_calls: List[ToolCall] = []  # calls whose seal the client's protocol may have no place for
+        self.issued: List[str] = []             # signatures that the client is given
 
     def call(self, credential: Credential) -> Tuple[Call, List[str]]:
         """The call, and the client's names of what it leaves out."""
@@ -6442,10 +6596,10 @@ class Lane:
         """Takes a whole JSON answer."""
         raise NotImplementedError
 
-    def again(self, kind: Optional[Type[Lane]] = None) -> Lane:
-        """The same request from its beginning, on the same lane or another."""
-        lane = (kind or type(self))(self.client, self.upstream, self.request, self.model, self.stamp)
-        lane.secrets = self.secrets
+    def again(self, kind: Optional[Type[Lane]] = None, request: Optional[Request] = None) -> Lane:
+        """The same request, or a changed one, from its beginning, on the same lane or another."""
+        lane = (kind or type(self))(self.client, self.upstream, request or self.request, self.model, self.stamp)
+        lane.secrets, lane.origin = self.secrets, self.origin
         return lane
 
     def fail(self, error: GatewayError) -> bytes:
@@ -6467,11 +6621,13 @@ class TranslatedLane(Lane):
         self._reader = Settled(self.upstream.reader(self.model, self.stamp))
         self._writer = self.client.writer(self.request, self.stamp)
         self._events: List[Event] = []
+        self._tool_names: Mapping[str, str] = {}
 
     def call(self, credential: Credential) -> Tuple[Call, List[str]]:
         """See `Lane.call`."""
         names = self.client.field_names
-        request, dropped = normalise(self.request, self.model, self.upstream, names)
+        request, self._tool_names = self.upstream.name_tools(self.request, credential)
+        request, dropped = normalise(request, self.model, self.upstream, names)
         request, conflicts = self.upstream.fit(request, self.model)
         dropped.extend(names.get(name, name) for name in conflicts)
         return self.upstream.build(request, self.model, credential), dropped
@@ -6493,6 +6649,7 @@ class TranslatedLane(Lane):
         return self._take(self._reader.whole(parse_answer(body)))
 
     def _take(self, events: List[Event]) -> bytes:
+        events = [self._mark(event) if isinstance(event, (PartStart, PartEnd)) else event for event in events]
         for event in events:
             if isinstance(event, Failed):
                 self.error = event.error
@@ -6511,6 +6668,18 @@ class TranslatedLane(Lane):
             return b""
         reply = collect(self._events)
         return dumps(self.client.render(self.request, reply, self.stamp)).encode("ascii")
+
+
+    def _mark(self, event: Union[PartStart, PartEnd]) -> Event:
+        """The event with what the provider does not know of its part: the name by which the client knows the tool, and
+        whose signature it is."""
+        part = event.part
+        if isinstance(part, ToolCall) and self._tool_names:
+            part = replace(part, name=client_tool_name(part.name, self._tool_names))
+        if isinstance(part, (Thinking, ToolCall)) and part.signature:
+            part = replace(part, origin=self.origin)
+            self.issued.append(part.signature)
+        return event if part is event.part else event._replace(part=part)
 
 
 def parse_answer(body: bytes) -> Dict[str, Any]:
@@ -6590,25 +6759,39 @@ class AnthropicLane(NativeLane):
 
     path = "/v1/messages"
 
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._tool_names: Mapping[str, str] = {}
+
     def call(self, credential: Credential) -> Tuple[Call, List[str]]:
         """The client's own bytes with the model's name put in and nothing else touched, unless the conversation holds
-        thinking that Claude did not make (after a change of model), or the credential or the model's name demand more."""
+        thinking that this model did not make (after a change of model), or the credential or the model's name demand
+        more."""
         request, model = self.request, self.model
-        has_foreign = any(isinstance(part, Thinking) and not self.upstream.replays(part, model)
-                          for message in request.messages for part in message.parts)
+        dropped: List[str] = []
+        named, self._tool_names = self.upstream.name_tools(request, credential)
+        has_foreign = bool(request.foreign) or any(
+            isinstance(part, Thinking) and not self.upstream.replays(part, model)
+            for message in request.messages for part in message.parts)
         lacks_identity = credential.kind == "oauth" and OAUTH_IDENTITY.encode() not in request.body
-        if has_foreign or lacks_identity or model.level:
-            body = dumps(self._edited(has_foreign, lacks_identity)).encode("ascii")
+        if has_foreign or lacks_identity or model.level or self._tool_names:
+            body = dumps(self._edited(has_foreign, lacks_identity, dropped)).encode("ascii")
         else:
             body = splice_model(request.body, request.data, model.id)
         headers = self.upstream.headers(model, credential, request.headers)
-        return Call("POST", join_url(model.base_url, self.path), headers, body), []
+        query = f"?{request.query}" if credential.kind == "client" and request.query else ""
+        return Call("POST", join_url(model.base_url, self.path) + query, headers, body), dropped
 
-    def _edited(self, has_foreign: bool, lacks_identity: bool) -> Dict[str, Any]:
+    def _edited(self, has_foreign: bool, lacks_identity: bool, dropped: List[str]) -> Dict[str, Any]:
         request, model = self.request, self.model
         data = {**request.data, "model": model.id}
         if has_foreign:
             data["messages"] = [self._without_foreign(message) for message in data["messages"]]
+            if as_dict(data.get("thinking")).get("type") == "enabled" and continues_unsigned(data["messages"]):
+                del data["thinking"]
+                dropped.append("thinking")
+        if self._tool_names:
+            data = rename_anthropic_tools(data, {own: name for name, own in self._tool_names.items()})
         if lacks_identity:
             data["system"] = [{"type": "text", "text": OAUTH_IDENTITY}, *system_blocks(data.get("system"))]
         if model.level:
@@ -6623,8 +6806,25 @@ class AnthropicLane(NativeLane):
         if not isinstance(content, list):
             return message
         kept = [block for block in content if block.get("type") not in ("thinking", "redacted_thinking")
-                or all(self.upstream.replays(part, self.model) for part in MESSAGES.content([block], "", Notes()))]
+                or all(self.upstream.replays(part, self.model) and part.signature not in self.request.foreign
+                       for part in MESSAGES.content([block], "", Notes()))]
         return {**message, "content": kept or [{"type": "text", "text": "…"}]}
+
+    def _read_along(self, name: str, data: Dict[str, Any]) -> bool:
+        """Takes signatures from an event, and gives a tool its own name back; whether that changed the event."""
+        if name == "content_block_delta":
+            delta = as_dict(data.get("delta"))
+            if delta.get("type") == "signature_delta" and isinstance(delta.get("signature"), str):
+                self.issued.append(delta["signature"])
+            return False
+        return self._read_block(as_dict(data.get("content_block")))
+
+    def _read_block(self, block: Dict[str, Any]) -> bool:
+        self.issued.extend(detail_seals(block) if block.get("type") in ("thinking", "redacted_thinking") else ())
+        if not self._tool_names or block.get("type") != "tool_use" or not isinstance(block.get("name"), str):
+            return False
+        name, block["name"] = block["name"], client_tool_name(block["name"], self._tool_names)
+        return block["name"] != name
 
     def relay_event(self, name: str, text: str) -> bytes:
         """See `NativeLane.relay_event`."""
@@ -6634,6 +6834,8 @@ class AnthropicLane(NativeLane):
         if name == "content_block_start" and not self._opened:      # see AnthropicReader
             opening = MESSAGES.writer(self.request, self.stamp).write([Start()])
         self._opened = self._opened or name in ("message_start", "content_block_start")
+        if name in ("content_block_delta", "content_block_start") and self._read_along(name, data):
+            text = dumps(data)
         if name == "message_start":
             self.usage = read_anthropic_usage(as_dict(data["message"].get("usage")))
             text = restore_model(text, data["message"].get("model"), self.request.model)
@@ -6663,7 +6865,36 @@ class AnthropicLane(NativeLane):
         self.started = self.finished = True
         self.usage = read_anthropic_usage(as_dict(data.get("usage")))
         self.stop_reason = data.get("stop_reason") or ""
+        if any([self._read_block(as_dict(block)) for block in data["content"]]):
+            return dumps({**data, "model": self.request.model}).encode("ascii")
         return splice_model(body, data, self.request.model)
+
+
+def continues_unsigned(messages: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the conversation ends inside a tool loop whose turn does not begin with signed thinking: with a thinking
+    budget, that is a 400."""
+    last = as_dict(messages[-1]).get("content") if messages else None
+    if not isinstance(last, list) or not any(as_dict(block).get("type") == "tool_result" for block in last):
+        return False
+    turn = next((message.get("content") for message in reversed(messages) if message.get("role") == "assistant"), None)
+    first = as_dict(turn[0]).get("type") if isinstance(turn, list) and turn else None
+    return first not in ("thinking", "redacted_thinking")
+
+
+def rename_anthropic_tools(data: Dict[str, Any], names: Mapping[str, str]) -> Dict[str, Any]:
+    """A Messages body with tools renamed in their declarations, in the choice and in earlier calls."""
+    def rename(item: Any) -> Any:
+        name = as_dict(item).get("name")
+        return {**item, "name": names[name]} if isinstance(name, str) and name in names else item
+
+    def rename_calls(message: Dict[str, Any]) -> Dict[str, Any]:
+        content = message.get("content")
+        if message.get("role") != "assistant" or not isinstance(content, list):
+            return message
+        return {**message, "content": [rename(block) if block.get("type") == "tool_use" else block for block in content]}
+
+    return {**data, "tools": [rename(tool) for tool in data["tools"]], "messages": list(map(rename_calls, data["messages"])),
+            **({"tool_choice": rename(data["tool_choice"])} if data.get("tool_choice") else {})}
 
 
 class CountLane(AnthropicLane):
@@ -6707,6 +6938,8 @@ class ChatLane(NativeLane):
         """The client's own body, field for field, edited only where a compat flag demands it."""
         request, model = self.request, self.model
         body = {**request.data, "model": model.id}
+        if request.foreign or _SEAL.encode("ascii") in request.body:
+            body["messages"] = [without_details(message, request.foreign) for message in body["messages"]]
         reasoning = request.reasoning if model.reasoning is not None or model.level else None
         if reasoning:                           # the host's own way of saying it replaces the client's
             for name in CHAT.reasoning(body)[1]:
@@ -6769,6 +7002,7 @@ class ChatLane(NativeLane):
 
     def _mend_delta(self, index: int, delta: Dict[str, Any]) -> None:
         delta.pop("role", None)
+        self.issued.extend(seal for detail in delta.get("reasoning_details") or () for seal in detail_seals(detail))
         rename_reasoning(delta)
         if isinstance(delta.get("content"), list):
             delta["content"] = join_text_parts(delta["content"])
@@ -6860,6 +7094,7 @@ class ChatLane(NativeLane):
         if reason in CHAT_FAILURES:
             raise UpstreamError(f"the provider stopped: {reason}")
         rename_reasoning(message)
+        self.issued.extend(seal for detail in message.get("reasoning_details") or () for seal in detail_seals(detail))
         if isinstance(message["content"], list):
             message["content"] = join_text_parts(message["content"])
         if not message.get("tool_calls"):
@@ -6871,6 +7106,17 @@ class ChatLane(NativeLane):
         for call in message["tool_calls"]:
             call.setdefault("type", "function")
             call["id"] = self._call_ids.fresh(call.get("id") or "")
+
+
+def without_details(message: Dict[str, Any], foreign: FrozenSet[str]) -> Dict[str, Any]:
+    """A message of a client without the reasoning that other models sealed."""
+    details = message.get("reasoning_details")
+    if not isinstance(details, list):
+        return message
+    kept = [detail for detail in details
+            if not any(seal in foreign or seal.startswith(_SEAL) for seal in detail_seals(detail))]
+    message = {name: value for name, value in message.items() if name != "reasoning_details"}
+    return {**message, "reasoning_details": kept} if kept else message
 
 
 def rename_reasoning(delta: Dict[str, Any]) -> None:
@@ -7558,15 +7804,914 @@ class FileCache:
         return {}
 
 
+# --- auth.json --------------------------------------------------------------------------------------------------------
+#
+# pi owns this file and keeps it under a lock of proper-lockfile's kind. We keep to the same rules, so that nobody's
+# refresh token is used twice and nobody's entry is lost.
+
+LOCK_STALE_S = 30.0                 # a lock not touched for so long is dead: what pi itself waits before it steals one
+LOCK_BEAT_S = 2.0                   # pi's synchronous callers already steal after 10
+LOCK_WAIT_S = 40.0                  # longer than LOCK_STALE_S, so that a dead holder is outlived
+LOCK_JOIN_S = 5.0                   # so long threads of this process may join a lock that is held; then others have a turn
+LOCK_POLL_S = 0.25                  # the longest pause between two tries
+TEMPORARY_S = 300.0                 # what a killed writer left behind is removed after this
+AUTH_TRIES, AUTH_PAUSE_S = 12, 0.02
+
+
+class FileLock:
+    """pi's lock on a file: the directory `<path>.lock`, which its holder makes, touches while he lives and removes.
+
+    Threads of one process share it, so that one that waits for a provider does not hold up the others."""
+
+    def __init__(self, path: str) -> None:
+        path = os.path.abspath(path)
+        named = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
+        target = os.path.realpath(path)         # pi 0.58 refreshes under the lock of a link's target
+        self._folders = [path + ".lock"] + ([target + ".lock"] if target != named else [])
+        self._guard = threading.Condition()
+        self._holders = 0
+        self._since = 0.0
+        self._stamps: Dict[str, int] = {}
+        self._released = threading.Event()
+
+    @contextlib.contextmanager
+    def held(self, limit_s: float = LOCK_WAIT_S) -> Iterator[None]:
+        """Holds the lock. Raises `AuthFileError` when it cannot be had within `limit_s` seconds."""
+        deadline = time.monotonic() + limit_s
+        with self._guard:
+            while self._holders and time.monotonic() - self._since > LOCK_JOIN_S:
+                if not self._guard.wait(max(0.0, deadline - time.monotonic())):
+                    raise AuthFileError(f"{self._folders[0]} is held for too long by this process")
+            if not self._holders:
+                self._acquire(deadline)
+            self._holders += 1
+        try:
+            yield
+        finally:
+            with self._guard:
+                self._holders -= 1
+                if not self._holders:
+                    self._release()
+                    self._guard.notify_all()
+
+    def ensure(self) -> None:
+        """Takes the lock anew if another program took it away from its holder. Raises `AuthFileError`."""
+        with self._guard:
+            if any(self._stamp(folder) != stamp for folder, stamp in self._stamps.items()):
+                log.warning("%s was taken over by another program; taking it again", self._folders[0])
+                self._release()
+                self._acquire(time.monotonic() + LOCK_WAIT_S)
+
+    def _acquire(self, deadline: float) -> None:
+        try:
+            for folder in self._folders:
+                self._stamps[folder] = self._make(folder, deadline)
+        except BaseException:
+            self._release()
+            raise
+        self._since, self._released = time.monotonic(), threading.Event()
+        threading.Thread(target=self._beat, args=(self._released,), name="auth-lock", daemon=True).start()
+
+    def _make(self, folder: str, deadline: float) -> int:
+        pause_s, seen, seen_at = 0.01, 0, time.monotonic()
+        while True:
+            try:
+                os.mkdir(folder)
+                return self._stamp(folder)
+            except FileExistsError:
+                pass
+            except OSError as error:
+                raise AuthFileError(f"{folder} cannot be made: {describe(error)}") from None
+            now, stamp = time.monotonic(), self._stamp(folder)
+            if stamp != seen:
+                seen, seen_at = stamp, now
+            # dead by its own time; or by ours, when its own lies in the future
+            if stamp and (time.time() - stamp / 1e9 > LOCK_STALE_S or now - seen_at > LOCK_STALE_S + LOCK_POLL_S):
+                _steal(folder, stamp)
+            elif now > deadline:
+                raise AuthFileError(f"{folder} is held by another program and not given back")
+            elif stamp:
+                time.sleep(min(pause_s * (1 + secrets.randbelow(1000) / 1000), LOCK_POLL_S))
+                pause_s *= 2
+                self._touch()
+
+    def _beat(self, released: threading.Event) -> None:
+        while not released.wait(LOCK_BEAT_S):
+            with self._guard:
+                if not released.is_set():
+                    self._touch()
+
+    def _touch(self) -> None:
+        """Shows that the holder lives; never on a lock that another program has taken over."""
+        for folder, stamp in self._stamps.items():
+            if self._stamp(folder) == stamp:
+                with contextlib.suppress(OSError):
+                    os.utime(folder)
+                    self._stamps[folder] = self._stamp(folder)
+
+    def _release(self) -> None:
+        self._released.set()
+        for folder, stamp in self._stamps.items():
+            if self._stamp(folder) == stamp:
+                with contextlib.suppress(OSError):
+                    os.rmdir(folder)
+        self._stamps = {}
+
+    @staticmethod
+    def _stamp(folder: str) -> int:
+        """When the folder was last touched, in nanoseconds; 0 when it is not there."""
+        try:
+            return os.stat(folder).st_mtime_ns
+        except OSError:
+            return 0
+
+
+def _steal(folder: str, stamp: int) -> None:
+    """Removes a dead lock; one process at a time, so that none removes what another has just made."""
+    descriptor = -1
+    try:
+        if os.name == "posix":
+            import fcntl                        # not on Windows
+            descriptor = os.open(os.path.dirname(folder), os.O_RDONLY)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if FileLock._stamp(folder) == stamp:
+            log.warning("%s was left behind by a program that died; removing it", folder)
+            os.rmdir(folder)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise AuthFileError(f"{folder} was left behind and cannot be removed: {describe(error)}") from None
+    finally:
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+class AuthFile:
+    """auth.json: read without the lock, changed under it, one entry at a time. What others wrote stays as it is."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.lock = FileLock(path)
+        self._cache = FileCache(path)
+        self._writing = threading.Lock()
+
+    def read(self) -> Dict[str, Any]:
+        """The entries by provider; the last good ones while the file is broken."""
+        return self._cache.read()
+
+    def entry(self, name: str) -> Dict[str, Any]:
+        """A provider's entry, {} when it has none."""
+        return as_dict(self.read().get(name))
+
+    def load(self) -> Dict[str, Any]:
+        """The file as it is now; for a holder of the lock. Raises `AuthFileError` when it is not valid JSON."""
+        problem = ""
+        for _ in range(AUTH_TRIES):
+            try:
+                with open_text(self.path) as file:
+                    text = file.read()
+                content = json.loads(text) if text.strip() else {}
+                if isinstance(content, dict):
+                    return content
+                problem = "it must hold a JSON object"
+            except FileNotFoundError:
+                return {}
+            except (ValueError, RecursionError):
+                problem = "it is not valid JSON"
+            except OSError as error:
+                problem = describe(error)
+            time.sleep(AUTH_PAUSE_S)
+        raise AuthFileError(f"{self.path} cannot be read, so it is left alone: {problem}")
+
+    def change(self, name: str, update: Callable[[Dict[str, Any]], Optional[Dict[str, Any]]]) -> None:
+        """Puts what `update` makes of a provider's entry ({} when there is none) in its place: None removes it, an equal
+        one writes nothing. Raises `AuthFileError`."""
+        self._make_folder()
+        with self.lock.held(), self._writing:
+            self.lock.ensure()
+            content = self.load()
+            old = as_dict(content.get(name))
+            new = update(dict(old))
+            if new == old or (new is None and name not in content):
+                return
+            if new is None:
+                del content[name]
+            else:
+                content[name] = new
+            self._write(content)
+
+    def check_writable(self) -> None:
+        """Raises `AuthFileError` when a change could not be kept: better before a refresh token is spent than after."""
+        target = os.path.realpath(self.path)
+        self._discard(self._create(target)[1])
+
+    def _make_folder(self) -> None:
+        try:
+            make_private_folder(os.path.dirname(os.path.abspath(self.path)))
+        except OSError as error:
+            raise AuthFileError(f"{self.path} cannot be written: {describe(error)}") from None
+
+    def _create(self, target: str) -> Tuple[int, str]:
+        """(descriptor, path) of a new file beside the target, for its owner only."""
+        temporary = f"{target}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+        try:
+            return os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), temporary
+        except OSError as error:
+            raise AuthFileError(f"{self.path} cannot be written: {describe(error)}") from None
+
+    def _discard(self, temporary: str) -> None:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+
+    def _write(self, content: Mapping[str, Any]) -> None:
+        """Replaces the file: readers see the old one or the new one, whole."""
+        target = os.path.realpath(self.path)
+        self._remove_leftovers(target)
+        descriptor, temporary = self._create(target)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(render_auth(content))
+                file.flush()
+                os.fsync(file.fileno())
+            keep_owner(target, temporary)
+            replace_file(temporary, target)
+        except OSError as error:
+            self._discard(temporary)
+            raise AuthFileError(f"{self.path} cannot be written: {describe(error)}") from None
+        except BaseException:
+            self._discard(temporary)
+            raise
+
+    def _remove_leftovers(self, target: str) -> None:
+        folder, name = os.path.split(target)
+        pattern = re.compile(re.escape(name) + r"\.\d+-[0-9a-f]{8}\.tmp")
+        with contextlib.suppress(OSError):
+            for entry in os.scandir(folder):
+                if pattern.fullmatch(entry.name) and time.time() - entry.stat().st_mtime > TEMPORARY_S:
+                    self._discard(entry.path)
+
+
+def render_auth(content: Mapping[str, Any]) -> bytes:
+    """auth.json as pi writes it: two blanks deep, letters as they are, no line end behind it."""
+    try:
+        return json.dumps(content, indent=2, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:                  # half of a surrogate pair, which only an escape can hold
+        return json.dumps(content, indent=2).encode("ascii")
+
+
+def make_private_folder(path: str) -> None:
+    """A folder, and those above it that are missing, for their owner only. Raises OSError."""
+    if os.path.isdir(path):
+        return
+    make_private_folder(os.path.dirname(path))
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(path, 0o700)
+
+
+def keep_owner(target: str, temporary: str) -> None:
+    """The replacement belongs to whom the file belongs to, where an administrator runs this on another's file."""
+    if os.name == "posix" and os.path.exists(target):
+        old = os.stat(target)
+        if (old.st_uid, old.st_gid) != (os.geteuid(), os.getegid()):
+            with contextlib.suppress(OSError):
+                os.chown(temporary, old.st_uid, old.st_gid)
+
+
+def replace_file(temporary: str, target: str) -> None:
+    """`os.replace`, with patience for readers on Windows, which keep a file from being replaced. Raises OSError."""
+    for _ in range(AUTH_TRIES):
+        try:
+            return os.replace(temporary, target)
+        except PermissionError:
+            if os.name == "posix":
+                raise
+            time.sleep(AUTH_PAUSE_S)
+    os.replace(temporary, target)
+
+
+# --- Subscriptions ----------------------------------------------------------------------------------------------------
+#
+# Plans that people log in to. Client ids and secrets below are those of the vendors' own installed programs: public, and
+# no secret to anybody.
+
+VENDOR_LIMIT_S = 15.0               # one call to a vendor, from its first byte to its last: the lock is held meanwhile
+VENDOR_CONNECT_S = 5.0
+REFRESH_EARLY_S = 300.0             # a token is renewed so long before it ends, or a tenth of its life if that is less
+REFRESH_FAILED_S = 15.0             # a failure is told again for so long before the vendor is asked again
+REFRESH_OVER_S = 300.0              # and a log-in that is over, unless its entry changes
+REFRESH_FORCED_S = 60.0             # a token that the provider refused is renewed no more often than this
+SAVE_AGAIN_S = 5.0                  # until auth.json can be written again
+NEVER_MS = 2 ** 53 - 1              # how pi writes "does not expire"
+CODEX_REDIRECT = "http://localhost:1455/auth/callback"
+DEVICE_GRANT = "urn:ietf:params:oauth:grant-type:device_code"
+COPILOT_HEADERS = MappingProxyType({name.lower(): value for name, value in PROVIDERS["github-copilot"].headers.items()})
+
+
+class VendorReply(NamedTuple):
+    """A vendor's answer: its status, and its JSON object ({} when it is none)."""
+
+    status: int
+    fields: Dict[str, Any]
+    retry_after: Optional[float] = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether it did what was asked."""
+        return 200 <= self.status < 300
+
+    @property
+    def error(self) -> str:
+        """The vendor's word for what is wrong (RFC 6749 §5.2, or as OpenAI nests it), "" for none."""
+        error = self.fields.get("error")
+        code = error if isinstance(error, str) else as_dict(error).get("code") or as_dict(error).get("type")
+        return code if isinstance(code, str) else ""
+
+    @property
+    def said(self) -> str:
+        """What is wrong, for a person."""
+        words = self.fields.get("error_description") or as_dict(self.fields.get("error")).get("message") or self.error
+        return redact(str(words))[:300] if words else f"status {self.status}"
+
+
+class Vendor:
+    """HTTP with those who issue tokens. Raises `UpstreamError` when no answer comes."""
+
+    def __init__(self, transport: Transport, clock: Callable[[], float] = time.time) -> None:
+        self._transport = transport
+        self.clock = clock
+
+    def get(self, url: str, headers: Mapping[str, str], limit_s: float = VENDOR_LIMIT_S) -> VendorReply:
+        """Asks for something."""
+        return self._send(Call("GET", url, {"accept": "application/json", "user-agent": USER_AGENT, **headers}), limit_s)
+
+    def post(self, url: str, fields: Mapping[str, Any], headers: Mapping[str, str] = MappingProxyType({}),
+             as_json: bool = False, limit_s: float = VENDOR_LIMIT_S) -> VendorReply:
+        """Sends a form, or a JSON object."""
+        kind = "application/json" if as_json else "application/x-www-form-urlencoded"
+        body = dumps(fields) if as_json else urllib.parse.urlencode(fields)
+        headers = {"content-type": kind, "accept": "application/json", "user-agent": USER_AGENT, **headers}
+        return self._send(Call("POST", url, headers, body.encode("ascii")), limit_s)
+
+    def _send(self, call: Call, limit_s: float) -> VendorReply:
+        scope = Scope()
+        host = urllib.parse.urlsplit(call.url).hostname
+        timer = threading.Timer(limit_s, scope.cancel, [UpstreamTimeout(f"no answer from {host} in {limit_s:g} seconds")])
+        timer.daemon = True
+        timer.start()
+        try:
+            response = self._transport.open(call, scope)
+            try:
+                body = response.read(MAX_ERROR_BYTES * 16)
+            finally:
+                response.close()
+        finally:
+            timer.cancel()
+        try:
+            fields = as_dict(json.loads(body))
+        except (ValueError, RecursionError):
+            fields = {}
+        return VendorReply(response.status, fields, parse_retry_after(response.headers, self.clock()))
+
+
+@dataclass(frozen=True)
+class Subscription:
+    """A plan that people log in to, a row of `SUBSCRIPTIONS`: where its tokens come from and how they are renewed.
+
+    `redirect` is where the browser comes back to, `secret` is in base64, `margin_s` is how much earlier than the vendor
+    says a token is noted to end. `terms` says what the vendor allows, when that is less than this program can do."""
+
+    provider: str
+    title: str
+    client_id: str = ""
+    token_url: str = ""
+    authorize_url: str = ""
+    redirect: str = ""
+    scope: str = ""
+    parameters: Mapping[str, str] = field(default_factory=dict)
+    secret: str = ""
+    as_json: bool = False
+    margin_s: float = 300.0
+    device_url: str = ""
+    device_fields: Mapping[str, str] = field(default_factory=dict)
+    terms: str = ""
+    account_fields: Tuple[str, ...] = ()
+
+    def ask(self, vendor: Vendor, grant_type: str, **fields: str) -> VendorReply:
+        """A request to the token endpoint."""
+        fields = {"grant_type": grant_type, "client_id": self.client_id, **fields}
+        if self.secret:
+            fields["client_secret"] = base64.b64decode(self.secret).decode("ascii")
+        return vendor.post(self.token_url, fields, as_json=self.as_json)
+
+    def exchange(self, vendor: Vendor, code: str, verifier: str, redirect: str, state: str) -> Dict[str, Any]:
+        """The entry for a code that a log-in ended with. Raises `LogInOver`, `UpstreamError`."""
+        extra = {"state": state} if self.as_json else {}
+        reply = self.ask(vendor, "authorization_code", code=code, redirect_uri=redirect, code_verifier=verifier, **extra)
+        return self.complete(self.read(self.accept(reply), vendor.clock()), vendor)
+
+    def renew(self, entry: Mapping[str, Any], vendor: Vendor) -> Dict[str, Any]:
+        """The fields of an entry that change when its token is renewed. Raises `LogInOver`, `UpstreamError`."""
+        reply = self.ask(vendor, "refresh_token", refresh_token=self.refresh_token(entry))
+        return self.read(self.accept(reply), vendor.clock(), entry)
+
+    def complete(self, entry: Dict[str, Any], vendor: Vendor) -> Dict[str, Any]:
+        """A new entry with what else belongs into it."""
+        return entry
+
+    def refresh_token(self, entry: Mapping[str, Any]) -> str:
+        """What the entry is renewed with. Raises `LogInOver` when it has nothing."""
+        token = entry.get("refresh")
+        if not isinstance(token, str) or not token:
+            raise self.over("it cannot be renewed")
+        return token
+
+    def over(self, reason: str) -> LogInOver:
+        """The error that only a new log-in helps against."""
+        return LogInOver(f'the log-in for "{self.provider}" is no longer valid ({reason}); {log_in_advice(self.provider)}')
+
+    def accept(self, reply: VendorReply) -> Dict[str, Any]:
+        """The fields of an answer that is good. Raises what a bad one means."""
+        if reply.ok and reply.fields:
+            return reply.fields
+        if reply.status in (401, 403) or reply.error in OVER_WORDS:
+            raise self.over(reply.said)
+        if 300 <= reply.status < 400 or reply.ok:
+            raise UpstreamProtocolError(f"{self.title}: the log-in server's answer (status {reply.status}) makes no sense")
+        raise UpstreamError(f"{self.title}: the log-in server failed: {reply.said}", retry_after=reply.retry_after)
+
+    def read(self, fields: Mapping[str, Any], now: float, old: Mapping[str, Any] = MappingProxyType({})) -> Dict[str, Any]:
+        """An entry from a token endpoint's answer; the old refresh token stays when no new one came."""
+        access, refresh = fields.get("access_token"), fields.get("refresh_token") or old.get("refresh")
+        if not isinstance(access, str) or not access or not isinstance(refresh, str) or not refresh:
+            raise UpstreamProtocolError(f"{self.title}: the log-in server answered without a token")
+        return {"type": "oauth", "access": access, "refresh": refresh,
+                "expires": self.expiry(fields.get("expires_in"), now)}
+
+    def expiry(self, life: Any, now: float) -> int:
+        """When a token that lives for so many seconds is to be renewed, in epoch milliseconds."""
+        seconds = number_of(life) or 3600.0
+        return int((now + seconds - min(self.margin_s, seconds / 10)) * 1000)
+
+
+OVER_WORDS = frozenset({"invalid_grant", "invalid_token", "access_denied", "unauthorized_client", "token_expired",
+                        "refresh_token_expired", "refresh_token_reused", "refresh_token_invalidated"})
+
+
+def log_in_advice(provider: str) -> str:
+    """What to type."""
+    return f"run: {'python' if os.name == 'nt' else 'python3'} {NAME}.py login {provider}"
+
+
+def number_of(value: Any) -> float:
+    """A positive number, which some vendors write as a string; 0 for anything else."""
+    try:
+        number = 0.0 if isinstance(value, bool) else float(value)
+        return number if 0 < number < 1e12 else 0.0
+    except (TypeError, ValueError):
+        return 0.0
+
+
+class CodexSubscription(Subscription):
+    """ChatGPT: the token names the account that calls are made for. Its device flow is the vendor's own."""
+
+    def read(self, fields: Mapping[str, Any], now: float, old: Mapping[str, Any] = MappingProxyType({})) -> Dict[str, Any]:
+        """See `Subscription.read`."""
+        entry = super().read(fields, now, old)
+        return {**entry, "accountId": codex_account(entry["access"])}
+
+
+class OpenAISubscription(Subscription):
+    """Sign in with ChatGPT at the provider openai: each log-in has a client id of its own, kept in the entry."""
+
+    def renew(self, entry: Mapping[str, Any], vendor: Vendor) -> Dict[str, Any]:
+        """See `Subscription.renew`."""
+        client_id = entry.get("clientId")
+        if not isinstance(client_id, str):
+            raise self.over("its entry has no clientId")
+        reply = vendor.post(self.token_url, {
+            "grant_type": "refresh_token", "client_id": client_id, "refresh_token": self.refresh_token(entry),
+            "resource": "https://api.openai.com/v1"})
+        return self.read(self.accept(reply), vendor.clock(), entry)
+
+
+class CopilotSubscription(Subscription):
+    """GitHub Copilot: the log-in is GitHub's and stays; a short-lived token for Copilot is fetched with it."""
+
+    def renew(self, entry: Mapping[str, Any], vendor: Vendor) -> Dict[str, Any]:
+        """See `Subscription.renew`."""
+        domain = host_of(entry.get("enterpriseUrl") or "") or "github.com"
+        headers = {**COPILOT_HEADERS, "authorization": f"Bearer {self.refresh_token(entry)}"}
+        reply = vendor.get(f"https://api.{domain}/copilot_internal/v2/token", headers)
+        if reply.status == 404:
+            raise self.over("this account has no Copilot")
+        fields = self.accept(reply)
+        token, expires_at = fields.get("token"), number_of(fields.get("expires_at"))
+        if not isinstance(token, str) or not token or not expires_at:
+            raise UpstreamProtocolError(f"{self.title}: the log-in server answered without a token")
+        now = vendor.clock()
+        return {"type": "oauth", "access": token, "refresh": entry["refresh"],
+                "expires": self.expiry(max(1.0, expires_at - now), now)}
+
+    def complete(self, entry: Dict[str, Any], vendor: Vendor) -> Dict[str, Any]:
+        """The Copilot token, and the models of the plan: those not yet switched on are."""
+        entry = {**entry, **self.renew(entry, vendor)}
+        base_url = copilot_base_url(entry["access"], host_of(entry.get("enterpriseUrl") or ""))
+        headers = {**COPILOT_HEADERS, "authorization": f"Bearer {entry['access']}"}
+        try:
+            reply = vendor.get(f"{base_url}/models", {**headers, "x-github-api-version": COPILOT_API_VERSION}, 5.0)
+            entry["availableModelIds"] = self._enable(reply, base_url, headers, vendor)
+        except (GatewayError, TypeError):       # a log-in is good without the list
+            pass
+        return entry
+
+    def _enable(self, reply: VendorReply, base_url: str, headers: Mapping[str, str], vendor: Vendor) -> List[str]:
+        """The ids of the models that may be called, after switching on those that only wait for that."""
+        items = [as_dict(item) for item in reply.fields.get("data") or () if isinstance(as_dict(item).get("id"), str)]
+        states = {item["id"]: as_dict(item.get("policy")).get("state") for item in items}
+        capable = [item["id"] for item in items if states[item["id"]] != "disabled"
+                   and as_dict(as_dict(item.get("capabilities")).get("supports")).get("tool_calls")]
+        picked = {item["id"] for item in items if item.get("model_picker_enabled")}
+        ready = [name for name in capable if name in picked] or [name for name in capable if states[name] == "enabled"]
+        headers = {**headers, "openai-intent": "chat-policy", "x-interaction-type": "chat-policy"}
+        for name in capable:
+            if states[name] != "unconfigured" or (picked and name not in picked):
+                continue
+            path = urllib.parse.quote(name, safe="")
+            answer = vendor.post(f"{base_url}/models/{path}/policy", {"state": "enabled"}, headers, True, 5.0)
+            if answer.status == 429:
+                break
+            if answer.ok and name not in ready:
+                ready.append(name)
+        return ready
+
+
+def host_of(text: str) -> str:
+    """The host name in a URL or a bare name, "" when there is none."""
+    try:
+        host = urllib.parse.urlsplit(text if "//" in text else "//" + text).hostname or ""
+    except ValueError:
+        return ""
+    return host if re.fullmatch(r"[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?", host) else ""
+
+
+CODE_ASSIST = "https://cloudcode-pa.googleapis.com"
+CODE_ASSIST_METADATA = {"ideType": "IDE_UNSPECIFIED", "platform": "PLATFORM_UNSPECIFIED", "pluginType": "GEMINI"}
+CODE_ASSIST_HEADERS = {"user-agent": "google-api-nodejs-client/9.15.1"}
+ONBOARD_TRIES, ONBOARD_PAUSE_S = 24, 5.0
+
+
+class GeminiSubscription(Subscription):
+    """Gemini CLI: calls are made for a Google Cloud project, which free accounts are given when they begin."""
+
+    api_client = "gl-node/22.17.0"
+
+    def complete(self, entry: Dict[str, Any], vendor: Vendor) -> Dict[str, Any]:
+        """E-mail address and project."""
+        headers = {"authorization": f"Bearer {entry['access']}"}
+        entry = {**entry, "projectId": self.project(headers, vendor)}
+        try:
+            reply = vendor.get("https://www.googleapis.com/oauth2/v1/userinfo?alt=json", headers)
+            return {**entry, **present(email=reply.fields.get("email"))}
+        except UpstreamError:
+            return entry
+
+    def project(self, headers: Mapping[str, str], vendor: Vendor) -> str:
+        """The project, found or made. Raises `LogInFailed`, `UpstreamError`."""
+        headers = {**headers, **CODE_ASSIST_HEADERS, "x-goog-api-client": self.api_client}
+        own = os.environ.get("GOOGLE_CLOUD_PROJECT") or os.environ.get("GOOGLE_CLOUD_PROJECT_ID")
+        metadata = present(**CODE_ASSIST_METADATA, duetProject=own)
+        reply = vendor.post(f"{CODE_ASSIST}/v1internal:loadCodeAssist",
+                            present(cloudaicompanionProject=own, metadata=metadata), headers, True)
+        if not reply.ok and "SECURITY_POLICY_VIOLATED" not in dumps(reply.fields):
+            self.accept(reply)
+        tiers = [as_dict(tier) for tier in reply.fields.get("allowedTiers") or ()]
+        found = project_id(reply.fields)
+        if reply.fields.get("currentTier") or not reply.ok:
+            return self._known(found or own)
+        tier = next((tier.get("id") for tier in tiers if tier.get("isDefault")), None) or "legacy-tier"
+        if tier != "free-tier" and not own:
+            return self._known(None)
+        extra = {} if tier == "free-tier" else {"cloudaicompanionProject": own}
+        metadata = dict(CODE_ASSIST_METADATA) if tier == "free-tier" else metadata
+        body = {"tierId": tier, "metadata": metadata, **extra}
+        operation = self.accept(vendor.post(f"{CODE_ASSIST}/v1internal:onboardUser", body, headers, True))
+        for number in range(ONBOARD_TRIES):
+            if operation.get("done"):
+                break
+            if number:
+                Terminal.wait(ONBOARD_PAUSE_S)
+            operation = self.accept(vendor.get(f"{CODE_ASSIST}/v1internal/{operation.get('name')}", headers))
+        return self._known(project_id(as_dict(operation.get("response"))) or own)
+
+    def _known(self, project: Optional[str]) -> str:
+        if not project:
+            raise LogInFailed("this Google account needs a project of its own: set GOOGLE_CLOUD_PROJECT and log in again")
+        return project
+
+
+class AntigravitySubscription(GeminiSubscription):
+    """Antigravity: as Gemini CLI, with a project for those who have none."""
+
+    def project(self, headers: Mapping[str, str], vendor: Vendor) -> str:
+        """See `GeminiSubscription.project`; never fails."""
+        metadata = dict(CODE_ASSIST_METADATA)
+        headers = {**headers, **CODE_ASSIST_HEADERS, "x-goog-api-client": "google-cloud-sdk vscode_cloudshelleditor/0.1",
+                   "client-metadata": dumps(metadata)}
+        for base in (CODE_ASSIST, "https://daily-cloudcode-pa.sandbox.googleapis.com"):
+            try:
+                reply = vendor.post(f"{base}/v1internal:loadCodeAssist", {"metadata": metadata}, headers, True)
+            except UpstreamError:
+                continue
+            found = project_id(reply.fields)
+            if reply.ok and found:
+                return found
+        return "rising-fact-p41fc"
+
+
+def project_id(fields: Mapping[str, Any]) -> Optional[str]:
+    """The Code Assist project that an answer names, as a string or inside an object."""
+    value = fields.get("cloudaicompanionProject")
+    value = as_dict(value).get("id") if isinstance(value, dict) else value
+    return value if isinstance(value, str) and value else None
+
+
+class MetaSubscription(Subscription):
+    """Meta: the log-in only says who somebody is; a key for a day is made with it."""
+
+    KEY_LIFE_S = 86_400
+
+    def read(self, fields: Mapping[str, Any], now: float, old: Mapping[str, Any] = MappingProxyType({})) -> Dict[str, Any]:
+        """The identity token stands where others have their refresh token."""
+        return super().read({**fields, "refresh_token": fields.get("access_token")}, now, old)
+
+    def complete(self, entry: Dict[str, Any], vendor: Vendor) -> Dict[str, Any]:
+        """The first key."""
+        return {**entry, **self.renew(entry, vendor)}
+
+    def renew(self, entry: Mapping[str, Any], vendor: Vendor) -> Dict[str, Any]:
+        """See `Subscription.renew`."""
+        headers = {"authorization": f"Bearer {self.refresh_token(entry)}", "x-api-version": "1.0.0"}
+        fields = self.accept(vendor.post("https://api.meta.ai/muse-code/key", {}, headers, True))
+        key, where = fields.get("api_key"), fields.get("action_url")
+        if not isinstance(key, str) or not key:
+            raise self.over(f"Meta asks you to visit {where}" if isinstance(where, str) else "Meta gave no key")
+        return {"type": "oauth", "access": key, "refresh": entry["refresh"],
+                "expires": int((vendor.clock() + self.KEY_LIFE_S) * 1000)}
+
+
+class OpenRouterSubscription(Subscription):
+    """OpenRouter: the log-in ends in a key that stays valid until it is revoked there."""
+
+    def exchange(self, vendor: Vendor, code: str, verifier: str, redirect: str, state: str) -> Dict[str, Any]:
+        """See `Subscription.exchange`."""
+        fields = self.accept(vendor.post(
+            self.token_url, {"code": code, "code_verifier": verifier, "code_challenge_method": "S256"}, as_json=True))
+        key = fields.get("key")
+        if not isinstance(key, str) or not key:
+            raise UpstreamProtocolError(f"{self.title}: the log-in server answered without a key")
+        return {"type": "oauth", "access": key, "refresh": "", "expires": NEVER_MS}
+
+
+_GOOGLE_AUTHORIZE, _GOOGLE_TOKENS = "https://accounts.google.com/o/oauth2/v2/auth", "https://oauth2.googleapis.com/token"
+_GOOGLE_SCOPES = " ".join("https://www.googleapis.com/auth/" + name for name in (
+    "cloud-platform", "userinfo.email", "userinfo.profile"))
+_GOOGLE_TERMS = "Google's terms do not allow other programs to use the log-in of {}; accounts have been blocked for it."
+
+SUBSCRIPTIONS: Dict[str, Subscription] = {row.provider: row for row in (
+    Subscription(
+        "anthropic", "Claude Pro/Max", "9d1c250a-e61b-44d9-88ed-5944d1962f5e",
+        "https://platform.claude.com/v1/oauth/token", "https://claude.ai/oauth/authorize",
+        "http://localhost:53692/callback", "org:create_api_key user:profile user:inference user:sessions:claude_code "
+        "user:mcp_servers user:file_upload", {"code": "true"}, as_json=True,
+        terms="Anthropic's terms allow a Claude subscription in Claude Code and claude.ai only; other use can end it."),
+    CodexSubscription(
+        "openai-codex", "ChatGPT Plus/Pro (Codex)", "app_EMoamEEZ73f0CkXaXp7hrann", "https://auth.openai.com/oauth/token",
+        "https://auth.openai.com/oauth/authorize", CODEX_REDIRECT, "openid profile email offline_access",
+        {"id_token_add_organizations": "true", "codex_cli_simplified_flow": "true", "originator": NAME}, margin_s=0,
+        device_url="https://auth.openai.com/api/accounts/deviceauth", account_fields=("accountId",),
+        terms="OpenAI gives a ChatGPT plan for ChatGPT and Codex; it has not said that other programs may use it."),
+    CopilotSubscription(
+        "github-copilot", "GitHub Copilot", "Iv1.b507a08c87ecfe98", "https://{domain}/login/oauth/access_token",
+        device_url="https://{domain}/login/device/code", device_fields={"scope": "read:user"},
+        account_fields=("refresh",),
+        terms="GitHub gives Copilot for the editors and tools that it supports; other use can end it."),
+    GeminiSubscription(
+        "google-gemini-cli", "Gemini CLI",
+        "681255809395-oo8ft2oprdrnp9e3aqf6av3hmdib135j.apps.googleusercontent.com", _GOOGLE_TOKENS, _GOOGLE_AUTHORIZE,
+        "http://localhost:8085/oauth2callback", _GOOGLE_SCOPES, {"access_type": "offline", "prompt": "consent"},
+        "R09DU1BYLTR1SGdNUG0tMW83U2stZ2VWNkN1NWNsWEZzeGw=", account_fields=("projectId",),
+        terms=_GOOGLE_TERMS.format("Gemini CLI")),
+    AntigravitySubscription(
+        "google-antigravity", "Google Antigravity",
+        "1071006060591-tmhssin2h21lcre235vtolojh4g403ep.apps.googleusercontent.com", _GOOGLE_TOKENS, _GOOGLE_AUTHORIZE,
+        "http://localhost:51121/oauth-callback", _GOOGLE_SCOPES + " https://www.googleapis.com/auth/cclog "
+        "https://www.googleapis.com/auth/experimentsandconfigs", {"access_type": "offline", "prompt": "consent"},
+        "R09DU1BYLUs1OEZXUjQ4NkxkTEoxbUxCOHNYQzR6NnFEQWY=", account_fields=("projectId",),
+        terms=_GOOGLE_TERMS.format("Antigravity")),
+    Subscription(
+        "xai", "xAI (Grok)", "b1a00492-073a-47ea-816f-4c329264a828", "https://auth.x.ai/oauth2/token",
+        device_url="https://auth.x.ai/oauth2/device/code", device_fields={
+            "scope": "openid profile email offline_access grok-cli:access api:access", "referrer": NAME}),
+    Subscription(
+        "kimi-coding", "Kimi Code", "17e5f671-d194-4dfb-9706-5516cb48c098", "https://auth.kimi.com/api/oauth/token",
+        device_url="https://auth.kimi.com/api/oauth/device_authorization", margin_s=0),
+    MetaSubscription(
+        "meta", "Meta (Muse)", "1031625952748946", "https://auth.meta.com/oidc/device/token/",
+        device_url="https://auth.meta.com/oidc/device/authorization/", account_fields=("refresh",)),
+    OpenRouterSubscription(
+        "openrouter", "OpenRouter", token_url="https://openrouter.ai/api/v1/auth/keys",
+        authorize_url="https://openrouter.ai/auth", account_fields=("access",)),
+    OpenAISubscription(
+        "openai", "Sign in with ChatGPT", token_url="https://auth.openai.com/api/accounts/oauth/token", margin_s=180,
+        account_fields=("clientId",)),
+)}
+
+
+class Renewal:
+    """One renewal, under way or over, shared by all who wait for it."""
+
+    def __init__(self, access: str) -> None:
+        self.access = access                    # the token that it is to replace
+        self.done = threading.Event()
+        self.is_spending = False                # the refresh token is on its way and must not be lost
+        self.entry: Dict[str, Any] = {}
+        self.error: Optional[GatewayError] = None
+        self.retry_at = 0.0
+
+    def result(self) -> Dict[str, Any]:
+        """The renewed entry. Raises what went wrong."""
+        self.done.wait()
+        if self.error is None:
+            return self.entry
+        error = self.error                      # a fresh one for each thread
+        raise type(error)(error.message, code=error.named_code, param=error.param, retry_after=error.retry_after)
+
+
+class Logins:
+    """The log-ins in auth.json, their tokens renewed in time: once, however many threads and processes want them."""
+
+    def __init__(self, file: AuthFile, vendor: Vendor) -> None:
+        self._file = file
+        self._vendor = vendor
+        self._lock = threading.Lock()
+        self._renewals: Dict[str, Renewal] = {}
+        self._seen: Dict[str, Tuple[str, float]] = {}
+        self._forced: Dict[str, float] = {}
+        self._unsaved: Dict[str, Tuple[Any, Dict[str, Any]]] = {}
+        self._closing = threading.Event()
+
+    def entry(self, name: str) -> Dict[str, Any]:
+        """A provider's entry as it stands, {} when there is none."""
+        return self._with_unsaved(name, self._file.entry(name))
+
+    def current(self, name: str) -> Dict[str, Any]:
+        """A log-in's entry with a token that is good now. One that ends soon is renewed beside the request, one that
+        has ended before it. Raises `LogInOver`, `UpstreamError`."""
+        entry = self.entry(name)
+        left_s = self._left(entry)
+        if left_s > self._lead(name, entry):
+            return entry
+        if name not in SUBSCRIPTIONS:
+            if left_s > 0:
+                return entry
+            raise LogInOver(f'the log-in for "{name}" has expired; log in again where it was made')
+        renewal = self._renewal(name, entry)
+        return entry if left_s > 0 else renewal.result()
+
+    def replace_refused(self, name: str, access: str) -> bool:
+        """Whether there is another token than `access`, which the provider has refused: renewed by somebody else, or
+        now. Raises `LogInOver`, `UpstreamError`."""
+        entry = self.entry(name)
+        if entry.get("type") != "oauth" or name not in SUBSCRIPTIONS:
+            return False
+        if entry.get("access") == access:
+            now = time.monotonic()
+            if now - self._forced.get(name, -REFRESH_FORCED_S) < REFRESH_FORCED_S:
+                return False
+            self._forced[name] = now
+            entry = self._renewal(name, entry).result()
+        return entry.get("access") != access
+
+    def close(self) -> None:
+        """Lets a renewal that has begun come to its end, so that its refresh token is kept."""
+        self._closing.set()
+        for renewal in list(self._renewals.values()):
+            if renewal.is_spending:
+                renewal.done.wait(VENDOR_LIMIT_S + VENDOR_CONNECT_S)
+        for name in list(self._unsaved):
+            self._save(name)
+
+    def _left(self, entry: Mapping[str, Any]) -> float:
+        """Seconds that the entry's token still has."""
+        expires = entry.get("expires")
+        if not isinstance(expires, (int, float)) or isinstance(expires, bool):
+            return math.inf
+        return expires / 1000 - self._vendor.clock()
+
+    def _lead(self, name: str, entry: Mapping[str, Any]) -> float:
+        """How many seconds before its end the token is renewed."""
+        access, now = str(entry.get("access")), self._vendor.clock()
+        if self._seen.get(name, ("", 0.0))[0] != access:
+            self._seen[name] = (access, now)
+        return min(REFRESH_EARLY_S, max(0.0, self._left(entry) + now - self._seen[name][1]) / 10)
+
+    def _renewal(self, name: str, entry: Mapping[str, Any]) -> Renewal:
+        """The renewal of this very token: the one under way, the one that has just failed, or a new one."""
+        access = str(entry.get("access"))
+        with self._lock:
+            renewal = self._renewals.get(name)
+            if renewal and renewal.access == access and (
+                    not renewal.done.is_set() or (renewal.error and time.monotonic() < renewal.retry_at)):
+                return renewal
+            renewal = self._renewals[name] = Renewal(access)
+        threading.Thread(target=self._run, args=(name, renewal), name=f"renew {name}", daemon=True).start()
+        return renewal
+
+    def _run(self, name: str, renewal: Renewal) -> None:
+        wait_s = REFRESH_FAILED_S
+        try:
+            renewal.entry = self._renew(name, renewal)
+        except LogInOver as error:
+            renewal.error, wait_s = error, REFRESH_OVER_S
+        except GatewayError as error:
+            renewal.error, wait_s = error, min(max(5.0, error.retry_after or wait_s), REFRESH_OVER_S)
+        except AuthFileError as error:
+            renewal.error = GatewayError(f'the log-in for "{name}" cannot be renewed: {error}', code="auth_file_unusable")
+        except Exception as error:              # the edge of the thread: those who wait must hear something
+            log.debug("where it happened", exc_info=True)
+            renewal.error = GatewayError(f'the log-in for "{name}" cannot be renewed ({type(error).__name__})')
+        if renewal.error:
+            renewal.retry_at = time.monotonic() + wait_s
+            log.warning("%s", redact(renewal.error.message))
+        renewal.is_spending = False
+        renewal.done.set()
+
+    def _renew(self, name: str, renewal: Renewal) -> Dict[str, Any]:
+        row = SUBSCRIPTIONS[name]
+        with self._file.lock.held():
+            entry = self._with_unsaved(name, as_dict(self._file.load().get(name)))
+            if entry.get("type") != "oauth":
+                raise LogInOver(f'there is no log-in for "{name}" any more; {log_in_advice(name)}')
+            if entry.get("access") != renewal.access and self._left(entry) > 0:
+                return entry                    # another process was first
+            if self._closing.is_set():
+                raise ShuttingDown("the gateway is stopping")
+            self._file.check_writable()
+            renewal.is_spending = True
+            try:
+                fields = row.renew(entry, self._vendor)
+            except LogInOver:
+                # A tool that takes no lock may have renewed it in these moments.
+                newer = as_dict(self._file.load().get(name))
+                if newer.get("type") != "oauth" or newer.get("refresh") == entry.get("refresh"):
+                    raise
+                if newer.get("access") != renewal.access and self._left(newer) > 0:
+                    return newer
+                entry, fields = newer, row.renew(newer, self._vendor)
+            self._unsaved[name] = (entry.get("refresh"), fields)
+            if not self._save(name):
+                threading.Thread(target=self._save_later, args=(name,), daemon=True).start()
+        return {**entry, **fields}
+
+    def _with_unsaved(self, name: str, entry: Dict[str, Any]) -> Dict[str, Any]:
+        spent, fields = self._unsaved.get(name, ("", {}))
+        return {**entry, **fields} if fields and entry.get("refresh") == spent else entry
+
+    def _save(self, name: str) -> bool:
+        """Writes a renewed entry, unless the log-in was ended or made anew meanwhile."""
+        spent, fields = self._unsaved.get(name, ("", {}))
+
+        def merge(entry: Dict[str, Any]) -> Optional[Dict[str, Any]]:
+            is_ours = entry.get("type") == "oauth" and entry.get("refresh") == spent
+            return {**entry, **fields} if is_ours else entry or None
+
+        try:
+            self._file.change(name, merge)
+            self._unsaved.pop(name, None)
+            return True
+        except AuthFileError as error:
+            log.error('the renewed log-in for "%s" is in memory only: %s', name, error)
+            return False
+
+    def _save_later(self, name: str) -> None:
+        while not self._closing.wait(SAVE_AGAIN_S):
+            if self._save(name):
+                return
+
+
+# --- Finding the credential for a call ---------------------------------------------------------------------------------
+
+
 class Credentials:
     """Finds what authorises a call: auth.json first, then models.json's `apiKey`, then the environment (the order of pi
     0.77 and later). Values may be literal, `$NAME` or `!command`, and for older files the bare name of a variable."""
 
     def __init__(self, auth_file: str, environ: Mapping[str, str], clock: Callable[[], float] = time.time,
-                 transport: Optional[Transport] = None) -> None:
-        self._auth = FileCache(auth_file)
+                 transport: Optional[Transport] = None, vendor_transport: Optional[Transport] = None) -> None:
         self._environ = environ
         self._clock = clock
+        self._auth = AuthFile(auth_file)
+        self.logins = Logins(self._auth, Vendor(vendor_transport or transport, clock))
         direct = Transport(Limits(1.0, 2.0, 2.0), proxies={})      # for this machine's metadata services only
         self._google_tokens = GoogleTokens(transport, clock)
         self._aws_credentials = AwsCredentials(transport or direct, direct, clock)
@@ -7576,7 +8721,7 @@ class Credentials:
 
     def usable(self, provider: Provider) -> bool:
         """Whether there is something to try for this provider; runs no command and asks nobody."""
-        entry = as_dict(self._auth.read().get(provider.name))
+        entry = self.logins.entry(provider.name)
         has_key = bool(provider.keyless or entry.get("key") or entry.get("access") or provider.api_key
                        or any(self._environ.get(name) for name in provider.env))
         if provider.source in self.ambient and (not has_key or provider.source == "azure"):
@@ -7587,7 +8732,7 @@ class Credentials:
     def is_subscription(self, provider: Provider) -> bool:
         """Whether calls to this provider are paid by somebody's personal plan, as far as that shows without running a
         command; a call's own credential has the last word."""
-        entry = as_dict(self._auth.read().get(provider.name))
+        entry = self.logins.entry(provider.name)
         if entry.get("type") == "oauth":
             return True
         values = [entry.get("key"), provider.api_key, *(self._variable(name, entry) for name in provider.env)]
@@ -7596,13 +8741,32 @@ class Credentials:
 
     def get(self, provider: Provider, model: Model) -> Credential:
         """The credential for a call. Raises `Unauthorized`, code no_credentials, that says what to set."""
-        entry = as_dict(self._auth.read().get(provider.name))
+        entry = self.logins.entry(provider.name)
+        if entry.get("type") == "oauth":
+            entry = self.logins.current(provider.name)
         credential = self.sources.get(provider.source, Credentials._key)(self, provider, entry)
-        headers = {name: self._header(provider, name, value, entry)
-                   for name, value in {**provider.headers, **model.headers}.items()}
+        headers = self.headers(provider, model)
         if provider.auth_header and credential.token:
             headers["authorization"] = f"Bearer {credential.token}"
-        return replace(credential, headers=headers)
+        named = {name: entry[name] for name in NAMING_FIELDS if isinstance(entry.get(name), str)}
+        return replace(credential, headers=headers, account=self._account(provider, entry, credential),
+                       parts={**named, **credential.parts})
+
+    def headers(self, provider: Provider, model: Model) -> Dict[str, str]:
+        """The configured headers for a call. Raises `Unauthorized` for one that resolves to nothing."""
+        entry = self.logins.entry(provider.name)
+        return {name: self._header(provider, name, value, entry)
+                for name, value in {**provider.headers, **model.headers}.items()}
+
+    def _account(self, provider: Provider, entry: Mapping[str, Any], credential: Credential) -> str:
+        """What tells this account from another at the same provider, as a hash: what a log-in keeps while its tokens
+        change, or the key. "" when that is not known."""
+        if entry.get("type") == "oauth":
+            row = SUBSCRIPTIONS.get(provider.name)
+            known = [str(entry.get(name) or "") for name in (row.account_fields if row else ())]
+        else:
+            known = [credential.token] if credential.kind == "api_key" else []
+        return _digest("\n".join([provider.name, *known]))[:8] if any(known) else ""
 
     def _key(self, provider: Provider, entry: Mapping[str, Any]) -> Credential:
         """A key or token as it stands."""
@@ -7662,7 +8826,7 @@ class Credentials:
 
     def fill(self, url: str, provider: Provider) -> str:
         """A base URL with its {NAME} placeholders filled in. Raises `Unauthorized` that names what is missing."""
-        entry = as_dict(self._auth.read().get(provider.name))
+        entry = self.logins.entry(provider.name)
         for name in _PLACEHOLDER.findall(url):
             value = self._variable(name, entry)
             if not value:
@@ -7676,10 +8840,7 @@ class Credentials:
 
     def _token(self, provider: Provider, entry: Mapping[str, Any]) -> Tuple[Optional[str], str]:
         if entry.get("type") == "oauth":
-            access, expires = entry.get("access"), entry.get("expires")
-            if isinstance(expires, (int, float)) and expires <= self._clock() * 1000:
-                raise Unauthorized(f'the log-in for "{provider.name}" has expired; log in again with pi',
-                                   code="no_credentials", param="model")
+            access = entry.get("access")
             return (access if isinstance(access, str) else None), "oauth"
         key = entry.get("key")
         token = self.resolve(key, entry) if isinstance(key, str) else None
@@ -7693,7 +8854,7 @@ class Credentials:
         if entry.get("key") or provider.api_key:
             return f'the key for "{provider.name}" in the configuration resolves to nothing; check its variable or command'
         if not provider.env:
-            return f'no log-in for "{provider.name}": log in with pi, which keeps it in auth.json'
+            return f'no log-in for "{provider.name}"; {log_in_advice(provider.name)}'
         return f'no key for "{provider.name}": set {provider.env[-1]}'
 
     def _header(self, provider: Provider, name: str, value: str, entry: Mapping[str, Any]) -> str:
@@ -8789,8 +9950,9 @@ class Connection:
 class Pool:
     """Idle connections by destination; the most recently used is taken first."""
 
-    def __init__(self) -> None:
+    def __init__(self, per_host: int = POOL_PER_HOST) -> None:
         self._lock = threading.Lock()
+        self._per_host = per_host
         self._idle: Dict[Any, List[Connection]] = {}
         self._closed = False
 
@@ -8811,7 +9973,7 @@ class Pool:
         connection.idle_since = time.monotonic()
         with self._lock:
             connections = self._idle.setdefault(key, [])
-            if self._closed or len(connections) >= POOL_PER_HOST:
+            if self._closed or len(connections) >= self._per_host:
                 return False
             connections.append(connection)
             return True
@@ -8836,8 +9998,8 @@ class PooledHandler(urllib.request.BaseHandler):
     """The part of `urllib.request` that talks to servers, with kept connections; the stock one closes after each answer.
     Proxies have been put into the request by `ProxyHandler` before it arrives here."""
 
-    def __init__(self, limits: Limits, ca_bundle: Optional[str]) -> None:
-        self.pool = Pool()
+    def __init__(self, limits: Limits, ca_bundle: Optional[str], keep: int) -> None:
+        self.pool = Pool(keep)
         self._limits = limits
         self._ca_bundle = ca_bundle
         self._context: Any = None
@@ -8991,12 +10153,13 @@ class DemoResponse(Response):
 
 class Transport:
     """The only way out: opens calls, with proxies and CA certificates as the environment says, redirects not followed
-    (a key must not travel on), and failures of the network made ours."""
+    (a key must not travel on), and failures of the network made ours. `keep` idle connections a host are kept; with 0
+    no call is ever sent twice."""
 
     def __init__(self, limits: Limits = Limits(), ca_bundle: Optional[str] = None, demo_delay_s: float = 0.02,
-                 proxies: Optional[Dict[str, str]] = None) -> None:
+                 proxies: Optional[Dict[str, str]] = None, keep: int = POOL_PER_HOST) -> None:
         self._limits = limits
-        self._handler = PooledHandler(limits, ca_bundle)
+        self._handler = PooledHandler(limits, ca_bundle, keep)
         self._opener = urllib.request.OpenerDirector()
         for handler in (urllib.request.ProxyHandler(proxies), self._handler, DemoHandler(demo_delay_s)):
             self._opener.add_handler(handler)
@@ -9044,6 +10207,7 @@ class Exchange:
     stamp: Stamp
     headers: Mapping[str, str]
     responder: HttpResponder
+    query: str = ""
     answer_headers: Dict[str, str] = field(default_factory=dict)
     log: Dict[str, Any] = field(default_factory=dict)
 
@@ -9064,7 +10228,7 @@ class Gateway:
 
     def is_usable(self, provider: Provider) -> bool:
         """Whether the provider has a credential that may be used on this address."""
-        return self.credentials.usable(provider) and not self._is_hidden(provider)
+        return self._takes_passed(provider) or self.credentials.usable(provider) and not self._is_hidden(provider)
 
     def _is_hidden(self, provider: Provider) -> bool:
         return not self.config.exposes_subscriptions and self.credentials.is_subscription(provider)
@@ -9076,23 +10240,37 @@ class Gateway:
     def complete(self, exchange: Exchange, body: bytes) -> None:
         """Answers a completion request. Raises `GatewayError` while nothing has been sent, or `ClientGone`."""
         data = parse_json_object(body)
-        request = replace(exchange.client.parse(data), body=body, headers=exchange.headers,
+        request = replace(exchange.client.parse(data), body=body, headers=exchange.headers, query=exchange.query,
                           session=session_of(exchange.headers, data))
         model, credential = self._resolve(request, exchange)
         if model.level:
             request = replace(request, reasoning=Reasoning(model.level))
         if request.images and model.input is not None and "image" not in model.input:
             refuse([(request.images[0], f"{model.full_id} does not take images")])
-        request = with_remembered(request, self.signatures, self.clock())
+        request = self._own_seals(request, origin_of(model, credential))
         upstream = UPSTREAM_PROTOCOLS[model.protocol]
         lane = choose_lane(exchange.client, upstream, request)(exchange.client, upstream, request, model, exchange.stamp)
         self._run(lane, credential, exchange)
 
+    def _own_seals(self, request: Request, origin: str) -> Request:
+        """The request with the signatures of this model and account: those that its client dropped put back, those of
+        others taken off."""
+        now, memory = self.clock(), self.signatures
+        request = with_remembered(request, memory, now)
+        client = CLIENT_PROTOCOLS.get(request.protocol)
+
+        def is_foreign(signature: str, known: str) -> bool:
+            return known != origin if known else memory.is_foreign(signature, origin, now)
+
+        return without_seals(request, is_foreign, client.seals(request.data) if client else ())
+
     def count_tokens(self, exchange: Exchange, body: bytes) -> None:
         """Answers Anthropic's count_tokens: from the provider where it has that, else with an estimate."""
         data = parse_json_object(body)
-        request = replace(MESSAGES.parse_prompt(data), body=body, headers=exchange.headers, stream=False)
+        request = replace(MESSAGES.parse_prompt(data), body=body, headers=exchange.headers, query=exchange.query,
+                          stream=False)
         model, credential = self._resolve(request, exchange)
+        request = self._own_seals(request, origin_of(model, credential))
         if model.protocol == AnthropicMessages.name:
             lane = CountLane(exchange.client, UPSTREAM_PROTOCOLS[model.protocol], request, model, exchange.stamp)
             try:
@@ -9110,15 +10288,69 @@ class Gateway:
         model = self.catalogue.resolve(request.model, self.is_usable)
         provider = self.catalogue.providers[model.provider]
         exchange.log.update(model=model.full_id, stream=request.stream)
-        credential = self.credentials.get(provider, model)
-        if credential.kind == "oauth" and not self.config.exposes_subscriptions:
-            raise Forbidden(f'"{provider.name}" is a personal subscription and not offered on this address '
-                            "(--expose-oauth-subscriptions)", code="subscription_exposure_disabled", param="model")
+        if self._takes_passed(provider):
+            credential = passed_credential(exchange, provider, model, self.config.api_key)
+            credential = replace(credential, headers={**self.credentials.headers(provider, model), **credential.headers})
+        else:
+            self._check_exposure(provider, self._is_hidden(provider))
+            credential = self.credentials.get(provider, model)
+            self._check_exposure(provider, credential.kind == "oauth" and not self.config.exposes_subscriptions)
         base_url = credential.parts.get("endpoint") or self.credentials.fill(model.base_url, provider)
         return replace(model, base_url=base_url, headers={}), credential
 
+    def _takes_passed(self, provider: Provider) -> bool:
+        return provider.name in self.config.pass_through
+
+    def _check_exposure(self, provider: Provider, is_hidden: bool) -> None:
+        if is_hidden:
+            raise Forbidden(f'"{provider.name}" is a personal subscription and not offered on this address '
+                            "(--expose-oauth-subscriptions)", code="subscription_exposure_disabled", param="model")
+
     def _run(self, lane: Lane, credential: Credential, exchange: Exchange) -> None:
-        lane.secrets = credential.secrets
+        scope = exchange.responder.scope()
+        with self._scopes_lock:
+            self._scopes.add(scope)
+        try:
+            self._attempts(lane, credential, scope, exchange)
+        finally:
+            with self._scopes_lock:
+                self._scopes.discard(scope)
+
+    def _attempts(self, lane: Lane, credential: Credential, scope: Scope, exchange: Exchange) -> None:
+        """Sends the request. While the client has not heard a thing, it is sent again: twice after an empty answer, once
+        with a renewed token and once without the thinking whose signature the provider will not take."""
+        pauses, headers = list(EMPTY_PAUSES_S), dict(exchange.answer_headers)
+        may_renew = credential.kind == "oauth" and not credential.is_passed
+        while True:
+            call = self._prepare(lane, credential, exchange)
+            try:
+                return self._call_provider(lane, call, scope, exchange)
+            except GatewayError as error:
+                error.hide(credential.secrets)
+                has_seals = bool(request_seals(lane.request))
+                if exchange.responder.has_begun:
+                    raise
+                if isinstance(error, EmptyAnswer) and pauses:
+                    scope.wait(None, pauses.pop(0))
+                    lane = lane.again()
+                elif isinstance(error, CredentialRefused) and may_renew:
+                    may_renew = False
+                    if not self.credentials.logins.replace_refused(lane.model.provider, credential.token):
+                        raise
+                    lane.model, credential = self._resolve(lane.request, exchange)
+                    lane = lane.again()
+                elif isinstance(error, BadRequest) and has_seals and _SEAL_WORDS.search(error.message):
+                    log.info("%s refused a signature; sending the request without earlier thinking", lane.model.full_id)
+                    request = without_seals(lane.request, lambda signature, origin: True, request_seals(lane.request))
+                    lane = lane.again(request=request)
+                else:
+                    raise
+                exchange.answer_headers = dict(headers)
+
+    def _prepare(self, lane: Lane, credential: Credential, exchange: Exchange) -> Call:
+        """The call for the lane's request, and what the answer's headers say of it."""
+        lane.secrets, lane.origin = credential.secrets, origin_of(lane.model, credential)
+        lane.is_passed = credential.is_passed
         call, dropped = lane.call(credential)
         call = call._replace(headers={**call.headers, **request_headers(lane.request, lane.model)})
         call = lane.upstream.sign(call, credential, self.clock())
@@ -9132,28 +10364,7 @@ class Gateway:
         asked = lane.request.reasoning
         if asked and lane.model.reasoning and fit_level(asked.level, lane.model) != asked.level:
             exchange.answer_headers["x-pigateway-effort"] = fit_level(asked.level, lane.model) or "model default"
-        scope = exchange.responder.scope()
-        with self._scopes_lock:
-            self._scopes.add(scope)
-        try:
-            self._attempts(lane, call, scope, exchange)
-        except GatewayError as error:
-            error.hide(credential.secrets)
-            raise
-        finally:
-            with self._scopes_lock:
-                self._scopes.discard(scope)
-
-    def _attempts(self, lane: Lane, call: Call, scope: Scope, exchange: Exchange) -> None:
-        """Sends the call; once more, and once more, when the answer is empty and the client has not heard a thing."""
-        for pause_s in (*EMPTY_PAUSES_S, None):
-            try:
-                return self._call_provider(lane, call, scope, exchange)
-            except EmptyAnswer:
-                if pause_s is None or exchange.responder.has_begun:
-                    raise
-                scope.wait(None, pause_s)
-                lane = lane.again()
+        return call
 
     def _call_provider(self, lane: Lane, call: Call, scope: Scope, exchange: Exchange) -> None:
         exchange.log["lane"] = lane.name
@@ -9183,6 +10394,9 @@ class Gateway:
                                  "check its base URL")
         body = redact_body(response.read(MAX_EVENT_BYTES), lane.secrets)[:MAX_ERROR_BYTES]
         error = lane.upstream.parse_error(response.status, response.headers, body, self.clock())
+        if lane.is_passed and response.status == 401:       # the client's own: it has to hear that, and can help itself
+            reply = ProviderReply(401, response.headers.get("content-type", "application/json"), body)
+            error = Unauthorized(error.message, provider_reply=reply)
         if error.provider_reply and isinstance(lane, NativeLane):
             error.provider_reply = error.provider_reply._replace(
                 content_type=redact(error.provider_reply.content_type, lane.secrets))
@@ -9226,7 +10440,9 @@ class Gateway:
         """Keeps the seals of calls before the client sees the calls: it may answer them at once."""
         while lane.signed_calls:
             call = lane.signed_calls.pop()
-            self.signatures.remember(call.id, call.maker, call.signature or "", self.clock())
+            self.signatures.remember(call.id, call.maker, call.signature or "", self.clock(), lane.origin)
+        while lane.issued:
+            self.signatures.note_origin(lane.issued.pop(), lane.origin, self.clock())
 
     def _outputs(self, lane: Lane, response: Response, is_stream: bool) -> Iterator[bytes]:
         try:
@@ -9255,6 +10471,34 @@ class Gateway:
         """How many requests are under way at providers."""
         with self._scopes_lock:
             return len(self._scopes)
+
+
+# What providers write when they will not take earlier reasoning back.
+_SEAL_WORDS = re.compile(r"signature|encrypted[_ ]content", re.IGNORECASE)
+
+
+def request_seals(request: Request) -> List[str]:
+    """The signatures in a request that are still to go out."""
+    client = CLIENT_PROTOCOLS.get(request.protocol)
+    seals = [part.signature for message in request.messages for part in message.parts
+             if isinstance(part, (Thinking, ToolCall)) and part.signature]
+    seals.extend(client.seals(request.data) if client else ())
+    return [seal for seal in seals if seal not in request.foreign]
+
+
+def passed_credential(exchange: Exchange, provider: Provider, model: Model, own_key: Optional[str]) -> Credential:
+    """The credential that the client itself brought for the provider: any that is not the key of this gateway. Raises
+    `Unauthorized`."""
+    for name in ("authorization", "x-api-key", "x-goog-api-key"):
+        value = exchange.headers.get(name, "")
+        token = value.partition(" ")[2].strip() if value.lower().startswith("bearer ") else value
+        if not token or (own_key and hmac.compare_digest(token.encode("utf-8"), own_key.encode("utf-8"))):
+            continue
+        if exchange.client is MESSAGES and model.protocol == AnthropicMessages.name:
+            return Credential("client", token, {name: value}, is_passed=True)
+        return Credential("oauth" if OAUTH_MARK in token else "api_key", token, is_passed=True)
+    raise Unauthorized(f'"{provider.name}" is called with the client\'s own key or token, and there is none in the request',
+                       code="no_credentials", param="model")
 
 
 STREAM_HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache, no-transform",
@@ -9618,7 +10862,7 @@ class Handler(socketserver.BaseRequestHandler):
         client = client_protocol(head)
         common = {**self._common(stamp), **server.cors(head.headers.get("origin"))}
         responder = HttpResponder(self.request, head, common, server.config.heartbeat_interval_ms / 1000)
-        exchange = Exchange(client, stamp, head.headers, responder)
+        exchange = Exchange(client, stamp, head.headers, responder, head.target.partition("?")[2])
         try:
             self._dispatch(head, exchange)
         except (ClientGone, ConnectionError):
@@ -9942,7 +11186,465 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 # ======================================================================================================================
-# §14 Configuration and CLI
+# §14 Log-ins
+# ======================================================================================================================
+#
+# The dialogue with somebody who logs in: by browser and a listener on this machine (RFC 8252, with RFC 7636), by pasting
+# what the browser ended with, or by a code typed into another device (RFC 8628).
+
+LOG_IN_LIMIT_S = 900.0              # for a browser to come back
+DEVICE_INTERVAL_S = 5.0             # between two questions whether the code has been entered, unless told otherwise
+DEVICE_LIFE_S = 900.0
+DEVICE_FAILURES = 3                 # in a row that the network may fail while waiting
+CALLBACK_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>
+<body style="font-family: sans-serif; margin: 4em auto; max-width: 32em"><h1>{title}</h1><p>{text}</p></body></html>
+"""
+
+
+class Terminal:
+    """The person at the keyboard: what a log-in tells and asks."""
+
+    def __init__(self) -> None:
+        self.answers: queue.Queue[Tuple[str, str]] = queue.Queue()     # ("line" | "callback" | "end", text)
+        self._is_reading = False
+
+    @property
+    def is_interactive(self) -> bool:
+        """Whether somebody can answer."""
+        return bool(sys.stdin and sys.stdin.isatty() and sys.stdout.isatty())
+
+    def say(self, text: str = "") -> None:
+        """Prints a line."""
+        print(text, flush=True)
+
+    def ask(self, prompt: str) -> str:
+        """One line of an answer. Raises `LogInFailed` at the end of the input."""
+        print(prompt, end="", flush=True)
+        self.read_lines()
+        return self.answer()[1]
+
+    def answer(self, limit_s: float = math.inf) -> Tuple[str, str]:
+        """What comes first: a line that is typed, or what the browser brings back."""
+        deadline = time.monotonic() + limit_s
+        while time.monotonic() < deadline:
+            try:
+                kind, text = self.answers.get(timeout=0.2)     # in steps, for the sake of Ctrl-C on Windows
+            except queue.Empty:
+                continue
+            if kind == "end":
+                raise LogInFailed("nobody is left to answer")
+            return kind, text
+        raise LogInFailed(f"no answer within {limit_s / 60:.0f} minutes")
+
+    def read_lines(self) -> None:
+        """Begins to take what is typed."""
+        if not self._is_reading:
+            self._is_reading = True
+            threading.Thread(target=self._read, name="keyboard", daemon=True).start()
+
+    def _read(self) -> None:
+        # Not sys.stdin: a thread that waits in it when the program ends would bring the interpreter down.
+        buffer = b""
+        while True:
+            try:
+                data = os.read(sys.stdin.fileno(), KIB * 16)
+            except (OSError, ValueError):
+                data = b""
+            if not data:
+                self.answers.put(("end", ""))
+                return
+            buffer += data
+            while b"\n" in buffer:
+                line, _, buffer = buffer.partition(b"\n")
+                self.answers.put(("line", line.decode("utf-8", "replace").strip()))
+
+    @staticmethod
+    def wait(seconds: float) -> None:
+        """Lets time pass."""
+        time.sleep(seconds)
+
+    def open_browser(self, url: str) -> None:
+        """Opens a page in the user's browser, if there is one with a window."""
+        if os.name == "posix" and sys.platform != "darwin" and not any(
+                os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER")):
+            return                              # one in the terminal would take the keyboard away
+        # beside us: some wait until the browser is closed
+        threading.Thread(target=webbrowser.open, args=(url,), name="browser", daemon=True).start()
+
+
+class CallbackHandler(http.server.BaseHTTPRequestHandler):
+    """Takes the browser's return from the vendor's page."""
+
+    server: CallbackServer
+    timeout = 10
+    server_version, sys_version = NAME, ""
+
+    def do_GET(self) -> None:
+        """The redirect target; everything else is not found."""
+        split = urllib.parse.urlsplit(self.path)
+        query = dict(urllib.parse.parse_qsl(split.query))
+        if split.path != self.server.path:
+            return self._page(404, "Not found", "There is nothing here.")
+        if self.server.is_done:
+            return self._page(409, "Already done", "This log-in has been answered before.")
+        if self.server.state and query.get("state") != self.server.state:
+            return self._page(400, "Not this log-in", "This answer belongs to another log-in, which this one ignores.")
+        if "error" not in query and not query.get("code"):
+            return self._page(400, "No code", "The answer has no code in it. Try again from the link in the terminal.")
+        self.server.is_done = True
+        self._page(200, "Back to the terminal", "You can close this window.")
+        self.server.answers.put(("callback", split.query))
+
+    def _page(self, status: int, title: str, text: str) -> None:
+        body = CALLBACK_PAGE.format(title=title, text=text).encode("utf-8")
+        self.send_response(status)
+        for name, value in (("Content-Type", "text/html; charset=utf-8"), ("Content-Length", str(len(body))),
+                            ("Cache-Control", "no-store"), ("Referrer-Policy", "no-referrer"), ("Connection", "close")):
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing: the address has the code in it."""
+
+
+class CallbackServer(http.server.ThreadingHTTPServer):
+    """Listens for the browser's return, on this machine only."""
+
+    daemon_threads = True
+    allow_reuse_address = os.name == "posix"    # on Windows that would share a port somebody else listens on
+
+    def __init__(self, address: Tuple[str, int], path: str, state: str, answers: queue.Queue[Tuple[str, str]]) -> None:
+        super().__init__(address, CallbackHandler)
+        self.path = path
+        self.state = state
+        self.answers = answers
+        self.is_done = False
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A browser that hangs up is none of our business."""
+
+
+class LogIn:
+    """One log-in at one vendor, from the first question to the entry for auth.json."""
+
+    def __init__(self, row: Subscription, vendor: Vendor, terminal: Terminal, arguments: argparse.Namespace) -> None:
+        self.row = row
+        self.vendor = vendor
+        self.terminal = terminal
+        self.arguments = arguments
+
+    def run(self) -> Dict[str, Any]:
+        """The new entry. Raises `LogInFailed`, `GatewayError`."""
+        row, arguments = self.row, self.arguments
+        if arguments.device and not row.device_url:
+            raise ConfigError(f"{row.provider} has no log-in by device code; leave --device out")
+        if arguments.enterprise and row.provider != "github-copilot":
+            raise ConfigError("--enterprise goes with github-copilot")
+        by_device = bool(row.device_url) and (arguments.device or not row.authorize_url)
+        if not by_device and arguments.no_browser:
+            self._need_terminal()
+        self._confirm_terms()
+        if not by_device:
+            return self._by_browser()
+        return self._by_codex_device() if isinstance(row, CodexSubscription) else self._by_device()
+
+    def _need_terminal(self) -> None:
+        if not self.terminal.is_interactive:
+            raise ConfigError("this needs a terminal to type into. In one, " + log_in_advice(self.row.provider)
+                              + (" --no-browser" if self.arguments.no_browser else ""))
+
+    def _confirm_terms(self) -> None:
+        if not self.row.terms or self.arguments.yes:
+            return
+        if not self.terminal.is_interactive:
+            raise ConfigError(f"{self.row.terms} To go on all the same, {log_in_advice(self.row.provider)} --yes")
+        self.terminal.say(self.row.terms)
+        self.terminal.say(accepted_way(self.row.provider))
+        if self.terminal.ask("Go on all the same? [y/N] ").lower() not in ("y", "yes"):
+            raise LogInFailed("not logged in")
+
+    # --- by browser ---
+
+    def _by_browser(self) -> Dict[str, Any]:
+        row, terminal = self.row, self.terminal
+        verifier = secrets.token_urlsafe(32)
+        challenge = base64.urlsafe_b64encode(hashlib.sha256(verifier.encode("ascii")).digest()).decode("ascii").rstrip("=")
+        state = secrets.token_urlsafe(24) if row.redirect else ""
+        redirect = row.redirect or f"http://localhost:0/oauth/callback/{secrets.token_hex(16)}"
+        server = self._listen(redirect, state)
+        try:
+            redirect = redirect.replace(":0/", f":{server.server_address[1]}/") if server else redirect
+            url = self._authorize_url(redirect, state, challenge)
+            terminal.say(f"Log in to {row.title} in your browser:\n\n  {url}\n")
+            if not self.arguments.no_browser:
+                terminal.open_browser(url)
+            if terminal.is_interactive:
+                terminal.say("On another machine's browser, the last page will not load: paste its address here.")
+                print("Waiting for the browser, or the address> ", end="", flush=True)
+                terminal.read_lines()
+            kind, text = "line", ""
+            while not text:                     # an empty line is no answer
+                kind, text = terminal.answer(LOG_IN_LIMIT_S)
+            if terminal.is_interactive and kind == "callback":
+                terminal.say()
+        finally:
+            if server:
+                threading.Thread(target=server.shutdown, daemon=True).start()
+                server.server_close()
+        code = read_return(text, state) if kind == "line" else read_query(text, "")
+        return row.exchange(self.vendor, code, verifier, redirect, state)
+
+    def _listen(self, redirect: str, state: str) -> Optional[CallbackServer]:
+        """The listener for the browser's return; None when nothing can listen and the address is to be pasted."""
+        split = urllib.parse.urlsplit(redirect)
+        host = os.environ.get("PI_OAUTH_CALLBACK_HOST") or "127.0.0.1"
+        try:
+            server = CallbackServer((host, split.port or 0), split.path, state, self.terminal.answers)
+        except OSError as error:
+            if self.arguments.no_browser:
+                return None
+            raise LogInFailed(f"cannot listen on port {split.port}, where the browser comes back to: {describe(error)}. "
+                              "End what uses it (another log-in?), or log in with --no-browser") from None
+        threading.Thread(target=server.serve_forever, args=(0.1,), name="callback", daemon=True).start()
+        return server
+
+    def _authorize_url(self, redirect: str, state: str, challenge: str) -> str:
+        row = self.row
+        proof = {"code_challenge": challenge, "code_challenge_method": "S256"}
+        if not state:                           # OpenRouter: the path of the address takes the place of the state
+            query = {"callback_url": redirect, **proof}
+        else:
+            query = {**row.parameters, "client_id": row.client_id, "response_type": "code", "redirect_uri": redirect,
+                     "scope": row.scope, **proof, "state": state}
+        return f"{row.authorize_url}?{urllib.parse.urlencode(query)}"
+
+    # --- by device code ---
+
+    def _by_device(self) -> Dict[str, Any]:
+        row, domain = self.row, self._domain()
+        headers = COPILOT_HEADERS if domain else {}
+        device_url, token_url = row.device_url.format(domain=domain), row.token_url.format(domain=domain)
+        fields = row.accept(self.vendor.post(device_url, {"client_id": row.client_id, **row.device_fields}, headers))
+        device_code, user_code = fields.get("device_code"), fields.get("user_code")
+        url = fields.get("verification_uri_complete") or fields.get("verification_uri")
+        if not all(isinstance(value, str) and value for value in (device_code, user_code, url)):
+            raise UpstreamProtocolError(f"{row.title}: the log-in server's answer has no code in it")
+        self._show_code(url, user_code)
+        form = {"client_id": row.client_id, "device_code": device_code, "grant_type": DEVICE_GRANT}
+
+        def poll() -> VendorReply:
+            return self.vendor.post(token_url, form, headers)
+
+        reply = self._poll(poll, number_of(fields.get("interval")), number_of(fields.get("expires_in")), True)
+        if domain:                              # GitHub's token has no end and no refresh token beside it
+            entry = {"type": "oauth", "refresh": reply.fields["access_token"], "access": "", "expires": 0}
+            return row.complete({**entry, **({"enterpriseUrl": domain} if domain != "github.com" else {})}, self.vendor)
+        return row.complete(row.read(reply.fields, self.vendor.clock()), self.vendor)
+
+    def _domain(self) -> str:
+        """GitHub's host; "" for others."""
+        if "{domain}" not in self.row.device_url:
+            return ""
+        domain = host_of((self.arguments.enterprise or "github.com").lower())
+        if not domain:
+            raise ConfigError("--enterprise takes the address of a GitHub Enterprise server, like company.ghe.com")
+        return domain
+
+    def _by_codex_device(self) -> Dict[str, Any]:
+        row = self.row
+        reply = self.vendor.post(f"{row.device_url}/usercode", {"client_id": row.client_id}, as_json=True)
+        if reply.status == 404:
+            raise LogInFailed("this account has no log-in by device code; leave --device out")
+        fields = row.accept(reply)
+        user_code = fields.get("user_code") or fields.get("usercode")
+        form = {"device_auth_id": fields.get("device_auth_id"), "user_code": user_code}
+        if not all(isinstance(value, str) and value for value in form.values()):
+            raise UpstreamProtocolError(f"{row.title}: the log-in server's answer has no code in it")
+        self._show_code("https://auth.openai.com/codex/device", form["user_code"])
+
+        def poll() -> VendorReply:
+            reply = self.vendor.post(f"{row.device_url}/token", form, as_json=True)
+            is_pending = reply.status in (403, 404) or reply.error == "deviceauth_authorization_pending"
+            return reply._replace(fields={"error": "authorization_pending"}, status=400) if is_pending else reply
+
+        fields = self._poll(poll, number_of(fields.get("interval")), DEVICE_LIFE_S, False).fields
+        code, verifier = fields.get("authorization_code"), fields.get("code_verifier")
+        if not isinstance(code, str) or not isinstance(verifier, str):
+            raise UpstreamProtocolError(f"{row.title}: the log-in server answered without a code")
+        return row.exchange(self.vendor, code, verifier, "https://auth.openai.com/deviceauth/callback", "")
+
+    def _show_code(self, url: str, user_code: str) -> None:
+        if urllib.parse.urlsplit(url).scheme not in ("http", "https") or not f"{url}{user_code}".isprintable():
+            raise UpstreamProtocolError(f"{self.row.title}: the log-in server names a page that is none")
+        self.terminal.say(f"Log in to {self.row.title}: open\n\n  {url}\n\nand enter this code:  {user_code}\n\n"
+                          "Waiting for you to finish there; Ctrl-C gives up.")
+
+    def _poll(self, ask: Callable[[], VendorReply], interval_s: float, life_s: float, wait_first: bool) -> VendorReply:
+        """Asks until the code has been entered (RFC 8628 §3.5). Raises `LogInFailed`, `UpstreamError`."""
+        interval_s, life_s = max(1.0, interval_s or DEVICE_INTERVAL_S), life_s or DEVICE_LIFE_S
+        started, waited_s, failures = time.monotonic(), 0.0, 0
+        while True:
+            passed_s = max(waited_s, time.monotonic() - started)
+            if passed_s >= life_s:
+                raise LogInFailed("the code has expired before it was entered; log in again")
+            if wait_first or waited_s:
+                pause_s = min(interval_s, life_s - passed_s)
+                self.terminal.wait(pause_s)
+            else:
+                pause_s = 0.001
+            waited_s += pause_s
+            try:
+                reply = ask()
+            except UpstreamError:
+                failures += 1
+                if failures >= DEVICE_FAILURES:
+                    raise
+                continue
+            failures = 0
+            if reply.ok and not reply.error and reply.fields:
+                return reply
+            if reply.error == "slow_down":
+                interval_s = max(1.0, number_of(reply.fields.get("interval")) or interval_s + 5)
+            elif reply.error != "authorization_pending":
+                raise LogInFailed(DEVICE_ENDS.get(reply.error) or f"the log-in failed: {reply.said}")
+
+
+DEVICE_ENDS = {"access_denied": "the log-in was refused in the browser",
+               "authorization_denied": "the log-in was refused in the browser",
+               "expired_token": "the code has expired before it was entered; log in again"}
+
+
+def accepted_way(provider: str) -> str:
+    """What its vendor has nothing against, in a sentence."""
+    if provider == "anthropic":
+        return f"What it accepts: Claude Code's own log-in, passed through untouched ({NAME}.py --pass-through anthropic)."
+    return "What it accepts: an API key, or the vendor's own program."
+
+
+def read_query(query: str, state: str) -> str:
+    """The code in the query that a vendor's page ended with. Raises `LogInFailed`; `state` is what it must carry if it
+    carries one."""
+    fields = dict(urllib.parse.parse_qsl(query))
+    if state and fields.get("state", state) != state:
+        raise LogInFailed("this address belongs to another log-in (its state is not ours); log in again")
+    if "error" in fields:
+        words = re.sub(r"[^\x20-\x7e]", "?", fields.get("error_description") or fields["error"])[:200]
+        raise LogInFailed(f"the log-in was refused in the browser: {redact(words)}")
+    if not fields.get("code"):
+        raise LogInFailed("there is no code in that; paste the whole address that the browser ended at")
+    return fields["code"]
+
+
+def read_return(text: str, state: str) -> str:
+    """The code in what a person pasted: an address, `code#state`, the query alone, or the code alone. Raises
+    `LogInFailed`."""
+    if re.match(r"https?://", text):
+        return read_query(urllib.parse.urlsplit(text).query, state)
+    if "#" in text:
+        code, _, given = text.partition("#")
+        return read_query(urllib.parse.urlencode({"code": code, "state": given or state}), state)
+    return read_query(text if "code=" in text or "error=" in text else urllib.parse.urlencode({"code": text}), state)
+
+
+def run_account_command(arguments: argparse.Namespace, config: Config) -> int:
+    """The commands login, logout and accounts. Returns the exit status."""
+    path = os.path.join(agent_dir(config, os.environ), "auth.json")
+    file, terminal = AuthFile(path), Terminal()
+    try:
+        if arguments.command == "accounts":
+            return print_accounts(file, arguments.json)
+        if arguments.command == "logout":
+            return log_out(file, terminal, arguments.provider)
+        return log_in(file, terminal, arguments, config)
+    except (LogInFailed, GatewayError, AuthFileError) as error:
+        print(f"{NAME}: {redact(str(error))}", file=sys.stderr)
+        return EXIT_FAILURE
+    except KeyboardInterrupt:
+        print(f"\n{NAME}: given up; nothing was changed", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def log_in(file: AuthFile, terminal: Terminal, arguments: argparse.Namespace, config: Config) -> int:
+    """The command login."""
+    row = pick_subscription(terminal, arguments)
+    vendor = Vendor(vendor_transport(ca_bundle(config, os.environ)))
+    entry = LogIn(row, vendor, terminal, arguments).run()
+    file.change(row.provider, lambda old: entry)
+    terminal.say(f"Logged in to {row.title}. Its models are {row.provider}/...; {NAME}.py models lists them.")
+    return EXIT_OK
+
+
+LOG_INS = tuple(name for name, row in SUBSCRIPTIONS.items() if row.authorize_url or row.device_url)
+
+
+def pick_subscription(terminal: Terminal, arguments: argparse.Namespace) -> Subscription:
+    """The subscription that was named, or that the user picks from a list. Raises `ConfigError`, `LogInFailed`."""
+    if not arguments.provider:
+        if not terminal.is_interactive:
+            raise ConfigError(f"which one? {log_in_advice('PROVIDER')}, with one of {', '.join(LOG_INS)}")
+        for number, name in enumerate(LOG_INS, 1):
+            terminal.say(f"  {number:>2}  {SUBSCRIPTIONS[name].title:<26}{name}")
+        answer = terminal.ask("Log in to which? (number or name) ")
+        arguments.provider = LOG_INS[int(answer) - 1] if re.fullmatch("[1-9]", answer) and int(answer) <= len(
+            LOG_INS) else answer
+    if arguments.provider not in LOG_INS:
+        near = difflib.get_close_matches(arguments.provider, LOG_INS, 1, 0.4)
+        hint = f'; did you mean "{near[0]}"?' if near else ""
+        raise ConfigError(f'no log-in for "{redact(arguments.provider)[:60]}"{hint} Known: {", ".join(LOG_INS)}')
+    return SUBSCRIPTIONS[arguments.provider]
+
+
+def log_out(file: AuthFile, terminal: Terminal, provider: Optional[str]) -> int:
+    """The command logout: forgets a log-in; the vendor's own list of devices still has it until it runs out."""
+    known = [name for name, entry in file.read().items() if as_dict(entry).get("type") == "oauth"]
+    if not provider and not known:
+        terminal.say("There is no log-in.")
+        return EXIT_OK
+    if not provider:
+        raise ConfigError(f"which one? {NAME}.py logout {' | '.join(known)}")
+    if provider not in known:
+        raise ConfigError(f'there is no log-in for "{redact(provider)[:60]}"'
+                          + (f"; there is {', '.join(known)}" if known else ""))
+    file.change(provider, lambda old: None)
+    terminal.say(f"Logged out of {provider}.")
+    return EXIT_OK
+
+
+def print_accounts(file: AuthFile, as_json: bool) -> int:
+    """The command accounts: which log-ins there are and how long their tokens are good; no token, no address."""
+    rows = []
+    for name, entry in file.read().items():
+        entry = as_dict(entry)
+        if entry.get("type") == "oauth":
+            expires = number_of(entry.get("expires")) / 1000
+            rows.append({"provider": name, "title": SUBSCRIPTIONS[name].title if name in SUBSCRIPTIONS else name,
+                         "expiresAt": int(expires) if expires < NEVER_MS / 2000 else None,
+                         "renewable": bool(name in SUBSCRIPTIONS and entry.get("refresh"))})
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return EXIT_OK
+    for row in rows:
+        print(f"{row['provider']:<20}{row['title']:<28}{describe_validity(row, time.time())}")
+    if not rows:
+        print(f"There is no log-in. {NAME}.py login makes one.")
+    return EXIT_OK
+
+
+def describe_validity(row: Mapping[str, Any], now: float) -> str:
+    """How long a log-in's token is good, in words."""
+    if row["expiresAt"] is None:
+        return "does not expire"
+    left_s = row["expiresAt"] - now
+    if left_s <= 0:
+        return "is renewed at the next request" if row["renewable"] else "has expired; log in again"
+    size, unit = next((size, unit) for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes"), (1, "seconds"))
+                      if left_s >= 2 * size or size == 1)
+    return f"token good for {left_s / size:.0f} {unit}" + (", then renewed" if row["renewable"] else "")
+
+
+# ======================================================================================================================
+# §15 Configuration and CLI
 # ======================================================================================================================
 
 
@@ -9960,6 +11662,7 @@ class Config:
     allowed_origins: Tuple[str, ...] = ()
     model_allowlist: Optional[Tuple[str, ...]] = None
     model_denylist: Tuple[str, ...] = ()
+    pass_through: Tuple[str, ...] = ()
     force_abort_timeout_ms: int = 5000
     heartbeat_interval_ms: int = 15000
     strict: bool = False
@@ -10024,6 +11727,8 @@ OPTIONS = (
     Option("requireKeyOnLoopback", "boolean", flag="--require-key-on-loopback", help="demand the apiKey on loopback too"),
     Option("forceAbortTimeoutMs", "integer", low=100, high=DAY_MS),
     Option("heartbeatIntervalMs", "integer", low=1000, high=DAY_MS),
+    Option("passThrough", "list", flag="--pass-through", own=True,
+           help="call this provider with the key or token that the client sends"),
     Option("strict", "boolean", flag="--strict", help="answer 400 instead of leaving out what a model cannot take",
            own=True),
     Option("demo", "boolean", flag="--demo", help="list the built-in demo model beside others", own=True),
@@ -10174,11 +11879,21 @@ def build_gateway(config: Config, environ: Mapping[str, str]) -> Gateway:
         log.warning("%s: %s (left out)", models_path, problem)
     catalogue = Catalogue(models.providers, models.custom, config.model_allowlist, config.model_denylist, config.demo)
     limits = Limits(config.connect_timeout_ms / 1000, config.first_byte_timeout_ms / 1000, config.idle_timeout_ms / 1000)
-    # SSL_CERT_FILE and SSL_CERT_DIR are honoured by OpenSSL itself
-    ca_bundle = config.ca_bundle or (None if environ.get("SSL_CERT_FILE") else environ.get("REQUESTS_CA_BUNDLE")) or None
-    transport = Transport(limits, ca_bundle, config.demo_delay_ms / 1000)
-    credentials = Credentials(os.path.join(folder, "auth.json"), environ, transport=transport)
+    certificates = ca_bundle(config, environ)
+    transport = Transport(limits, certificates, config.demo_delay_ms / 1000)
+    credentials = Credentials(os.path.join(folder, "auth.json"), environ, transport=transport,
+                              vendor_transport=vendor_transport(certificates))
     return Gateway(config, catalogue, credentials, transport)
+
+
+def ca_bundle(config: Config, environ: Mapping[str, str]) -> Optional[str]:
+    """The file of trusted certificates, None for the system's; SSL_CERT_FILE and SSL_CERT_DIR are OpenSSL's business."""
+    return config.ca_bundle or (None if environ.get("SSL_CERT_FILE") else environ.get("REQUESTS_CA_BUNDLE")) or None
+
+
+def vendor_transport(certificates: Optional[str]) -> Transport:
+    """For those who issue tokens: no connection is kept, since what is sent on a stale one may be sent twice."""
+    return Transport(Limits(VENDOR_CONNECT_S, VENDOR_LIMIT_S, VENDOR_LIMIT_S), certificates, keep=0)
 
 
 class ServerHandle:
@@ -10215,6 +11930,7 @@ def stop_server(handle: ServerHandle, grace_s: Optional[float] = None) -> None:
     handle.discovery.stop()
     config = handle.server.config
     handle.server.stop(config.force_abort_timeout_ms / 1000 if grace_s is None else grace_s)
+    handle.gateway.credentials.logins.close()
 
 
 class AlreadyRunning(Exception):
@@ -10296,6 +12012,9 @@ def is_gateway_process(pid: int) -> bool:
         return True
 
 
+COMMANDS = ("models", "login", "logout", "accounts", "help", "version")
+LOG_IN_FLAGS = ("--no-browser", "--device", "--yes", "--enterprise")
+
 HELP = f"""usage: {NAME}.py [command] [options]
 
 Serve every model you have access to as an OpenAI and an Anthropic API on this machine.
@@ -10303,13 +12022,16 @@ Serve every model you have access to as an OpenAI and an Anthropic API on this m
 commands:
   (none)      run the gateway in the foreground; Ctrl-C stops it
   models      print the models that can be used now and exit (--json for all facts)
+  login       log in to a subscription: login [PROVIDER]; without one, pick from a list
+  logout      forget a log-in: logout PROVIDER
+  accounts    print the log-ins and how long their tokens are good (--json)
   help        print this page
   version     print the version
 """
 
 
 METAVARS = {"--bind": "ADDRESS", "--auth-dir": "PATH", "--allow-origin": "ORIGIN", "--log-level": "LEVEL",
-            "--model-allowlist": "MODEL", "--model-denylist": "MODEL", "--pid-file": "PATH"}
+            "--model-allowlist": "MODEL", "--model-denylist": "MODEL", "--pid-file": "PATH", "--pass-through": "PROVIDER"}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -10321,10 +12043,14 @@ class _Parser(argparse.ArgumentParser):
                 name = option.flag if option.kind == "boolean" else name
                 lines.append(f"  {name:<30}{option.help}" if len(name) < 29 else f"  {name}\n{'':32}{option.help}")
         lines += [f"  {'--config PATH':<30}one more configuration file, over the usual ones",
-                  f"  {'--json':<30}with models: print JSON",
+                  f"  {'--json':<30}with models and accounts: print JSON",
+                  f"  {'--no-browser':<30}with login: paste the address that the browser ends at",
+                  f"  {'--device':<30}with login: a code to type into another device (openai-codex)",
+                  f"  {'--enterprise HOST':<30}with login github-copilot: your GitHub Enterprise server",
+                  f"  {'--yes':<30}with login: no question about the vendor's terms",
                   f"  {'--version, --help':<30}print the version, or this page",
-                  "", "--allow-origin, --model-allowlist and --model-denylist may be repeated. --no-strict and its\n"
-                  "like turn a switch off that a file turned on.",
+                  "", "--allow-origin, --model-allowlist, --model-denylist and --pass-through may be repeated. --no-strict\n"
+                  "and its like turn a switch off that a file turned on.",
                   "", "Keys: set ANTHROPIC_API_KEY, OPENAI_API_KEY, ... or use ~/.pi/agent/auth.json. The gateway's\n"
                   "own key is apiKey in ~/.pi/agent/gateway.json or PI_GATEWAY_API_KEY, never a flag.\n"
                   "Everything else: README.md"]
@@ -10337,10 +12063,13 @@ class _Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     """The command line; flags that also are configuration keys come from `OPTIONS`."""
     parser = _Parser(prog=f"{NAME}.py", allow_abbrev=False)
-    parser.add_argument("command", nargs="?", choices=("models", "help", "version"))
+    parser.add_argument("command", nargs="?", choices=COMMANDS)
+    parser.add_argument("provider", nargs="?")
     parser.add_argument("--version", "-v", action="store_true")
     parser.add_argument("--config")
-    parser.add_argument("--json", action="store_true")
+    for flag in ("--json", *LOG_IN_FLAGS[:-1]):
+        parser.add_argument(flag, action="store_true")
+    parser.add_argument("--enterprise")
     for option in OPTIONS:
         if not option.flag:
             continue
@@ -10384,8 +12113,21 @@ def check_words(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
             raise ConfigError(f"unknown flag {redact(flag)[:60]}; the nearest is {near[0]} (see --help)")
 
 
+def check_command(arguments: argparse.Namespace) -> None:
+    """Raises `ConfigError` for flags and words that the command does not take."""
+    command = arguments.command
+    if arguments.json and command not in ("models", "accounts"):
+        raise ConfigError(f"--json goes with the models and accounts commands: {NAME}.py models --json")
+    if arguments.provider and command not in ("login", "logout"):
+        raise ConfigError(f"what is {redact(arguments.provider)[:60]!r}? Only login and logout take a provider")
+    for flag in LOG_IN_FLAGS:
+        if getattr(arguments, flag[2:].replace("-", "_")) and command != "login":
+            raise ConfigError(f"{flag} goes with the login command")
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """The command line. Returns the exit status: 0 done, 1 failure, 2 configuration, 3 another gateway is running."""
+    """The command line. Returns the exit status: 0 done, 1 failure, 2 configuration, 3 another gateway is running,
+    130 given up with Ctrl-C."""
     argv = sys.argv[1:] if argv is None else list(argv)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):      # a legacy code page must not end the program
@@ -10395,8 +12137,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         parser = build_parser()
         check_words(parser, argv)
         arguments = parser.parse_args(argv)
-        if arguments.json and arguments.command != "models":
-            raise ConfigError("--json goes with the models command: pigateway.py models --json")
+        check_command(arguments)
         if arguments.command == "help":
             parser.print_help()
             return EXIT_OK
@@ -10407,6 +12148,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         attach_log(config.log_level)
         if arguments.command == "models":
             return print_models(build_gateway(config, os.environ), arguments.json)
+        if arguments.command:
+            return run_account_command(arguments, config)
         return run(config)
     except ConfigError as error:
         print(f"{NAME}: {redact(str(error))}", file=sys.stderr)
@@ -10520,7 +12263,7 @@ def print_banner(handle: ServerHandle) -> None:
 
 
 # ======================================================================================================================
-# §15 Catalogue data
+# §16 Catalogue data
 # ======================================================================================================================
 #
 # Facts about models, one a line: id|context|output|flags|cost|levels|compat|protocol. flags: r reasons, i takes images.

@@ -1647,6 +1647,7 @@ ERRORS: List[Tuple[Any, Tuple[int, str, str], Tuple[int, str]]] = [
     (pg.BodyTooLarge, (413, "invalid_request_error", "request_body_too_large"), (413, "request_too_large")),
     (pg.HeadTooLarge, (431, "invalid_request_error", "headers_too_large"), (431, "invalid_request_error")),
     (pg.Unauthorized, (401, "authentication_error", "invalid_api_key"), (401, "authentication_error")),
+    (pg.LogInOver, (401, "authentication_error", "no_credentials"), (401, "authentication_error")),
     (pg.Forbidden, (403, "permission_error", "forbidden"), (403, "permission_error")),
     (pg.ShuttingDown, (503, "service_unavailable_error", "shutting_down"), (529, "overloaded_error")),
     (pg.UpstreamError, (502, "upstream_error", "provider_error"), (502, "api_error")),
@@ -1690,17 +1691,17 @@ def test_overflow_is_worded_as_claude_code_expects() -> None:
 def test_seals_open_to_the_same_bytes(maker: str, client: Any) -> None:
     for signature in ("c2ln", '[{"data":"QUJD\\n"}]', "é" * 300):
         sealed = pg.seal(pg.Thinking("t", signature, maker=maker), client.name)
-        assert pg.unseal(sealed, client.name) == (signature, maker)
+        assert pg.unseal(sealed, client.name) == (signature, maker, "")
         assert (sealed == signature) == (maker == client.name) and "synthetic" not in sealed                # R4
 
 
 @pytest.mark.parametrize("sealed", ["pigw1.", "pigw1.@@@", "pigw1.W10=", "pigw1.NQ==", "pigw1.WzEsMl0=", "pigw1.é"])
 def test_a_broken_seal_is_no_signature(sealed: str) -> None:
-    assert pg.unseal(sealed, "anthropic-messages") == (None, "")
+    assert pg.unseal(sealed, "anthropic-messages") == (None, "", "")
 
 
 def test_no_signature_is_no_seal() -> None:
-    assert pg.seal(pg.Thinking("t"), "openai-chat") == "" and pg.unseal("", "x") == (None, "x")
+    assert pg.seal(pg.Thinking("t"), "openai-chat") == "" and pg.unseal("", "x") == (None, "x", "")
 
 
 # ======================================================================================================================
@@ -8233,7 +8234,7 @@ def test_gemini_signature_memory() -> None:
     memory = pg.SignatureMemory(limit=2, ttl_s=10)
     for number, call_id in enumerate(("a", "b", "a", "c")):
         memory.remember(call_id, "m", f"s{number}", now=0)
-    assert (memory.recall("a", 1), memory.recall("b", 1), len(memory)) == (("m", "s2"), None, 2)
+    assert (memory.recall("a", 1), memory.recall("b", 1), len(memory)) == (("m", "s2", ""), None, 2)
     assert memory.recall("a", 10) is None and len(memory) == 1
     memory.remember("c1", GEMINI.name, GEMINI_SIGNATURE, 0)
     bare = pg.replace(GEMINI_CALL, signature=None, maker="")
@@ -10249,7 +10250,7 @@ def test_periods_beyond_reason(tmp_path: Any, capsys: Any, monkeypatch: Any, opt
 
 
 @pytest.mark.parametrize("argv, words", [
-    (["--prot", "4000"], "unknown flag --prot; the nearest is --port"), (["--json"], "--json goes with the models command"),
+    (["--prot", "4000"], "unknown flag --prot; the nearest is --port"), (["--json"], "--json goes with the models and accounts commands"),
     (["--secret=sk-abcdefghijklmnop1234"], "unknown flag --secret")])
 def test_slips_on_the_command_line(argv: List[str], words: str, capsys: Any) -> None:
     assert pg.main(argv) == 2
