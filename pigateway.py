@@ -7827,6 +7827,7 @@ class FileLock:
         path = os.path.abspath(path)
         named = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
         target = os.path.realpath(path)         # pi 0.58 refreshes under the lock of a link's target
+        self._name = os.path.basename(path) + ".lock"
         self._folders = [path + ".lock"] + ([target + ".lock"] if target != named else [])
         self._guard = threading.Condition()
         self._holders = 0
@@ -7841,7 +7842,7 @@ class FileLock:
         with self._guard:
             while self._holders and time.monotonic() - self._since > LOCK_JOIN_S:
                 if not self._guard.wait(max(0.0, deadline - time.monotonic())):
-                    raise AuthFileError(f"{self._folders[0]} is held for too long by this process")
+                    raise AuthFileError(f"{self._name} is held for too long by this process")
             if not self._holders:
                 self._acquire(deadline)
             self._holders += 1
@@ -7858,7 +7859,7 @@ class FileLock:
         """Takes the lock anew if another program took it away from its holder. Raises `AuthFileError`."""
         with self._guard:
             if any(self._stamp(folder) != stamp for folder, stamp in self._stamps.items()):
-                log.warning("%s was taken over by another program; taking it again", self._folders[0])
+                log.warning("%s was taken over by another program; taking it again", self._name)
                 self._release()
                 self._acquire(time.monotonic() + LOCK_WAIT_S)
 
@@ -7881,7 +7882,7 @@ class FileLock:
             except FileExistsError:
                 pass
             except OSError as error:
-                raise AuthFileError(f"{folder} cannot be made: {describe(error)}") from None
+                raise AuthFileError(f"{self._name} cannot be made: {describe(error)}") from None
             now, stamp = time.monotonic(), self._stamp(folder)
             if stamp != seen:
                 seen, seen_at = stamp, now
@@ -7889,7 +7890,7 @@ class FileLock:
             if stamp and (time.time() - stamp / 1e9 > LOCK_STALE_S or now - seen_at > LOCK_STALE_S + LOCK_POLL_S):
                 _steal(folder, stamp)
             elif now > deadline:
-                raise AuthFileError(f"{folder} is held by another program and not given back")
+                raise AuthFileError(f"{self._name} is held by another program and not given back")
             elif stamp:
                 time.sleep(min(pause_s * (1 + secrets.randbelow(1000) / 1000), LOCK_POLL_S))
                 pause_s *= 2
@@ -7940,7 +7941,7 @@ def _steal(folder: str, stamp: int) -> None:
     except FileNotFoundError:
         pass
     except OSError as error:
-        raise AuthFileError(f"{folder} was left behind and cannot be removed: {describe(error)}") from None
+        raise AuthFileError(f"{os.path.basename(folder)} was left behind and cannot be removed: {describe(error)}") from None
     finally:
         if descriptor >= 0:
             os.close(descriptor)
@@ -7981,7 +7982,7 @@ class AuthFile:
             except OSError as error:
                 problem = describe(error)
             time.sleep(AUTH_PAUSE_S)
-        raise AuthFileError(f"{self.path} cannot be read, so it is left alone: {problem}")
+        raise AuthFileError(f"{os.path.basename(self.path)} cannot be read, so it is left alone: {problem}")
 
     def change(self, name: str, update: Callable[[Dict[str, Any]], Optional[Dict[str, Any]]]) -> None:
         """Puts what `update` makes of a provider's entry ({} when there is none) in its place: None removes it, an equal
@@ -8009,7 +8010,7 @@ class AuthFile:
         try:
             make_private_folder(os.path.dirname(os.path.abspath(self.path)))
         except OSError as error:
-            raise AuthFileError(f"{self.path} cannot be written: {describe(error)}") from None
+            raise AuthFileError(f"{os.path.basename(self.path)} cannot be written: {describe(error)}") from None
 
     def _create(self, target: str) -> Tuple[int, str]:
         """(descriptor, path) of a new file beside the target, for its owner only."""
@@ -8017,7 +8018,7 @@ class AuthFile:
         try:
             return os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), temporary
         except OSError as error:
-            raise AuthFileError(f"{self.path} cannot be written: {describe(error)}") from None
+            raise AuthFileError(f"{os.path.basename(self.path)} cannot be written: {describe(error)}") from None
 
     def _discard(self, temporary: str) -> None:
         with contextlib.suppress(OSError):
@@ -8037,7 +8038,7 @@ class AuthFile:
             replace_file(temporary, target)
         except OSError as error:
             self._discard(temporary)
-            raise AuthFileError(f"{self.path} cannot be written: {describe(error)}") from None
+            raise AuthFileError(f"{os.path.basename(self.path)} cannot be written: {describe(error)}") from None
         except BaseException:
             self._discard(temporary)
             raise
@@ -11558,7 +11559,8 @@ def run_account_command(arguments: argparse.Namespace, config: Config) -> int:
             return log_out(file, terminal, arguments.provider)
         return log_in(file, terminal, arguments, config)
     except (LogInFailed, GatewayError, AuthFileError) as error:
-        print(f"{NAME}: {redact(str(error))}", file=sys.stderr)
+        where = f" (in {os.path.dirname(path)})" if isinstance(error, AuthFileError) else ""
+        print(f"{NAME}: {redact(str(error))}{where}", file=sys.stderr)
         return EXIT_FAILURE
     except KeyboardInterrupt:
         print(f"\n{NAME}: given up; nothing was changed", file=sys.stderr)

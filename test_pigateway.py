@@ -12376,3 +12376,621 @@ def grid_table() -> str:
 def test_readme_has_the_grid() -> None:
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in grid_table().split("\n")]
     assert readme_rows("grid") == rows[2:]
+
+
+# ======================================================================================================================
+# §10 auth.json and the renewal of tokens
+# ======================================================================================================================
+
+HOUR_MS = 3_600_000
+OTHER_ENTRIES: Dict[str, Any] = {
+    "openai": {"type": "api_key", "key": "sk-öther", "env": {"A": "b"}},
+    "radius": {"type": "oauth", "access": "ra", "refresh": "rr", "expires": pg.NEVER_MS, "scope": "gateway", "mine": [1, None]},
+    "amazon-bedrock": {"type": "api_key"}}
+
+
+def auth_file(folder: Any, content: Any = None) -> pg.AuthFile:
+    """An AuthFile with that content."""
+    path = os.path.join(str(folder), "auth.json")
+    if content is not None:
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(content if isinstance(content, str) else json.dumps(content))
+    return pg.AuthFile(path)
+
+
+def age(path: str, seconds: float) -> None:
+    os.utime(path, (time.time() - seconds,) * 2)
+
+
+def test_lock_is_pi_s_folder(tmp_path: Any) -> None:
+    path = str(tmp_path / "auth.json")
+    lock, folder = pg.FileLock(path), path + ".lock"
+    with lock.held():
+        assert os.path.isdir(folder) and not os.listdir(folder)
+        with lock.held():                       # a second thread of this process joins
+            pass
+        assert os.path.isdir(folder)
+        with pytest.raises(pg.AuthFileError, match="held by another program"):
+            with pg.FileLock(path).held(0.05):
+                pass
+    assert not os.path.exists(folder)
+
+
+@pytest.mark.parametrize("seconds, is_taken", [(29.0, False), (31.0, True), (-60.0, False)])
+def test_lock_is_stolen_only_when_stale(tmp_path: Any, seconds: float, is_taken: bool) -> None:
+    path = str(tmp_path / "auth.json")
+    os.mkdir(path + ".lock")
+    age(path + ".lock", seconds)
+    try:
+        with pg.FileLock(path).held(0.05):
+            assert is_taken
+    except pg.AuthFileError:
+        assert not is_taken and os.path.isdir(path + ".lock")
+
+
+def test_lock_from_the_future_is_stolen_by_our_own_clock(tmp_path: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(pg, "LOCK_STALE_S", 0.05)
+    monkeypatch.setattr(pg, "LOCK_POLL_S", 0.02)
+    path = str(tmp_path / "auth.json")
+    os.mkdir(path + ".lock")
+    age(path + ".lock", -1000)
+    with pg.FileLock(path).held(2):
+        pass
+
+
+def test_lock_is_touched_while_held_but_never_somebody_else_s(tmp_path: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(pg, "LOCK_BEAT_S", 0.01)
+    path = str(tmp_path / "auth.json")
+    lock, folder = pg.FileLock(path), path + ".lock"
+    with lock.held():
+        first = os.stat(folder).st_mtime_ns
+        until(lambda: os.stat(folder).st_mtime_ns != first)
+        os.rmdir(folder)                        # another program takes it for dead
+        os.mkdir(folder)
+        age(folder, 5)
+        taken = os.stat(folder).st_mtime_ns
+        time.sleep(0.05)
+        assert os.stat(folder).st_mtime_ns == taken
+    assert os.stat(folder).st_mtime_ns == taken
+    os.rmdir(folder)
+
+
+def test_lock_taken_over_is_taken_again_before_writing(tmp_path: Any) -> None:
+    file = auth_file(tmp_path, OTHER_ENTRIES)
+    folder = file.path + ".lock"
+    with file.lock.held():
+        os.rmdir(folder)
+        file.change("xai", lambda entry: {"type": "api_key", "key": "k"})
+        assert os.path.isdir(folder)
+    assert not os.path.exists(folder)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links need no rights there")
+def test_lock_of_a_link_is_on_both_ends(tmp_path: Any) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "auth.json").write_text("{}")
+    (tmp_path / "linked").symlink_to(tmp_path / "real")         # a linked folder is the same place
+    (tmp_path / "auth.json").symlink_to(tmp_path / "real" / "auth.json")
+    with pg.FileLock(str(tmp_path / "auth.json")).held():
+        assert (tmp_path / "auth.json.lock").is_dir() and (tmp_path / "real" / "auth.json.lock").is_dir()
+    with pg.FileLock(str(tmp_path / "linked" / "auth.json")).held(0.2):
+        pass
+    file = pg.AuthFile(str(tmp_path / "auth.json"))
+    file.change("xai", lambda entry: {"type": "api_key", "key": "k"})
+    assert (tmp_path / "auth.json").is_symlink() and "xai" in json.loads((tmp_path / "real" / "auth.json").read_text())
+    assert not list(tmp_path.glob("**/*.lock"))
+
+
+def test_lock_with_something_in_it_is_told(tmp_path: Any) -> None:
+    (tmp_path / "auth.json.lock").mkdir()
+    (tmp_path / "auth.json.lock" / "x").write_text("")
+    age(str(tmp_path / "auth.json.lock"), 60)
+    with pytest.raises(pg.AuthFileError, match="cannot be removed"):
+        with pg.FileLock(str(tmp_path / "auth.json")).held(1):
+            pass
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_processes_lose_nothing_of_each_other(tmp_path: Any) -> None:
+    path = auth_file(tmp_path, OTHER_ENTRIES).path
+    children = []
+    for number in range(4):
+        child = os.fork()
+        if not child:
+            try:
+                file = pg.AuthFile(path)
+                for turn in range(8):
+                    file.change(f"p{number}", lambda entry: {"type": "api_key", "key": f"{entry.get('key', '')}{turn}"})
+            finally:
+                os._exit(0)
+        children.append(child)
+    while any(os.waitpid(child, os.WNOHANG) == (0, 0) for child in children[-1:]):
+        with open(path, encoding="utf-8") as file:      # takes no lock, and never sees half a file
+            assert set(OTHER_ENTRIES) <= set(json.load(file))
+    for child in children[:-1]:
+        os.waitpid(child, 0)
+    with open(path, encoding="utf-8") as file:
+        content = json.load(file)
+    assert content == {**OTHER_ENTRIES, **{f"p{number}": {"type": "api_key", "key": "01234567"} for number in range(4)}}
+    assert sorted(os.listdir(tmp_path)) == ["auth.json"]
+
+
+def test_auth_file_changes_one_entry_only(tmp_path: Any) -> None:
+    file = auth_file(tmp_path, "\ufeff" + json.dumps(OTHER_ENTRIES))
+    leftover = file.path + ".123-0123abcd.tmp"
+    with open(leftover, "w", encoding="utf-8") as other:
+        other.write("{")
+    age(leftover, 1000)
+    file.change("xai", lambda entry: {"type": "api_key", "key": "\ud800"})
+    file.change("openai", lambda entry: {**entry, "key": "new"})
+    file.change("nobody", lambda entry: None)
+    file.change("radius", lambda entry: entry)
+    with open(file.path, encoding="utf-8") as written:
+        content = json.load(written)
+    assert list(content) == [*OTHER_ENTRIES, "xai"] and content["openai"] == {**OTHER_ENTRIES["openai"], "key": "new"}
+    assert {name: content[name] for name in ("radius", "amazon-bedrock")} == {
+        name: OTHER_ENTRIES[name] for name in ("radius", "amazon-bedrock")}
+    assert os.listdir(tmp_path) == ["auth.json"]
+    if os.name == "posix":
+        assert os.stat(file.path).st_mode & 0o777 == 0o600
+    file.change("xai", lambda entry: None)
+    assert "xai" not in file.read()
+
+
+def test_auth_file_as_pi_writes_it() -> None:
+    assert pg.render_auth({"a": {"k": "ö"}}) == '{\n  "a": {\n    "k": "ö"\n  }\n}'.encode()
+
+
+@pytest.mark.parametrize("content, said", [("{", "not valid JSON"), ("[1]", "must hold a JSON object")])
+def test_auth_file_that_is_broken_is_left_alone(tmp_path: Any, monkeypatch: Any, content: str, said: str) -> None:
+    monkeypatch.setattr(pg, "AUTH_PAUSE_S", 0.001)
+    file = auth_file(tmp_path, content)
+    with pytest.raises(pg.AuthFileError, match=said):
+        file.change("xai", lambda entry: {"type": "api_key"})
+    assert (tmp_path / "auth.json").read_text() == content and os.listdir(tmp_path) == ["auth.json"]
+
+
+def test_auth_file_in_a_new_folder_is_private(tmp_path: Any) -> None:
+    file = pg.AuthFile(str(tmp_path / "a" / "b" / "auth.json"))
+    file.change("xai", lambda entry: {"type": "api_key"})
+    assert file.read() == {"xai": {"type": "api_key"}}
+    if os.name == "posix":
+        assert [os.stat(tmp_path / name).st_mode & 0o777 for name in ("a", "a/b", "a/b/auth.json")] == [0o700, 0o700, 0o600]
+    blocked = pg.AuthFile(str(tmp_path / "a" / "b" / "auth.json" / "auth.json"))
+    with pytest.raises(pg.AuthFileError, match="^auth.json.lock cannot be made: Not a directory$"):
+        blocked.change("xai", lambda entry: {})
+
+
+# --- Renewal ----------------------------------------------------------------------------------------------------------
+
+
+class FakeVendor:
+    """Issues tokens: each refresh token is good for one use."""
+
+    def __init__(self, life_s: float = 3600, now: Optional[float] = None) -> None:
+        self.life_s = life_s
+        self.valid = {"anthropic": "r0", "xai": "r0"}
+        self.calls: List[str] = []
+        self.refused = 0
+        self.gate = threading.Event()
+        self.gate.set()
+        self.hanging = ""
+        self.now = now
+        self.failure: Optional[pg.VendorReply] = None
+
+    def clock(self) -> float:
+        return time.time() if self.now is None else self.now
+
+    def post(self, url: str, fields: Dict[str, Any], headers: Any = None, as_json: bool = False, limit_s: float = 0,
+             ) -> pg.VendorReply:
+        name = "anthropic" if "claude" in url else "xai"
+        self.calls.append(name)
+        if name == self.hanging:
+            assert self.gate.wait(10)
+        if self.failure:
+            return self.failure
+        if fields["refresh_token"] != self.valid[name]:
+            self.refused += 1
+            return pg.VendorReply(400, {"error": "invalid_grant", "error_description": "used already"})
+        number = int(self.valid[name][1:]) + 1
+        self.valid[name] = f"r{number}"
+        return pg.VendorReply(200, {"access_token": f"a{number}", "refresh_token": f"r{number}", "expires_in": self.life_s})
+
+
+def log_in_entry(left_s: float = -10.0, number: int = 0, **more: Any) -> Dict[str, Any]:
+    return {"type": "oauth", "access": f"a{number}", "refresh": f"r{number}", "expires": (time.time() + left_s) * 1000, **more}
+
+
+def logins(folder: Any, vendor: FakeVendor, **entries: Any) -> pg.Logins:
+    """Log-ins over an auth.json with these entries."""
+    return pg.Logins(auth_file(folder, {**OTHER_ENTRIES, **entries}), vendor)
+
+
+def test_renewal_keeps_the_other_fields_and_entries(tmp_path: Any) -> None:
+    vendor = FakeVendor()
+    store = logins(tmp_path, vendor, xai=log_in_entry(email="me@example.com", mine={"x": 1}))
+    entry = store.current("xai")
+    assert (entry["access"], vendor.calls) == ("a1", ["xai"])
+    written = json.loads((tmp_path / "auth.json").read_text(encoding="utf-8"))
+    assert {name: written[name] for name in OTHER_ENTRIES} == OTHER_ENTRIES
+    assert written["xai"] == {**entry, "email": "me@example.com", "mine": {"x": 1}} and written["xai"]["refresh"] == "r1"
+    assert 3200 < written["xai"]["expires"] / 1000 - time.time() < 3400      # noted to end five minutes early
+
+
+def test_fifty_threads_share_one_renewal(tmp_path: Any) -> None:
+    vendor = FakeVendor()
+    vendor.hanging = "xai"
+    vendor.gate.clear()
+    store = logins(tmp_path, vendor, xai=log_in_entry())
+    seen: List[str] = []
+    threads = [threading.Thread(target=lambda: seen.append(store.current("xai")["access"])) for _ in range(50)]
+    for thread in threads:
+        thread.start()
+    vendor.gate.set()
+    for thread in threads:
+        thread.join(10)
+    assert seen == ["a1"] * 50 and vendor.calls == ["xai"]
+
+
+@pytest.mark.parametrize("left_s, seen_s, calls", [(4000, 0, 0), (290, 3600, 1), (290, 0, 0), (0.5, 3600, 1)])
+def test_renewal_ahead_of_the_end_is_beside_the_request(tmp_path: Any, left_s: float, seen_s: float, calls: int) -> None:
+    vendor = FakeVendor()
+    store = logins(tmp_path, vendor, xai=log_in_entry(left_s))
+    store._seen["xai"] = ("a0", time.time() - seen_s)
+    assert store.current("xai")["access"] == "a0"               # still good, so nobody waits
+    if calls:
+        until(lambda: store.current("xai")["access"] == "a1")
+    assert vendor.calls == ["xai"] * calls
+
+
+def test_token_renewed_by_another_process_is_taken(tmp_path: Any) -> None:
+    vendor = FakeVendor()
+    store = logins(tmp_path, vendor, xai=log_in_entry())
+    with pg.FileLock(str(tmp_path / "auth.json")).held():       # the other process, in the midst of it
+        thread = threading.Thread(target=lambda: store.current("xai"))
+        thread.start()
+        until(lambda: store._renewals)
+        auth_file(tmp_path, {"xai": log_in_entry(900, 5)})
+    thread.join(5)
+    assert vendor.calls == [] and store.current("xai")["access"] == "a5"
+
+
+def test_log_in_that_is_over_names_the_command_and_is_asked_once(tmp_path: Any) -> None:
+    vendor = FakeVendor()
+    store = logins(tmp_path, vendor, xai=log_in_entry(-10, 7))
+    before = (tmp_path / "auth.json").read_bytes()
+    for _ in range(3):
+        with pytest.raises(pg.LogInOver, match="login xai"):
+            store.current("xai")
+    assert vendor.calls == ["xai"] and (tmp_path / "auth.json").read_bytes() == before
+    auth_file(tmp_path, {"xai": log_in_entry(900, 9)})
+    assert store.current("xai")["access"] == "a9"               # a new log-in counts at once
+
+
+def test_refused_refresh_token_that_another_tool_has_replaced(tmp_path: Any) -> None:
+    vendor = FakeVendor()
+    store = logins(tmp_path, vendor, xai=log_in_entry())
+    vendor.valid["xai"] = "r3"                                  # a tool that takes no lock was here a moment ago
+    vendor.hanging = "xai"
+    vendor.gate.clear()
+    thread = threading.Thread(target=lambda: store.current("xai"))
+    thread.start()
+    until(lambda: vendor.calls)
+    auth_file(tmp_path, {"xai": log_in_entry(900, 3)})
+    vendor.gate.set()
+    thread.join(5)
+    assert (store.current("xai")["access"], vendor.calls) == ("a3", ["xai"])
+
+
+RENEWAL_FAILURES: List[Tuple[pg.VendorReply, Any]] = [
+    (pg.VendorReply(500, {}), pg.UpstreamError), (pg.VendorReply(429, {"error": "slow"}, 7.0), pg.UpstreamError),
+    (pg.VendorReply(200, {}), pg.UpstreamError), (pg.VendorReply(200, {"access_token": 5}), pg.UpstreamError),
+    (pg.VendorReply(302, {}), pg.UpstreamError), (pg.VendorReply(400, {"error": "invalid_request"}), pg.UpstreamError),
+    (pg.VendorReply(401, {"error": {"code": "refresh_token_reused", "message": "no"}}), pg.LogInOver),
+    (pg.VendorReply(403, {}), pg.LogInOver)]
+
+
+@pytest.mark.parametrize("reply, kind", RENEWAL_FAILURES)
+def test_failed_renewal_leaves_the_file_and_is_not_repeated_at_once(tmp_path: Any, reply: Any, kind: Any) -> None:
+    vendor = FakeVendor()
+    vendor.failure = reply
+    store = logins(tmp_path, vendor, xai=log_in_entry())
+    before = (tmp_path / "auth.json").read_bytes()
+    for _ in range(2):
+        with pytest.raises(kind):
+            store.current("xai")
+    assert vendor.calls == ["xai"] and (tmp_path / "auth.json").read_bytes() == before
+    assert not os.path.exists(tmp_path / "auth.json.lock")
+
+
+def test_vendor_that_hangs_does_not_stop_the_others(tmp_path: Any) -> None:
+    vendor = FakeVendor()
+    vendor.hanging = "anthropic"
+    vendor.gate.clear()
+    store = logins(tmp_path, vendor, xai=log_in_entry(), anthropic=log_in_entry())
+    waiting = threading.Thread(target=lambda: store.current("anthropic"))
+    waiting.start()
+    until(lambda: vendor.calls == ["anthropic"])
+    assert store.current("xai")["access"] == "a1" and waiting.is_alive()
+    vendor.gate.set()
+    waiting.join(5)
+    assert {name: store.entry(name)["access"] for name in ("xai", "anthropic")} == {"xai": "a1", "anthropic": "a1"}
+    assert {name: json.loads((tmp_path / "auth.json").read_text())[name]["refresh"] for name in ("xai", "anthropic")} == {
+        "xai": "r1", "anthropic": "r1"}
+
+
+def test_nothing_is_spent_that_could_not_be_kept(tmp_path: Any, monkeypatch: Any) -> None:
+    vendor = FakeVendor()
+    store = logins(tmp_path, vendor, xai=log_in_entry())
+    monkeypatch.setattr(pg.AuthFile, "_create", lambda self, target: (_ for _ in ()).throw(pg.AuthFileError("full")))
+    with pytest.raises(pg.GatewayError, match="cannot be renewed: full"):
+        store.current("xai")
+    assert vendor.calls == []
+
+
+def test_renewed_token_that_cannot_be_written_is_used_and_written_later(tmp_path: Any, monkeypatch: Any) -> None:
+    vendor = FakeVendor()
+    store = logins(tmp_path, vendor, xai=log_in_entry())
+    monkeypatch.setattr(pg, "SAVE_AGAIN_S", 0.02)
+    with monkeypatch.context() as broken:
+        broken.setattr(pg.AuthFile, "_write", lambda self, content: (_ for _ in ()).throw(pg.AuthFileError("full")))
+        assert store.current("xai")["access"] == "a1" == store.entry("xai")["access"]
+    until(lambda: json.loads((tmp_path / "auth.json").read_text())["xai"]["refresh"] == "r1")
+
+
+def test_log_out_during_a_renewal_stays_a_log_out(tmp_path: Any) -> None:
+    vendor = FakeVendor()
+    vendor.hanging = "xai"
+    vendor.gate.clear()
+    store = logins(tmp_path, vendor, xai=log_in_entry())
+    thread = threading.Thread(target=lambda: store.current("xai"))
+    thread.start()
+    until(lambda: vendor.calls)
+    auth_file(tmp_path, OTHER_ENTRIES)
+    vendor.gate.set()
+    thread.join(5)
+    assert "xai" not in json.loads((tmp_path / "auth.json").read_text(encoding="utf-8"))
+
+
+def test_stopping_waits_for_a_token_on_its_way(tmp_path: Any) -> None:
+    vendor = FakeVendor()
+    vendor.hanging = "xai"
+    vendor.gate.clear()
+    store = logins(tmp_path, vendor, xai=log_in_entry())
+    threading.Thread(target=lambda: store.current("xai")).start()
+    until(lambda: vendor.calls)
+    threading.Timer(0.05, vendor.gate.set).start()
+    store.close()
+    assert json.loads((tmp_path / "auth.json").read_text())["xai"]["refresh"] == "r1"
+
+
+def test_short_lived_token_is_good_for_most_of_its_life() -> None:
+    row = pg.SUBSCRIPTIONS["anthropic"]
+    assert [row.expiry(life, 0) for life in (1, 600, 3600, "3600", None)] == [900, 540_000, 3_300_000, 3_300_000, 3_300_000]
+    assert pg.SUBSCRIPTIONS["openai-codex"].expiry(3600, 0) == HOUR_MS
+
+
+# As three generations of pi write them; all that matters is which secret a call goes out with.
+PI_ENTRIES: Dict[str, Dict[str, Any]] = {
+    "0.58": {"anthropic": log_in_entry(4000), "github-copilot": log_in_entry(4000, enterpriseUrl="company.ghe.com"),
+             "google-gemini-cli": log_in_entry(4000, projectId="p-1", email="a@b.c"), "google-antigravity": log_in_entry(
+                 4000, projectId="p-2"), "groq": {"type": "api_key", "key": "a0"}},
+    "0.87": {"openai-codex": log_in_entry(4000, accountId="acc-12345678"), "xai": log_in_entry(4000),
+             "kimi-coding": log_in_entry(4000), "meta": log_in_entry(4000), "openrouter": {
+                 "type": "oauth", "access": "a0", "refresh": "", "expires": pg.NEVER_MS},
+             "github-copilot": log_in_entry(4000, availableModelIds=["gpt-5"]),
+             "groq": {"type": "api_key", "key": "$MINE", "env": {"MINE": "a0"}}},
+    "1.5": {"openai": log_in_entry(4000, clientId="app_1", scopes=["openid"]), "anthropic": log_in_entry(4000)}}
+
+
+@pytest.mark.parametrize("generation", PI_ENTRIES)
+def test_entries_of_every_pi(tmp_path: Any, generation: str) -> None:
+    store = credentials(tmp_path, {"amazon-bedrock": {"type": "api_key"}, **PI_ENTRIES[generation]})
+    for name in PI_ENTRIES[generation]:
+        row = pg.PROVIDERS[name]
+        assert store.usable(row) and token_of(store, row) == "a0"
+        assert store.is_subscription(row) == (name != "groq")
+
+
+@pytest.mark.parametrize("name", pg.SUBSCRIPTIONS)
+def test_every_subscription_belongs_to_a_provider(name: str) -> None:
+    row = pg.SUBSCRIPTIONS[name]
+    assert name in pg.PROVIDERS and row.provider == name and row.title
+    assert not row.secret or base64.b64decode(row.secret).startswith(b"GOCSPX-")
+    assert (name in pg.LOG_INS) == (name != "openai")
+
+
+# ======================================================================================================================
+# §12 Whose signature it is, and whose credential
+# ======================================================================================================================
+
+SEAL_A, SEAL_B = "c2lnbmVkLWJ5LWE=" * 4, "c2lnbmVkLWJ5LWI=" * 4
+SIGNED_ANSWER: Dict[str, Any] = {"id": "msg_1", "type": "message", "role": "assistant", "model": "m1", "stop_reason": "end_turn",
+                 "stop_sequence": None, "usage": {"input_tokens": 3, "output_tokens": 2},
+                 "content": [{"type": "thinking", "thinking": "Hmm", "signature": SEAL_A}, {"type": "text", "text": "Yes."}]}
+
+
+def two_models(url: str) -> Dict[str, Any]:
+    """models.json with two models of one provider, and the same model at a second one."""
+    one = {"baseUrl": url, "api": "anthropic-messages", "apiKey": "sk-upstream-anth-key",
+           "models": [{"id": name, "reasoning": True} for name in ("m1", "m2")]}
+    return {"providers": {"a": one, "b": {**one, "apiKey": "sk-upstream-other-key"}}}
+
+
+def signed_stream() -> bytes:
+    return sse([{"type": "message_start", "message": {**SIGNED_ANSWER, "content": [], "stop_reason": None}},
+                *block(0, {"type": "thinking", "thinking": "", "signature": ""}, {"type": "thinking_delta", "thinking": "Hmm"},
+                       {"type": "signature_delta", "signature": SEAL_A}),
+                *block(1, {"type": "text", "text": ""}, {"type": "text_delta", "text": "Yes."}),
+                {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": {"output_tokens": 2}},
+                {"type": "message_stop"}])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("client", ["messages", "chat/completions"])
+def test_thinking_goes_back_to_the_model_and_account_that_made_it(tmp_path: Any, client: str, stream: bool) -> None:
+    first = Answer(200, signed_stream(), "text/event-stream") if stream else Answer(200, SIGNED_ANSWER_BYTES)
+    later = {**SIGNED_ANSWER, "content": SIGNED_ANSWER["content"][1:]}
+    with fake_upstream(first, Answer(200, json.dumps(later).encode())) as fake:
+        write_agent_files(tmp_path, models=two_models(fake.url))
+        with running(tmp_path) as handle:
+            def turn(model: str, messages: List[Any], stream: bool = False) -> Any:
+                limit = {"max_tokens": 4096, "thinking": {"type": "enabled", "budget_tokens": 1024}}
+                return call(handle.url, f"/v1/{client}", {"model": model, "messages": messages, "stream": stream, **(
+                    limit if client == "messages" else {"reasoning_effort": "low"})}, content_type="application/json")
+
+            asked: List[Any] = [{"role": "user", "content": "Yes?"}]
+            result = turn("a/m1", asked, stream)
+            assert result.status == 200
+            if client == "messages":
+                said = {"role": "assistant", "content": SIGNED_ANSWER["content"]}
+                assert SEAL_A in result.body.decode()           # bare, and every byte as it came
+            else:
+                events = result.events if stream else [result.json]
+                found = [choice.get("delta", choice.get("message")) for event in events if event != "[DONE]"
+                         for choice in event["choices"]]
+                details = [detail for part in found for detail in part.get("reasoning_details", ())]
+                said = {"role": "assistant", "content": "Yes.", "reasoning_details": details}
+            talk = [*asked, said, {"role": "user", "content": "Sure?"}]
+            for model, keeps in (("a/m1", True), ("a/m2", False), ("b/m1", False), ("a/m1", True)):
+                assert turn(model, talk).status == 200
+                assert (SEAL_A.encode() in fake.received[-1].body) == keeps, model
+                assert b"Sure?" in fake.received[-1].body
+
+
+SIGNED_ANSWER_BYTES = json.dumps(SIGNED_ANSWER).encode()
+BAD_SIGNATURE = Answer(400, json.dumps({"type": "error", "error": {
+    "type": "invalid_request_error", "message": "messages.1.content.0: Invalid `signature` in `thinking` block"}}).encode())
+
+
+@pytest.mark.parametrize("is_loop", [False, True])
+def test_refused_signature_is_sent_once_more_without_thinking(tmp_path: Any, is_loop: bool) -> None:
+    """Of signatures that nothing is known of: another process, or a restart."""
+    content: List[Any] = [{"type": "thinking", "thinking": "Hmm", "signature": SEAL_B}, {"type": "text", "text": "Yes."}]
+    reply: Any = "Sure?"
+    if is_loop:
+        content.append({"type": "tool_use", "id": "toolu_1", "name": "f", "input": {}})
+        reply = [{"type": "tool_result", "tool_use_id": "toolu_1", "content": "1"}]
+    body = {"model": "a/m1", "max_tokens": 4096, "thinking": {"type": "enabled", "budget_tokens": 1024}, "messages": [
+        {"role": "user", "content": "Yes?"}, {"role": "assistant", "content": content}, {"role": "user", "content": reply}]}
+    with fake_upstream(BAD_SIGNATURE, Answer(200, SIGNED_ANSWER_BYTES), BAD_SIGNATURE) as fake:
+        write_agent_files(tmp_path, models=two_models(fake.url))
+        with running(tmp_path) as handle:
+            result = call(handle.url, "/v1/messages", body, content_type="application/json")
+            assert result.status == 200 and len(fake.received) == 2
+            assert [SEAL_B.encode() in received.body for received in fake.received] == [True, False]
+            again = json.loads(fake.received[1].body)
+            assert again["messages"][1]["content"] == content[1:] and again["messages"][2:] == body["messages"][2:]
+            # a tool loop that begins without signed thinking cannot go on with a budget
+            assert ("thinking" not in again) == is_loop
+            assert result.headers.get("x-pigateway-dropped") == ("thinking" if is_loop else None)
+            body["messages"][1] = {"role": "assistant", "content": "Yes."}
+            assert call(handle.url, "/v1/messages", body, content_type="application/json").status == 400
+            assert len(fake.received) == 3                      # nothing to leave out, so nothing to try again
+
+
+def test_chat_details_go_back_to_their_model_only(tmp_path: Any) -> None:
+    details = [{"type": "reasoning.encrypted", "data": SEAL_A}]
+    answer = {"id": "c", "object": "chat.completion", "created": 1, "model": "m1", "choices": [{
+        "index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "Yes.", "reasoning_details": details}}]}
+    one = {"api": "openai-completions", "apiKey": "sk-upstream-chat-key", "models": [{"id": "m1"}, {"id": "m2"}]}
+    with fake_upstream(Answer(200, json.dumps(answer).encode())) as fake:
+        write_agent_files(tmp_path, models={"providers": {"a": {**one, "baseUrl": fake.url}}})
+        with running(tmp_path) as handle:
+            talk: List[Any] = [{"role": "user", "content": "Yes?"}]
+            said = call(handle.url, "/v1/chat/completions", {"model": "a/m1", "messages": talk}).json["choices"][0]["message"]
+            assert said["reasoning_details"] == details
+            talk += [said, {"role": "user", "content": "Sure?"}]
+            for model, keeps in (("a/m1", True), ("a/m2", False)):
+                assert call(handle.url, "/v1/chat/completions", {"model": model, "messages": talk}).status == 200
+                assert (SEAL_A.encode() in fake.received[-1].body) == keeps
+
+
+# --- Tool names of Claude subscriptions -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("names, changed", [
+    (["read", "bash", "get_weather"], {"Read": "read", "Bash": "bash"}), (["Read", "READ"], {}),
+    (["read", "Read"], {}), (["webfetch", "WEBFETCH"], {"WebFetch": "webfetch"}), ([], {})])
+def test_oauth_tool_names(names: List[str], changed: Dict[str, str]) -> None:
+    assert pg.oauth_tool_names(names) == changed
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("client", ["messages", "chat/completions"])
+def test_tools_are_spelt_for_a_subscription_and_come_back(tmp_path: Any, client: str, stream: bool) -> None:
+    use = {"type": "tool_use", "id": "toolu_9", "name": "Read", "input": {"path": "a"}}
+    message = {**SIGNED_ANSWER, "content": [use], "stop_reason": "tool_use"}
+    events = sse([{"type": "message_start", "message": {**message, "content": [], "stop_reason": None}},
+                  *block(0, {**use, "input": {}}, {"type": "input_json_delta", "partial_json": '{"path": "a"}'}),
+                  {"type": "message_delta", "delta": {"stop_reason": "tool_use"}, "usage": {"output_tokens": 2}},
+                  {"type": "message_stop"}])
+    schema = {"type": "object", "properties": {"path": {"type": "string"}}}
+    answer = Answer(200, events, "text/event-stream") if stream else Answer(200, json.dumps(message).encode())
+    with fake_upstream(answer) as fake:
+        write_agent_files(tmp_path, models={"providers": {"anthropic": {"baseUrl": fake.url}}},
+                          auth={"anthropic": log_in_entry(4000)})
+        with running(tmp_path) as handle:
+            if client == "messages":
+                body: Dict[str, Any] = {
+                    "max_tokens": 99, "tools": [{"name": "read", "input_schema": schema}, {"name": "f", "input_schema": schema}],
+                    "tool_choice": {"type": "tool", "name": "read"}, "messages": [
+                        {"role": "user", "content": "read"}, {"role": "assistant", "content": [{**use, "name": "read"}]},
+                        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "toolu_9", "content": "1"}]}]}
+            else:
+                body = {"tools": [{"type": "function", "function": {"name": name, "parameters": schema}} for name in ("read", "f")],
+                        "tool_choice": {"type": "function", "function": {"name": "read"}}, "messages": [
+                            {"role": "user", "content": "read"}, {"role": "assistant", "content": None, "tool_calls": [{
+                                "id": "toolu_9", "type": "function", "function": {"name": "read", "arguments": '{"path": "a"}'}}]},
+                            {"role": "tool", "tool_call_id": "toolu_9", "content": "1"}]}
+            result = call(handle.url, f"/v1/{client}", {"model": "anthropic/claude-sonnet-4-5", "stream": stream, **body})
+            sent = json.loads(fake.received[0].body)
+            assert [tool["name"] for tool in sent["tools"]] == ["Read", "f"] and sent["tool_choice"]["name"] == "Read"
+            assert sent["messages"][1]["content"][0]["name"] == "Read"
+            assert sent["system"][0]["text"] == pg.OAUTH_IDENTITY
+            assert re.findall(r'"name": ?"(\w+)"', result.body.decode()) == ["read"], result.body
+
+
+# --- The client's own credential --------------------------------------------------------------------------------------
+
+PASSED: List[Tuple[str, Dict[str, str], Dict[str, str]]] = [
+    ("messages", {"authorization": "Bearer sk-ant-oat01-client-own"}, {"authorization": "Bearer sk-ant-oat01-client-own"}),
+    ("messages", {"x-api-key": "sk-ant-api-client-own"}, {"x-api-key": "sk-ant-api-client-own"}),
+    ("chat/completions", {"authorization": "Bearer sk-ant-api-client-own"}, {"x-api-key": "sk-ant-api-client-own"}),
+    ("chat/completions", {"authorization": "Bearer sk-ant-oat01-client-own"}, {"authorization": "Bearer sk-ant-oat01-client-own"})]
+
+
+@pytest.mark.parametrize("client, given, sent", PASSED)
+def test_client_s_own_credential_goes_through(tmp_path: Any, client: str, given: Dict[str, str], sent: Dict[str, str]) -> None:
+    body = {"model": "claude-sonnet-4-5", "max_tokens": 9, "messages": [{"role": "user", "content": "Hi"}]}
+    own = {"user_agent": "claude-cli/9.9 (external)", "x_app": "cli", "anthropic_beta": "oauth-2025-04-20,new-1",
+           "x_stainless_lang": "js"}
+    with fake_upstream(Answer(200, SIGNED_ANSWER_BYTES)) as fake:
+        write_agent_files(tmp_path, models={"providers": {"anthropic": {"baseUrl": fake.url}}},
+                          auth={"anthropic": {"type": "api_key", "key": "sk-ant-stored"}})
+        with running(tmp_path, bind_address="0.0.0.0", api_key="gateway-key-1", pass_through=("anthropic",)) as handle:
+            url = handle.url.replace("0.0.0.0", "127.0.0.1")
+            result = call(url, f"/v1/{client}?beta=true", body, **own, **{name.replace("-", "_"): value for name, value in given.items()},
+                          x_goog_api_key="gateway-key-1")
+            received = fake.received[0]
+            assert result.status == 200, result.body
+            keys = {name: received.headers[name] for name in ("authorization", "x-api-key", "x-goog-api-key")
+                    if name in received.headers}
+            assert keys == sent and b"stored" not in received.body
+            if client == "messages":            # to the byte
+                assert json.loads(received.body) == body and received.path == "/v1/messages?beta=true"
+                assert {name.replace("_", "-"): received.headers[name.replace("_", "-")] for name in own} == {
+                    name.replace("_", "-"): value for name, value in own.items()}
+            without = call(url, f"/v1/{client}", body, x_goog_api_key="gateway-key-1")
+            assert without.status == 401 and b"client's own" in without.body and len(fake.received) == 1
+
+
+def test_client_s_own_credential_that_is_refused_is_its_own_business(tmp_path: Any) -> None:
+    refusal = json.dumps({"type": "error", "error": {"type": "authentication_error", "message": "OAuth token has expired"}})
+    body = {"model": "claude-sonnet-4-5", "max_tokens": 9, "messages": [{"role": "user", "content": "Hi"}]}
+    with fake_upstream(Answer(401, refusal.encode())) as fake:
+        write_agent_files(tmp_path, models={"providers": {"anthropic": {"baseUrl": fake.url}}})
+        with running(tmp_path, pass_through=("anthropic",)) as handle:
+            result = call(handle.url, "/v1/messages", body, authorization="Bearer sk-ant-oat01-client-own")
+            assert (result.status, result.body.decode(), len(fake.received)) == (401, refusal, 1)
+            assert any(item["id"].startswith("anthropic/") for item in call(handle.url, "/v1/models").json["data"])
