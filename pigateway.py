@@ -109,7 +109,9 @@ POOL_PER_HOST = 64
 DRAIN_S = 0.05                    # wait for the end of a provider's answer whose last event has been seen
 COMMAND_TIMEOUT_S = 10.0          # a "!command" that prints a key
 COMMAND_CACHE_S = 300.0
-EMPTY_PAUSES_S = (0.5, 1.0)       # before a request is sent again whose answer was empty
+RETRY_FIRST_S, RETRY_MOST_S = 0.5, 8.0    # pause before the first new try, doubled for each one more, and its limit
+RETRY_BUDGET_S = 30.0             # nothing is tried again later than this after a request came, nor waited for beyond it
+COOL_DOWN_S = 30.0                # a model that failed is tried last for so long, where others stand behind it
 BEDROCK_PAGES = 20                # of inference profiles, at most
 COPILOT_API_VERSION = "2026-06-01"
 DISCOVERY_S = 300.0               # refresh of a server's own model list
@@ -145,7 +147,8 @@ log.addHandler(logging.NullHandler())
 #   ├─ Forbidden            403   a host, an origin or a subscription that may not be used; a provider's own 403
 #   ├─ ShuttingDown         503   this process is stopping
 #   └─ UpstreamError        502   ← CredentialRefused 502, RateLimited 429 ← QuotaExceeded, Overloaded 503,
-#                                   UpstreamTimeout 504, UpstreamProtocolError 502, EmptyAnswer 502
+#                                   UpstreamTimeout 504, UpstreamProtocolError 502, EmptyAnswer 502,
+#                                   ProviderMisconfigured 502
 #   ClientGone (apart)            nobody is left to tell; logged, never rendered
 #   ConfigError (apart)           a file, variable or flag that cannot be used: exit status 2
 #   LogInFailed, AuthFileError    a command cannot do what it was asked: exit status 1
@@ -157,6 +160,8 @@ class GatewayError(Exception):
     status = 500
     code = "internal_error"
     retryable: Optional[bool] = None    # None: let the client's SDK decide by status
+    unsupported = ""                    # the request's parameter that a provider does not take
+    replacement = ""                    # and what it wants instead
 
     def __init__(self, message: str, *, code: Optional[str] = None, param: Optional[str] = None,
                  retry_after: Optional[float] = None, provider_reply: Optional[ProviderReply] = None) -> None:
@@ -296,6 +301,12 @@ class UpstreamProtocolError(UpstreamError):
     """The provider's answer is cut or malformed."""
 
     code = "stream_incomplete"
+
+
+class ProviderMisconfigured(UpstreamError):
+    """What stands at the provider's address is not what the configuration says; trying again will not help."""
+
+    retryable = False
 
 
 class EmptyAnswer(UpstreamError):
@@ -5552,7 +5563,7 @@ class Memory:
 
     def __init__(self, limit: int = 4096, ttl_s: float = 6 * 3600.0) -> None:
         self._limit = limit
-        self._ttl_s = ttl_s
+        self.ttl_s = ttl_s
         self._lock = threading.Lock()
         self._entries: Dict[str, Tuple[float, Any]] = {}
 
@@ -5560,7 +5571,7 @@ class Memory:
         """Keeps a value; the oldest make room."""
         with self._lock:
             self._entries.pop(key, None)        # put in again below, as the newest
-            self._entries[key] = (now + self._ttl_s, value)
+            self._entries[key] = (now + self.ttl_s, value)
             while len(self._entries) > self._limit:
                 del self._entries[next(iter(self._entries))]
 
@@ -8052,6 +8063,21 @@ class AuthFile:
                     self._discard(entry.path)
 
 
+def write_private_file(path: str, data: bytes) -> None:
+    """A file for its owner only: readers see the old one or the new one, whole. Raises OSError."""
+    make_private_folder(os.path.dirname(os.path.abspath(path)))
+    temporary = f"{path}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+        replace_file(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
 def render_auth(content: Mapping[str, Any]) -> bytes:
     """auth.json as pi writes it: two blanks deep, letters as they are, no line end behind it."""
     try:
@@ -10182,7 +10208,7 @@ class Transport:
             scope.check()
             raise UpstreamError(f"no connection to {host}: {describe(error)}", code="connection_error") from None
         if response is None:
-            raise UpstreamError(f"cannot open {call.url.partition(':')[0]} URLs", code="connection_error")
+            raise ProviderMisconfigured(f"cannot open {call.url.partition(':')[0]} URLs", code="connection_error")
         return response
 
     def close(self) -> None:
@@ -10209,21 +10235,146 @@ class Exchange:
     headers: Mapping[str, str]
     responder: HttpResponder
     query: str = ""
+    is_last: bool = True                        # no other model stands behind this one
     answer_headers: Dict[str, str] = field(default_factory=dict)
     log: Dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Attempt:
+    """One request's tries at one model: what is tried next, and which remedies are left."""
+
+    lane: Lane
+    credential: Credential
+    scope: Scope
+    exchange: Exchange
+    retries: int
+    call: Call = Call("", "", {})
+    waits: int = 0
+    may_renew: bool = True
+    may_leave_out: bool = True
+    started: float = field(default_factory=time.monotonic)
+
+
+def retry_pause(error: GatewayError, number: int, passed_s: float, chance: float) -> Optional[float]:
+    """Seconds to wait before a failed request is sent again; None when that makes no sense, or takes too long. `number`
+    tries have been made in `passed_s` seconds; `chance` from 0 to 1 spreads those who wait for the same thing."""
+    if not isinstance(error, (UpstreamError, Conflict)) or error.retryable is False:
+        return None
+    pause_s = min(RETRY_FIRST_S * 2 ** number, RETRY_MOST_S) * (1 - chance / 4)
+    if error.retry_after is not None:
+        pause_s = max(error.retry_after, 0.0)
+    return pause_s if passed_s + pause_s <= RETRY_BUDGET_S else None
+
+
+# Why the next model of a chain has its turn; the first that fits.
+FALLBACK_REASONS: Tuple[Tuple[Type[GatewayError], str], ...] = (
+    (QuotaExceeded, "out_of_quota"), (RateLimited, "rate_limited"), (ContextOverflow, "too_long"),
+    (CredentialRefused, "credential_refused"), (Unauthorized, "no_credentials"), (ModelNotFound, "no_such_model"),
+    (Overloaded, "overloaded"), (UpstreamError, "down"), (Forbidden, "forbidden"))
+
+
+def fallback_reason(error: GatewayError) -> str:
+    """Why another model may succeed where this error came, "" when none would."""
+    return next((reason for kind, reason in FALLBACK_REASONS if isinstance(error, kind)), "")
+
+
+class Quirks:
+    """Parameters that models turned out not to take, kept in a file: model → parameter → what goes in its place, ""
+    for nothing."""
+
+    def __init__(self, path: Optional[str]) -> None:
+        self.path = path
+        self._file = FileCache(path) if path else None
+        self._lock = threading.Lock()
+        self._known: Dict[str, Dict[str, str]] = {}     # where there is no file, or it cannot be written
+
+    def all(self) -> Dict[str, Dict[str, str]]:
+        """All that is known."""
+        stored = {model: as_dict(names) for model, names in self._file.read().items()} if self._file else {}
+        return {**stored, **self._known}
+
+    def of(self, model_id: str) -> Dict[str, str]:
+        """What is known of one model."""
+        return self.all().get(model_id, {})
+
+    def note(self, model_id: str, name: str, replacement: str) -> None:
+        """Remembers one more."""
+        with self._lock:
+            known = self.all()
+            known[model_id] = {**known.get(model_id, {}), name: replacement}
+            try:
+                if not self.path:
+                    raise OSError("nowhere to write to")
+                write_private_file(self.path, render_auth(known))
+                self._known = {}
+            except OSError:
+                self._known = known
+
+    def reset(self) -> None:
+        """Forgets everything. Raises OSError."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path or "")
+
+
+# Without these a request is another one.
+KEPT_PARAMETERS = frozenset({"model", "messages", "input", "contents", "request", "stream", "system", "instructions",
+                             "tools", "response_format", "text", "output_config"})
+_UNSUPPORTED = tuple(re.compile(pattern, re.IGNORECASE) for pattern in (
+    r"(?:unsupported|unknown|unrecognized|invalid) (?:parameter|argument|field|value)s?:? ['\"`]?([a-z_][\w.]*)",
+    r"unrecognized request arguments? supplied: ['\"`]?([a-z_][\w.]*)",
+    r"^['\"`]?([a-z_][\w.]*)['\"`]?:? (?:extra inputs are not permitted|is not supported|is deprecated for this model)",
+    r"property ['\"`]([a-z_][\w.]*)['\"`] is unsupported",
+    r"['\"`]([a-z_][\w.]*)['\"`] (?:is not supported|is unsupported|does not support|is not allowed)",
+    r"does not support (?:the )?(?:parameter )?['\"`]([a-z_][\w.]*)['\"`]"))
+_REPLACEMENT = re.compile(r"use ['\"`]([a-z_]\w*)['\"`] instead", re.IGNORECASE)
+
+
+def unsupported_parameter(error: GatewayError, body: bytes) -> Tuple[str, str]:
+    """(the top-level parameter that a provider's 400 will not take, what it wants instead), "" for none."""
+    if error.status not in (400, 422) or isinstance(error, ContextOverflow):
+        return "", ""
+    try:
+        inner = as_dict(as_dict(json.loads(body)).get("error"))
+    except (ValueError, RecursionError):
+        inner = {}
+    code, param = inner.get("code"), inner.get("param")
+    name = param if isinstance(param, str) and code in ("unsupported_parameter", "unsupported_value", "unknown_parameter") else ""
+    if not name:
+        found = next((match for match in (pattern.search(error.message) for pattern in _UNSUPPORTED) if match), None)
+        name = found.group(1) if found else ""
+    other = _REPLACEMENT.search(error.message)
+    return (name, other.group(1) if other else "") if re.fullmatch(r"[a-z]\w*", name, re.IGNORECASE) else ("", "")
+
+
+def without_parameters(body: bytes, quirks: Mapping[str, str]) -> Tuple[bytes, List[str]]:
+    """A request body without what the model does not take, and the names that went and have nothing in their place."""
+    if not quirks:
+        return body, []
+    data = loads(body.decode("utf-8-sig"))
+    gone = []
+    for name in [name for name in quirks if name in data]:
+        value = data.pop(name)
+        if quirks[name]:
+            data.setdefault(quirks[name], value)
+        else:
+            gone.append(name)
+    return dumps(data).encode("ascii"), gone
 
 
 class Gateway:
     """Serves requests: finds model and credential, picks the lane, calls the provider, carries the answer back."""
 
     def __init__(self, config: Config, catalogue: Catalogue, credentials: Credentials, transport: Transport,
-                 clock: Callable[[], float] = time.time) -> None:
+                 clock: Callable[[], float] = time.time, quirks: Optional[Quirks] = None) -> None:
         self.config = config
         self.catalogue = catalogue
         self.credentials = credentials
         self.transport = transport
         self.clock = clock
         self.signatures = SignatureMemory()
+        self.quirks = quirks or Quirks(None)
+        self.cooling = Memory()                 # models that failed not long ago
         self._scopes: set[Scope] = set()
         self._scopes_lock = threading.Lock()
 
@@ -10243,7 +10394,37 @@ class Gateway:
         data = parse_json_object(body)
         request = replace(exchange.client.parse(data), body=body, headers=exchange.headers, query=exchange.query,
                           session=session_of(exchange.headers, data))
-        model, credential = self._resolve(request, exchange)
+        exchange.log["stream"] = request.stream
+        candidates = self._candidates(request.model)
+        if len(candidates) == 1:
+            self._complete_on(candidates[0], request, exchange)
+            return
+        now = self.clock()
+        candidates.sort(key=lambda model: bool(self.cooling.get(model.full_id, now)))    # stable: rested ones first
+        for model in candidates:
+            exchange.is_last = model is candidates[-1]
+            headers = dict(exchange.answer_headers)
+            try:
+                return self._complete_on(model, request, exchange)
+            except GatewayError as error:
+                reason = fallback_reason(error)
+                if exchange.is_last or exchange.responder.has_begun or not reason:
+                    raise
+                exchange.answer_headers = headers
+                self._fall_back(model, reason, error, exchange)
+
+    def _fall_back(self, model: Model, reason: str, error: GatewayError, exchange: Exchange) -> None:
+        """Notes why the next model of a chain has its turn, and lets this one rest."""
+        exchange.log.setdefault("fallbacks", []).append({"model": model.full_id, "reason": reason})
+        exchange.answer_headers["x-pigateway-fallback"] = header_text(", ".join(
+            f"{passed['model']}: {passed['reason']}" for passed in exchange.log["fallbacks"]))
+        if reason != "too_long":                # that is the request's fault, not the model's
+            rest_s = min(max(error.retry_after or 0.0, COOL_DOWN_S), 3600.0)
+            self.cooling.put(model.full_id, reason, self.clock() + rest_s - self.cooling.ttl_s)
+
+    def _complete_on(self, model: Model, request: Request, exchange: Exchange) -> None:
+        """Answers a completion request with this model."""
+        model, credential = self._authorise(model, exchange)
         if model.level:
             request = replace(request, reasoning=Reasoning(model.level))
         if request.images and model.input is not None and "image" not in model.input:
@@ -10286,9 +10467,19 @@ class Gateway:
         exchange.responder.send(200, headers, answer)
 
     def _resolve(self, request: Request, exchange: Exchange) -> Tuple[Model, Credential]:
-        model = self.catalogue.resolve(request.model, self.is_usable)
+        """The first model that a client's name means, and what it is called with."""
+        exchange.log["stream"] = request.stream
+        return self._authorise(self._candidates(request.model)[0], exchange)
+
+    def _candidates(self, name: str) -> List[Model]:
+        """The models that a client's name means, in the order in which they are tried. Raises `ModelNotFound`."""
+        target = self.config.model_map.get(name, name)
+        targets = [target] if isinstance(target, str) else target
+        return [self.catalogue.resolve(target, self.is_usable) for target in targets]
+
+    def _authorise(self, model: Model, exchange: Exchange) -> Tuple[Model, Credential]:
         provider = self.catalogue.providers[model.provider]
-        exchange.log.update(model=model.full_id, stream=request.stream)
+        exchange.log["model"] = model.full_id
         if self._takes_passed(provider):
             credential = passed_credential(exchange, provider, model, self.config.api_key)
             credential = replace(credential, headers={**self.credentials.headers(provider, model), **credential.headers})
@@ -10318,35 +10509,78 @@ class Gateway:
                 self._scopes.discard(scope)
 
     def _attempts(self, lane: Lane, credential: Credential, scope: Scope, exchange: Exchange) -> None:
-        """Sends the request. While the client has not heard a thing, it is sent again: twice after an empty answer, once
-        with a renewed token and once without the thinking whose signature the provider will not take."""
-        pauses, headers = list(EMPTY_PAUSES_S), dict(exchange.answer_headers)
-        may_renew = credential.kind == "oauth" and not credential.is_passed
+        """Sends the request, and sends it again as long as the client has not heard a thing and a remedy is left."""
+        headers = dict(exchange.answer_headers)
+        attempt = Attempt(lane, credential, scope, exchange, self.config.retries if exchange.is_last else 0)
         while True:
-            call = self._prepare(lane, credential, exchange)
+            attempt.call = self._prepare(attempt.lane, attempt.credential, exchange)
             try:
-                return self._call_provider(lane, call, scope, exchange)
+                return self._call_provider(attempt.lane, attempt.call, scope, exchange)
             except GatewayError as error:
-                error.hide(credential.secrets)
-                has_seals = bool(request_seals(lane.request))
+                error.hide(attempt.credential.secrets)
                 if exchange.responder.has_begun:
                     raise
-                if isinstance(error, EmptyAnswer) and pauses:
-                    scope.wait(None, pauses.pop(0))
-                    lane = lane.again()
-                elif isinstance(error, CredentialRefused) and may_renew:
-                    may_renew = False
-                    if not self.credentials.logins.replace_refused(lane.model.provider, credential.token):
-                        raise
-                    lane.model, credential = self._resolve(lane.request, exchange)
-                    lane = lane.again()
-                elif isinstance(error, BadRequest) and has_seals and _SEAL_WORDS.search(error.message):
-                    log.info("%s refused a signature; sending the request without earlier thinking", lane.model.full_id)
-                    request = without_seals(lane.request, lambda signature, origin: True, request_seals(lane.request))
-                    lane = lane.again(request=request)
-                else:
+                remedy = next((remedy for remedy in self._remedies if remedy(self, error, attempt)), None)
+                if remedy is None:
                     raise
                 exchange.answer_headers = dict(headers)
+
+    def _renew_token(self, error: GatewayError, attempt: Attempt) -> bool:
+        """A token that the provider refused is renewed, once."""
+        credential = attempt.credential
+        if not (isinstance(error, CredentialRefused) and attempt.may_renew and credential.kind == "oauth"):
+            return False
+        attempt.may_renew = False
+        if credential.is_passed or not self.credentials.logins.replace_refused(attempt.lane.model.provider, credential.token):
+            return False
+        attempt.lane.model, attempt.credential = self._authorise(
+            self.catalogue.resolve(attempt.lane.model.full_id, self.is_usable), attempt.exchange)
+        attempt.lane = attempt.lane.again()
+        return True
+
+    def _leave_out_thinking(self, error: GatewayError, attempt: Attempt) -> bool:
+        """Earlier thinking whose signature the provider will not take goes, once."""
+        request = attempt.lane.request
+        seals = request_seals(request)
+        if not (isinstance(error, BadRequest) and seals and _SEAL_WORDS.search(error.message)):
+            return False
+        log.info("%s refused a signature; sending the request without earlier thinking", attempt.lane.model.full_id)
+        attempt.lane = attempt.lane.again(request=without_seals(request, lambda signature, origin: True, seals))
+        return True
+
+    def _leave_out_parameter(self, error: GatewayError, attempt: Attempt) -> bool:
+        """A parameter that the provider does not know is remembered and left out, once; not where all must count."""
+        name = error.unsupported
+        if not name or not attempt.may_leave_out or self._is_strict(attempt.exchange):
+            return False
+        attempt.may_leave_out = False
+        data = loads(attempt.call.body.decode("utf-8"))
+        if name in KEPT_PARAMETERS or name not in data:
+            return False
+        replacement = error.replacement if error.replacement not in data else ""
+        log.info("%s does not take %s; %s from now on", attempt.lane.model.full_id, name,
+                 f"sending {replacement} instead" if replacement else "leaving it out")
+        self.quirks.note(attempt.lane.model.full_id, name, replacement)
+        attempt.lane = attempt.lane.again()
+        return True
+
+    def _wait(self, error: GatewayError, attempt: Attempt) -> bool:
+        """A passing fault is waited out, within the budget."""
+        pause_s = retry_pause(error, attempt.waits, time.monotonic() - attempt.started, secrets.randbelow(1000) / 1000)
+        if pause_s is None or attempt.waits >= attempt.retries:
+            return False
+        attempt.waits += 1
+        attempt.exchange.log["retries"] = attempt.waits
+        attempt.scope.put_off_beat()            # a sign of life would begin the answer, and then it is too late
+        attempt.scope.wait(None, pause_s)
+        attempt.lane = attempt.lane.again()
+        return True
+
+    _remedies: Tuple[Callable[[Any, GatewayError, Attempt], bool], ...] = (
+        _renew_token, _leave_out_thinking, _leave_out_parameter, _wait)
+
+    def _is_strict(self, exchange: Exchange) -> bool:
+        return self.config.strict or exchange.headers.get("x-pigateway-strict") in ("1", "true")
 
     def _prepare(self, lane: Lane, credential: Credential, exchange: Exchange) -> Call:
         """The call for the lane's request, and what the answer's headers say of it."""
@@ -10354,9 +10588,11 @@ class Gateway:
         lane.is_passed = credential.is_passed
         call, dropped = lane.call(credential)
         call = call._replace(headers={**call.headers, **request_headers(lane.request, lane.model)})
-        call = lane.upstream.sign(call, credential, self.clock())
+        body, quirks = without_parameters(call.body, self.quirks.of(lane.model.full_id))
+        dropped += [name for name in quirks if name not in dropped]
+        call = lane.upstream.sign(call._replace(body=body), credential, self.clock())
         dropped = list(dict.fromkeys(dropped))
-        if dropped and (self.config.strict or exchange.headers.get("x-pigateway-strict") in ("1", "true")):
+        if dropped and self._is_strict(exchange):
             raise BadRequest(f"{lane.model.full_id} does not take: {', '.join(dropped)}", code="unsupported_parameter",
                              param=dropped[0])
         exchange.answer_headers.update({"x-pigateway-lane": lane.name, "x-pigateway-model": header_text(lane.model.full_id)})
@@ -10391,13 +10627,16 @@ class Gateway:
 
     def _refusal(self, lane: Lane, response: Response) -> GatewayError:
         if 300 <= response.status < 400:
-            return UpstreamError(f"the provider answered with a redirect ({response.status}), which is never followed; "
-                                 "check its base URL")
+            return ProviderMisconfigured(f"the provider answered with a redirect ({response.status}), which is never "
+                                         "followed; check its base URL")
         body = redact_body(response.read(MAX_EVENT_BYTES), lane.secrets)[:MAX_ERROR_BYTES]
         error = lane.upstream.parse_error(response.status, response.headers, body, self.clock())
         if lane.is_passed and response.status == 401:       # the client's own: it has to hear that, and can help itself
             reply = ProviderReply(401, response.headers.get("content-type", "application/json"), body)
             error = Unauthorized(error.message, provider_reply=reply)
+        error.unsupported, error.replacement = unsupported_parameter(error, body)
+        if response.headers.get("x-should-retry") == "false":
+            error.retryable = False
         if error.provider_reply and isinstance(lane, NativeLane):
             error.provider_reply = error.provider_reply._replace(
                 content_type=redact(error.provider_reply.content_type, lane.secrets))
@@ -11665,6 +11904,8 @@ class Config:
     model_allowlist: Optional[Tuple[str, ...]] = None
     model_denylist: Tuple[str, ...] = ()
     pass_through: Tuple[str, ...] = ()
+    model_map: Mapping[str, Any] = field(default_factory=dict)
+    retries: int = 2
     force_abort_timeout_ms: int = 5000
     heartbeat_interval_ms: int = 15000
     strict: bool = False
@@ -11731,6 +11972,8 @@ OPTIONS = (
     Option("heartbeatIntervalMs", "integer", low=1000, high=DAY_MS),
     Option("passThrough", "list", flag="--pass-through", own=True,
            help="call this provider with the key or token that the client sends"),
+    Option("modelMap", "map", own=True),
+    Option("retries", "integer", low=0, high=10, own=True),
     Option("strict", "boolean", flag="--strict", help="answer 400 instead of leaving out what a model cannot take",
            own=True),
     Option("demo", "boolean", flag="--demo", help="list the built-in demo model beside others", own=True),
@@ -11748,7 +11991,15 @@ _OPTION_KINDS: Dict[str, Tuple[Callable[[Any], bool], str]] = {
     "integer": (_KINDS["an integer"], "an integer"), "string": (_KINDS["a string"], "a string"),
     "boolean": (_KINDS["a boolean"], "true or false"),
     "list": (lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value),
-             "an array of strings")}
+             "an array of strings"),
+    "map": (lambda value: isinstance(value, dict) and all(is_model_target(target) for target in value.values()),
+            "an object of models, or of arrays of models to be tried in turn, by name")}
+
+
+def is_model_target(value: Any) -> bool:
+    """A model's name, or several in the order in which they are tried."""
+    names = value if isinstance(value, list) else [value]
+    return bool(names) and all(isinstance(name, str) and name for name in names)
 
 
 def check_option(option: Option, value: Any, where: str) -> Any:
@@ -11885,7 +12136,10 @@ def build_gateway(config: Config, environ: Mapping[str, str]) -> Gateway:
     transport = Transport(limits, certificates, config.demo_delay_ms / 1000)
     credentials = Credentials(os.path.join(folder, "auth.json"), environ, transport=transport,
                               vendor_transport=vendor_transport(certificates))
-    return Gateway(config, catalogue, credentials, transport)
+    return Gateway(config, catalogue, credentials, transport, quirks=Quirks(os.path.join(folder, QUIRKS_FILE)))
+
+
+QUIRKS_FILE = "pigateway-quirks.json"
 
 
 def ca_bundle(config: Config, environ: Mapping[str, str]) -> Optional[str]:
@@ -12014,7 +12268,7 @@ def is_gateway_process(pid: int) -> bool:
         return True
 
 
-COMMANDS = ("models", "login", "logout", "accounts", "help", "version")
+COMMANDS = ("models", "login", "logout", "accounts", "quirks", "help", "version")
 LOG_IN_FLAGS = ("--no-browser", "--device", "--yes", "--enterprise")
 
 HELP = f"""usage: {NAME}.py [command] [options]
@@ -12027,6 +12281,7 @@ commands:
   login       log in to a subscription: login [PROVIDER]; without one, pick from a list
   logout      forget a log-in: logout PROVIDER
   accounts    print the log-ins and how long their tokens are good (--json)
+  quirks      print what models turned out not to take (--json); --reset forgets it
   help        print this page
   version     print the version
 """
@@ -12045,7 +12300,8 @@ class _Parser(argparse.ArgumentParser):
                 name = option.flag if option.kind == "boolean" else name
                 lines.append(f"  {name:<30}{option.help}" if len(name) < 29 else f"  {name}\n{'':32}{option.help}")
         lines += [f"  {'--config PATH':<30}one more configuration file, over the usual ones",
-                  f"  {'--json':<30}with models and accounts: print JSON",
+                  f"  {'--json':<30}with models, accounts and quirks: print JSON",
+                  f"  {'--reset':<30}with quirks: forget them",
                   f"  {'--no-browser':<30}with login: paste the address that the browser ends at",
                   f"  {'--device':<30}with login: a code to type into another device (openai-codex)",
                   f"  {'--enterprise HOST':<30}with login github-copilot: your GitHub Enterprise server",
@@ -12069,7 +12325,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("provider", nargs="?")
     parser.add_argument("--version", "-v", action="store_true")
     parser.add_argument("--config")
-    for flag in ("--json", *LOG_IN_FLAGS[:-1]):
+    for flag in ("--json", "--reset", *LOG_IN_FLAGS[:-1]):
         parser.add_argument(flag, action="store_true")
     parser.add_argument("--enterprise")
     for option in OPTIONS:
@@ -12118,8 +12374,10 @@ def check_words(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
 def check_command(arguments: argparse.Namespace) -> None:
     """Raises `ConfigError` for flags and words that the command does not take."""
     command = arguments.command
-    if arguments.json and command not in ("models", "accounts"):
-        raise ConfigError(f"--json goes with the models and accounts commands: {NAME}.py models --json")
+    if arguments.json and command not in ("models", "accounts", "quirks"):
+        raise ConfigError(f"--json goes with the models, accounts and quirks commands: {NAME}.py models --json")
+    if arguments.reset and command != "quirks":
+        raise ConfigError("--reset goes with the quirks command")
     if arguments.provider and command not in ("login", "logout"):
         raise ConfigError(f"what is {redact(arguments.provider)[:60]!r}? Only login and logout take a provider")
     for flag in LOG_IN_FLAGS:
@@ -12150,6 +12408,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         attach_log(config.log_level)
         if arguments.command == "models":
             return print_models(build_gateway(config, os.environ), arguments.json)
+        if arguments.command == "quirks":
+            return run_quirks(Quirks(os.path.join(agent_dir(config, os.environ), QUIRKS_FILE)), arguments)
         if arguments.command:
             return run_account_command(arguments, config)
         return run(config)
@@ -12165,6 +12425,20 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except OSError as error:
         print(f"{NAME}: {describe(error)}", file=sys.stderr)
         return EXIT_FAILURE
+
+
+def run_quirks(quirks: Quirks, arguments: argparse.Namespace) -> int:
+    """The command quirks."""
+    if arguments.reset:
+        quirks.reset()
+        print("Forgotten. What models do not take is found out anew.")
+    elif arguments.json:
+        print(json.dumps(quirks.all(), indent=2))
+    else:
+        lines = [f"{model}\t{name}\t{f'sent as {other}' if other else 'left out'}"
+                 for model, names in sorted(quirks.all().items()) for name, other in names.items()]
+        print("\n".join(lines) or "No model has refused a parameter so far.")
+    return EXIT_OK
 
 
 def attach_log(level: str) -> None:

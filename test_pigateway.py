@@ -266,7 +266,7 @@ def two_providers(url: str, **model_facts: Any) -> Dict[str, Any]:
 @contextlib.contextmanager
 def running(home: Any, environ: Optional[Dict[str, str]] = None, **overrides: Any) -> Iterator[pg.ServerHandle]:
     """A gateway in this process, on a free port, with `home` as home directory."""
-    overrides = {"port": 0, "demo_delay_ms": 0, "force_abort_timeout_ms": 100, **overrides}
+    overrides = {"port": 0, "demo_delay_ms": 0, "force_abort_timeout_ms": 100, "retries": 0, **overrides}
     handle = pg.start_server(environ={"HOME": str(home), **(environ or {})}, **overrides)
     try:
         yield handle
@@ -1658,6 +1658,7 @@ ERRORS: List[Tuple[Any, Tuple[int, str, str], Tuple[int, str]]] = [
     (pg.UpstreamTimeout, (504, "server_error", "upstream_timeout"), (504, "timeout_error")),
     (pg.UpstreamProtocolError, (502, "upstream_error", "stream_incomplete"), (502, "api_error")),
     (pg.EmptyAnswer, (502, "upstream_error", "empty_answer"), (502, "api_error")),
+    (pg.ProviderMisconfigured, (502, "upstream_error", "provider_error"), (502, "api_error")),
 ]
 
 
@@ -10250,7 +10251,7 @@ def test_periods_beyond_reason(tmp_path: Any, capsys: Any, monkeypatch: Any, opt
 
 
 @pytest.mark.parametrize("argv, words", [
-    (["--prot", "4000"], "unknown flag --prot; the nearest is --port"), (["--json"], "--json goes with the models and accounts commands"),
+    (["--prot", "4000"], "unknown flag --prot; the nearest is --port"), (["--json"], "--json goes with the models, accounts and quirks commands"),
     (["--secret=sk-abcdefghijklmnop1234"], "unknown flag --secret")])
 def test_slips_on_the_command_line(argv: List[str], words: str, capsys: Any) -> None:
     assert pg.main(argv) == 2
