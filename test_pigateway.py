@@ -52,6 +52,7 @@ import ssl
 import struct
 import threading
 import time
+import types
 import urllib.parse
 import urllib.request
 import zlib
@@ -3386,7 +3387,9 @@ def test_command_that_hangs(tmp_path: Any, monkeypatch: Any) -> None:
     ("", None, {"P_KEY": "sk-env"}, "sk-env"),
     ("\ufeff" + json.dumps({"p": {"type": "api_key", "key": "sk-bom"}}), None, {}, "sk-bom"),
 ])
-def test_precedence(tmp_path: Any, auth: Any, api_key: Optional[str], environ: Dict[str, str], expected: str) -> None:
+def test_precedence(tmp_path: Any, monkeypatch: Any, auth: Any, api_key: Optional[str], environ: Dict[str, str],
+                    expected: str) -> None:
+    monkeypatch.setattr(pg.FileCache, "_PAUSE_S", 0.001)
     assert token_of(credentials(tmp_path, auth, environ), provider(env=("P_KEY",), api_key=api_key)) == expected
 
 
@@ -4149,10 +4152,10 @@ def test_tls_with_a_private_authority(tmp_path: Any, monkeypatch: Any, certifica
 def test_tls_provider_that_takes_its_time(tmp_path: Any, monkeypatch: Any, certificate: Tuple[str, str]) -> None:
     """TLS 1.3 session tickets make the socket readable before there is an answer; that must not end the wait for one."""
     monkeypatch.setenv("SSL_CERT_FILE", certificate[0])
-    slow = stream_answer("chat")._replace(body=[1.3, stream_answer("chat").body if isinstance(
+    slow = stream_answer("chat")._replace(body=[0.3, stream_answer("chat").body if isinstance(
         stream_answer("chat").body, bytes) else b"".join(stream_answer("chat").body)])
     with tls_upstream(certificate, slow) as fake:
-        with before_url(tmp_path, fake.url, heartbeat_interval_ms=300) as handle, RawClient(handle.url) as client:
+        with before_url(tmp_path, fake.url, heartbeat_interval_ms=50) as handle, RawClient(handle.url) as client:
             result = client.ask("POST", WAY_IN["chat"], json.dumps(question("chat", True)).encode())
     assert answer_text(result) == "Hello" and result.body.count(b": heartbeat") >= 2
 
@@ -5783,8 +5786,13 @@ def test_embedding_checks_what_it_is_told(tmp_path: Any) -> None:
         pg.start_server(environ={"HOME": str(tmp_path)}, port=0, require_key_on_loopback=True)
 
 
+# The time module for a product whose pauses pass at once: nobody is about to write the files it waits for.
+HURRIED = types.SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
+
+
 @POSIX
-def test_pid_file(tmp_path: Any) -> None:
+def test_pid_file(tmp_path: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(pg, "time", HURRIED)
     path = str(tmp_path / "new folder" / "g.pid")
     lock = pg.PidFile(path)
     lock.claim()
@@ -10204,7 +10212,8 @@ def test_pipes_where_files_belong(tmp_path: Any, name: str, status: int) -> None
 @POSIX
 @pytest.mark.parametrize("content", ["1" * 5000, "1" * 4000 + "\n", "9" * 11, "-" * 5000, " " * 5000 + "1", None],
                          ids=["5000 digits", "4000 digits", "11 digits", "dashes", "blanks", "pipe"])
-def test_odd_pid_files(tmp_path: Any, content: Optional[str]) -> None:
+def test_odd_pid_files(tmp_path: Any, monkeypatch: Any, content: Optional[str]) -> None:
+    monkeypatch.setattr(pg, "time", HURRIED)
     path = str(tmp_path / "g.pid")
     if content is None:
         os.mkfifo(path)
