@@ -1231,12 +1231,15 @@ JUNK: List[Any] = [None, True, False, 0, -1, 5, 1.5, 10 ** 30, "", "x", "auto", 
                    {"name": []}, {"a": {"b": [None]}}, [None]]
 
 
-def places(value: Any, path: Tuple[Any, ...] = ()) -> Iterator[Tuple[Any, ...]]:
+def places(value: Any, path: Tuple[Any, ...] = ()) -> List[Tuple[Any, ...]]:
     """The paths of everything inside a JSON value."""
+    out: List[Tuple[Any, ...]] = []
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in items:
-        yield (*path, key)
-        yield from places(inner, (*path, key))
+        out.append((*path, key))
+        if isinstance(inner, (dict, list)):
+            out += places(inner, (*path, key))
+    return out
 
 
 def mutate(body: Any, path: Tuple[Any, ...], rng: random.Random) -> Any:
@@ -1264,7 +1267,7 @@ def test_any_body_is_parsed_or_refused_with_a_reason(client: Any, seed: Dict[str
     for _ in range(3000):
         body = seed
         for _ in range(rng.randint(1, 3)):
-            body = mutate(body, rng.choice(list(places(body)) or [("model",)]), rng)
+            body = mutate(body, rng.choice(places(body) or [("model",)]), rng)
         try:
             assert isinstance(client.parse(body), pg.Request)
         except pg.BadRequest as error:
@@ -6766,21 +6769,17 @@ def test_responses_mutilated_events_never_raise(name: str) -> None:
     """One value after the other replaced by what it should not be: events or a failure, in order, and nothing else."""
     data, reader, _ = RESPONSES_GOLDENS[name]
     events = [json.loads(line[6:]) for line in data.splitlines() if line.startswith(b"data: {")]
-
-    def places(value: Any, path: Tuple[Any, ...] = ()) -> Iterator[Tuple[Any, ...]]:
-        yield path
-        inside: Any = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-        for key, inner in inside:
-            yield from places(inner, (*path, key))
-
-    for path in [path for path in places(events) if path]:
+    frames = [responses_frames(event) for event in events]
+    for number, *inside in places(events):
+        path = [0, *inside]
         for wrong in (None, 7, "x", [], {}, [None], {"a": None}):
-            copy = json.loads(json.dumps(events))
-            target = copy
+            copy = [json.loads(json.dumps(events[number]))]
+            target: Any = copy
             for key in path[:-1]:
                 target = target[key]
             target[path[-1]] = wrong
-            out = responses_read(responses_frames(*copy), reader=reader(STAMP))
+            wire = b"".join((*frames[:number], responses_frames(*copy), *frames[number + 1:]))
+            out = responses_read(wire, reader=reader(STAMP))
             assert [isinstance(event, (pg.Done, pg.Failed)) for event in out].index(True) == len(out) - 1
             if isinstance(out[-1], pg.Done):
                 started = [event.index for event in out if isinstance(event, pg.PartStart)]
