@@ -4748,12 +4748,14 @@ def test_requests_never_wait_for_discovery(tmp_path: Any) -> None:
 def test_unknown_model_is_found_out_before_any_call(script: Given, client: str, name: str) -> None:
     handle, fake = script(Answer(404, b"{}"))
     result = call(handle.url, WAY_IN[client], {**question("chat"), "model": name})
-    if name == "anth//":                        # the id "/" at a known provider
-        return
-    assert result.status in ((400, 404) if not name else (404,)) and not fake.received
-    if name:
-        word = {"chat": "invalid_request_error", "messages": "not_found_error"}[client]
-        assert result.json["error"]["type"] == word
+    word = {"chat": "invalid_request_error", "messages": "not_found_error"}[client]
+    assert (result.status, result.json["error"]["type"]) == (404, word)
+    if name == "anth//":                        # the id "/" at a known provider, which knows best
+        assert [request.json["model"] for request in fake.received] == ["/"]
+        assert result.headers["x-pigateway-model"] == name
+    else:
+        assert not fake.received and "x-pigateway-model" not in result.headers
+        assert f"no model {json.dumps(name)} here" in result.json["error"]["message"]
 
 
 @pytest.mark.parametrize("client", ["chat", "messages"])
