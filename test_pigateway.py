@@ -5361,7 +5361,13 @@ def test_no_body_is_our_fault(script: Given, lines: LogLines, client: str) -> No
 
 PLANTED = ("sk-planted-in-env-000111222", "plantedinauthjson", "sk-planted-in-models-333444", "planted-gateway-key-555",
            "planted-on-the-command-line", "at-planted-access-token")
-CAPTURED: List[Tuple[str, str]] = []        # what every subprocess wrote; the last test searches it for the keys
+
+
+def check_written(name: str, text: str) -> None:
+    """Whatever a program wrote: none of the keys, and no accident."""
+    for secret in PLANTED:
+        assert secret not in text, f"{secret} was shown by: {name}"
+    assert "Traceback" not in text, name
 
 
 def child_environ(home: Any, **more: str) -> Dict[str, str]:
@@ -5377,7 +5383,7 @@ def run_program(home: Any, *arguments: str, **more: str) -> Tuple[int, str, str]
                           stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=20,
                           check=False)
     out, err = done.stdout.decode("utf-8").replace("\r\n", "\n"), done.stderr.decode("utf-8").replace("\r\n", "\n")
-    CAPTURED.append((" ".join(arguments), out + err))
+    check_written(" ".join(arguments), out + err)
     return done.returncode, out, err
 
 
@@ -5429,10 +5435,10 @@ class Program:
             self.process.wait(10)
         for thread in self._threads:
             thread.join(5)
-        CAPTURED.append((self.name, self.text("out") + self.text("err")))
         for stream in (self.process.stdout, self.process.stderr):
             if stream:
                 stream.close()
+        check_written(self.name, self.text("out") + self.text("err"))
 
 
 @contextlib.contextmanager
@@ -5494,7 +5500,7 @@ def config_error(capsys: Any, monkeypatch: Any, home: Any, *arguments: str, **en
         monkeypatch.setenv(name, value)
     assert pg.main(list(arguments)) == 2
     out, err = capsys.readouterr()
-    CAPTURED.append((" ".join(arguments), out + err))
+    check_written(" ".join(arguments), out + err)
     assert not out and err.startswith("pigateway: ") and err.count("\n") == 1 and "Traceback" not in err
     return err
 
@@ -5832,12 +5838,32 @@ def test_agent_folder(tmp_path: Any) -> None:
         assert pg.agent_dir(pg.Config(**config), {"HOME": str(tmp_path), **environ}) == str(expected)
 
 
-def test_nothing_secret_was_written() -> None:
-    """Reads what all the programs above wrote; alone it has nothing to read."""
-    for name, text in CAPTURED:
-        for secret in PLANTED:
-            assert secret not in text, f"{secret} was shown by: {name}"
-        assert "Traceback" not in text, name
+def test_nothing_secret_was_written(tmp_path: Any) -> None:
+    """A key in each place that can hold one, each told by a client, too; then the same files broken beside the key.
+    What the programs wrote is searched when they end, here as everywhere."""
+    login = {"type": "oauth", "access": PLANTED[5], "expires": 9e15}
+    files: Dict[str, Any] = {"gateway": {"apiKey": PLANTED[3]},
+                             "auth": {"groq": {"type": "api_key", "key": PLANTED[1]}, "zai": login}}
+    with fake_upstream(Answer(400, json.dumps({"error": {"message": f"Not {PLANTED[2]}."}}).encode())) as fake:
+        models = {"providers": {"mine": {"baseUrl": f"{fake.url}/v1", "apiKey": PLANTED[2], "models": [{"id": "m1"}]}}}
+        write_agent_files(tmp_path, models=models, **files)
+        with launched(tmp_path, "--log-level", "debug", OPENAI_API_KEY=PLANTED[0]) as made:
+            for secret in PLANTED:
+                assert call(made.url, f"/v1/nowhere?key={secret}", x_api_key=secret).status in (401, 404)
+            result = call(made.url, WAY_IN["chat"], {**question("mine"), "model": "mine/m1"}, x_api_key=PLANTED[3])
+            until(lambda: "mine/m1" in made.text("err"))        # the line follows the answer
+        assert result.status == 400 and result.json["error"]["message"] == f"Not {pg.REDACTED}."
+        assert fake.received[0].headers["authorization"] == f"Bearer {PLANTED[2]}"
+        assert made.text("err").count("/v1/nowhere") >= len(PLANTED)
+    assert run_program(tmp_path, "--api-key", PLANTED[4])[0] == 2
+    for name, content in {**files, "models": models}.items():
+        write_agent_files(tmp_path, **{name: json.dumps(content)[:-1] + "oops"})
+        status, out, err = run_program(tmp_path, "models", "--log-level", "debug")
+        assert status == (0 if name == "auth" else 2) and f"{name}.json" in err
+        write_agent_files(tmp_path, **{name: content})
+    for secret in PLANTED:
+        with pytest.raises(AssertionError):
+            check_written("a program that shows it", f"key {secret}")
 
 
 # ======================================================================================================================
