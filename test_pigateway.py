@@ -216,8 +216,9 @@ class FakeUpstream:
             handler.send_header(name, value)
         if isinstance(answer.body, bytes):
             handler.send_header("content-length", str(len(answer.body)))
-            handler.end_headers()
-            handler.wfile.write(answer.body)
+            with contextlib.suppress(OSError):      # the client has left
+                handler.end_headers()
+                handler.wfile.write(answer.body)
             return
         handler.send_header("transfer-encoding", "chunked")
         handler.end_headers()
