@@ -75,11 +75,17 @@ COMPLETIONS = pg.UPSTREAM_PROTOCOLS["openai-completions"]
 ANTHROPIC = pg.UPSTREAM_PROTOCOLS["anthropic-messages"]
 
 
+RUNNING: List[pg.ServerHandle] = []         # the gateways in this process
+
+
 @pytest.fixture(autouse=True)
 def own_log_handlers() -> Iterator[None]:
-    """Takes away the log handlers that a test has attached: they write to its captured output, which ends with it."""
+    """Takes away the log handlers that a test has attached: they write to its captured output, which ends with it.
+    First come the lines of requests that are answered already: a gateway that stays would write them into the next."""
     before = list(pg.log.handlers)
     yield
+    for handle in RUNNING:
+        handle.server._wait_idle(2.0)
     for handler in [handler for handler in pg.log.handlers if handler not in before]:
         pg.log.removeHandler(handler)
 
@@ -279,9 +285,11 @@ def running(home: Any, environ: Optional[Dict[str, str]] = None, **overrides: An
     """A gateway in this process, on a free port, with `home` as home directory."""
     overrides = {"port": 0, "demo_delay_ms": 0, "force_abort_timeout_ms": 100, "retries": 0, **overrides}
     handle = pg.start_server(environ={"HOME": str(home), **(environ or {})}, **overrides)
+    RUNNING.append(handle)
     try:
         yield handle
     finally:
+        RUNNING.remove(handle)
         end_accepting(handle.server)
         pg.stop_server(handle, 0.1)
 
