@@ -9,10 +9,43 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
+
+HALF = "--half"                     # `test_pigateway.py --half 0` and `--half 1` are all the tests together
+
+
+def run_half(number: int) -> int:
+    """Runs the test functions of one half. A function belongs to the same one in every run."""
+    import zlib
+
+    import pytest
+
+    class Half:
+        """A plugin for pytest that leaves out what belongs to the other half."""
+
+        def pytest_collection_modifyitems(self, items: List[Any]) -> None:
+            items[:] = [item for item in items if zlib.crc32(item.originalname.encode()) % 2 == number]
+
+    return pytest.main(["-q", "-p", "no:cacheprovider", os.path.abspath(__file__)], [Half()])
+
+
+def run_both_halves(python: str, **settings: Any) -> int:
+    """Runs the two halves side by side and shows them one after the other. Not zero if either failed."""
+    command = [python, os.path.abspath(__file__), HALF]
+    with tempfile.TemporaryFile() as kept:
+        print("The tests run in two halves, side by side. The first:", flush=True)
+        with subprocess.Popen([*command, "1"], stdout=kept, stderr=subprocess.STDOUT, **settings) as second:
+            status = subprocess.call([*command, "0"], **settings)
+        kept.seek(0)
+        print("The second:", kept.read().decode("utf-8", "replace"), sep="\n", flush=True)
+    status = status or second.returncode
+    print("Both halves passed." if status == 0 else "FAILED: see above.", flush=True)
+    return status
 
 
 def bootstrap() -> int:
-    """Runs the tests; without pytest, in a virtual environment beside this file that is made first."""
+    """Runs the tests; without pytest, in a virtual environment beside this file that is made first. With arguments for
+    pytest, such as `-k NAME` or `-x`, in one process."""
     here = os.path.dirname(os.path.abspath(__file__))
     python = sys.executable
     try:
@@ -23,13 +56,16 @@ def bootstrap() -> int:
         if not os.path.exists(python):
             subprocess.check_call([sys.executable, "-m", "venv", folder])
         subprocess.check_call([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "pytest"])
-    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", os.path.abspath(__file__), *sys.argv[1:]]
     # plugins that happen to be installed cost time in each of some thousand tests, and no test needs one
-    return subprocess.call(command, cwd=here, env={**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"})
+    environ = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    if len(sys.argv) == 1:
+        return run_both_halves(python, cwd=here, env=environ)
+    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", os.path.abspath(__file__), *sys.argv[1:]]
+    return subprocess.call(command, cwd=here, env=environ)
 
 
 if __name__ == "__main__":
-    sys.exit(bootstrap())
+    sys.exit(run_half(int(sys.argv[2])) if sys.argv[1:2] == [HALF] else bootstrap())
 
 import base64
 import binascii
