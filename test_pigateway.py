@@ -13098,3 +13098,160 @@ def test_client_s_own_credential_that_is_refused_is_its_own_business(tmp_path: A
             result = call(handle.url, "/v1/messages", body, authorization="Bearer sk-ant-oat01-client-own")
             assert (result.status, result.body.decode(), len(fake.received)) == (401, refusal, 1)
             assert any(item["id"].startswith("anthropic/") for item in call(handle.url, "/v1/models").json["data"])
+
+
+# ======================================================================================================================
+# §12 When a provider fails
+# ======================================================================================================================
+
+FINE = Answer(200, json.dumps({"id": "c", "object": "chat.completion", "created": 1, "model": "m1", "choices": [
+    {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "fine"}}],
+    "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}}).encode())
+ASK: Dict[str, Any] = {"model": "chat/m1", "messages": [{"role": "user", "content": "Hi"}]}
+
+
+def failing(status: int, message: str = "no", **headers: str) -> Answer:
+    return Answer(status, json.dumps({"error": {"message": message, "type": "t"}}).encode(), headers={
+        name.replace("_", "-"): value for name, value in headers.items()})
+
+
+@pytest.fixture()
+def quick(monkeypatch: Any) -> Any:
+    """Pauses between tries are too short to notice."""
+    monkeypatch.setattr(pg, "RETRY_FIRST_S", 0.001)
+
+
+@pytest.mark.parametrize("answer, calls, status", [
+    (failing(429), 3, 429), (failing(500), 3, 502), (failing(503), 3, 503), (failing(529), 3, 503), (failing(408), 3, 504),
+    (failing(409), 3, 409), (Answer(200, b""), 3, 502), (Answer(200, b"<html>"), 3, 502),
+    (Answer(200, [b"data: {\"id\"", b""], "text/event-stream"), 3, 502),
+    (failing(400), 1, 400), (failing(401), 1, 502), (failing(403), 1, 403), (failing(404), 1, 404), (failing(413), 1, 413),
+    (failing(402), 1, 429), (failing(429, "exceeded your current quota"), 1, 429), (failing(302, location="http://x/"), 1, 502),
+    (failing(500, x_should_retry="false"), 1, 502), (failing(429, retry_after="31"), 1, 429)])
+def test_passing_faults_are_tried_again(tmp_path: Any, quick: Any, answer: Answer, calls: int, status: int) -> None:
+    with served(tmp_path, answer, retries=2) as (url, fake):
+        result = call(url, "/v1/chat/completions", ASK)
+        assert (result.status, len(fake.received)) == (status, calls)
+        assert result.json["error"]["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_second_try_that_succeeds_is_the_answer(tmp_path: Any, quick: Any, stream: bool) -> None:
+    begun = sse([chunk({"content": "fine"}), *STOP], end="data: [DONE]\n\n")
+    answer = Answer(200, begun, "text/event-stream") if stream else FINE
+    with served(tmp_path, failing(503, retry_after="0", x_ratelimit_remaining="0"), answer, retries=1) as (url, fake):
+        result = call(url, "/v1/chat/completions", {**ASK, "stream": stream})
+        assert (result.status, len(fake.received)) == (200, 2) and b"fine" in result.body
+        assert "retry-after" not in result.headers and fake.received[0].body == fake.received[1].body
+
+
+def test_nothing_is_tried_again_once_the_client_has_heard_something(tmp_path: Any, quick: Any) -> None:
+    cut = Answer(200, [sse([chunk({"content": "fi"})]), b""], "text/event-stream")
+    with served(tmp_path, cut, FINE, retries=2) as (url, fake):
+        result = call(url, "/v1/chat/completions", {**ASK, "stream": True})
+        assert result.status == 200 and len(fake.received) == 1 and result.events[-1]["error"]["code"] == "stream_incomplete"
+
+
+@pytest.mark.parametrize("error, number, passed_s, expected", [
+    (pg.RateLimited("x"), 0, 0, 0.5), (pg.RateLimited("x"), 2, 0, 2.0), (pg.UpstreamError("x"), 9, 0, 8.0),
+    (pg.RateLimited("x", retry_after=3), 0, 0, 3), (pg.RateLimited("x", retry_after=3), 0, 28, None),
+    (pg.UpstreamTimeout("x"), 0, 30, None), (pg.QuotaExceeded("x"), 0, 0, None), (pg.BadRequest("x"), 0, 0, None),
+    (pg.CredentialRefused("x"), 0, 0, None), (pg.ProviderMisconfigured("x"), 0, 0, None), (pg.Conflict("x"), 0, 0, 0.5)])
+def test_retry_pause(error: Any, number: int, passed_s: float, expected: Any) -> None:
+    assert pg.retry_pause(error, number, passed_s, 0.0) == expected
+    spread = pg.retry_pause(error, number, passed_s, 1.0)
+    assert spread == (expected if error.retry_after else expected and expected * 0.75)
+
+
+UNSUPPORTED: List[Tuple[Dict[str, Any], Tuple[str, str]]] = [
+    ({"message": "Unsupported parameter: 'temperature' is not supported with this model.", "param": "temperature",
+      "code": "unsupported_parameter"}, ("temperature", "")),
+    ({"message": "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."},
+     ("max_tokens", "max_completion_tokens")),
+    ({"message": "Unsupported value: 'temperature' does not support 0.2 with this model.", "param": "temperature",
+      "code": "unsupported_value"}, ("temperature", "")),
+    ({"message": "Unrecognized request argument supplied: top_k"}, ("top_k", "")),
+    ({"message": "Unknown parameter: 'seed'."}, ("seed", "")),
+    ({"message": "parallel_tool_calls: Extra inputs are not permitted"}, ("parallel_tool_calls", "")),
+    ({"message": "property 'logit_bias' is unsupported"}, ("logit_bias", "")),
+    ({"message": "`temperature` is deprecated for this model."}, ("temperature", "")),
+    ({"message": "messages.0.content: Extra inputs are not permitted"}, ("", "")),
+    ({"message": "temperature must be at most 1", "param": "temperature", "code": "invalid_value"}, ("", "")),
+    ({"message": "The model is not supported"}, ("", "")), ({"message": "bad"}, ("", ""))]
+
+
+@pytest.mark.parametrize("inner, expected", UNSUPPORTED)
+def test_unsupported_parameter_is_named(inner: Dict[str, Any], expected: Tuple[str, str]) -> None:
+    assert pg.unsupported_parameter(pg.BadRequest(inner["message"]), json.dumps({"error": inner}).encode()) == expected
+
+
+def test_parameter_that_a_model_refuses_is_left_out_and_remembered(tmp_path: Any, capsys: Any) -> None:
+    refusals = [Answer(400, json.dumps({"error": inner}).encode()) for inner, _ in UNSUPPORTED[:2]]
+    asked = {**ASK, "temperature": 0.2, "max_tokens": 5}
+    with served(tmp_path, refusals[0], FINE, refusals[1], FINE, facts={"compat": {"maxTokensField": "max_tokens"}}) as (url, fake):
+        def turn(**more: Any) -> Result:
+            return call(url, "/v1/chat/completions", {**asked, **more})
+
+        first = turn()
+        assert first.status == 200 and first.headers["x-pigateway-dropped"] == "temperature"
+        assert [("temperature" in json.loads(got.body), len(fake.received)) for got in fake.received] == [(True, 2), (False, 2)]
+        assert turn().status == 200             # the second refusal: renamed, so that nothing is lost
+        assert json.loads(fake.received[-1].body)["max_completion_tokens"] == 5
+        assert turn().headers["x-pigateway-dropped"] == "temperature" and len(fake.received) == 5
+        strict = call(url, "/v1/chat/completions", asked, x_pigateway_strict="1")
+        assert strict.status == 400 and strict.json["error"]["param"] == "temperature" and len(fake.received) == 5
+    stored = os.path.join(str(tmp_path), ".pi", "agent", pg.QUIRKS_FILE)
+    assert pg.Quirks(stored).all() == {"chat/m1": {"temperature": "", "max_tokens": "max_completion_tokens"}}
+    arguments = pg.build_parser().parse_args(["quirks"])
+    assert pg.run_quirks(pg.Quirks(stored), arguments) == 0 and "chat/m1\ttemperature\tleft out" in capsys.readouterr().out
+    assert pg.run_quirks(pg.Quirks(stored), pg.build_parser().parse_args(["quirks", "--reset"])) == 0
+    assert not os.path.exists(stored) and pg.Quirks(stored).all() == {}
+
+
+def test_parameter_without_which_a_request_is_another_one_stays(tmp_path: Any) -> None:
+    refusal = failing(400, "Unknown parameter: 'tools'.")
+    with served(tmp_path, refusal) as (url, fake):
+        tools = [{"type": "function", "function": {"name": "f"}}]
+        assert call(url, "/v1/chat/completions", {**ASK, "tools": tools}).status == 400 and len(fake.received) == 1
+
+
+CHAIN = {"both": ["chat/m1", "anth/m1"], "one": "anth/m1", "gone": ["nobody/x", "anth/m1"]}
+ANTH_FINE = Answer(200, json.dumps({**SIGNED_ANSWER, "content": [{"type": "text", "text": "other"}]}).encode())
+
+
+@pytest.mark.parametrize("answer, reason", [
+    (failing(429), "rate_limited"), (failing(402), "out_of_quota"), (failing(500), "down"), (failing(529), "overloaded"),
+    (failing(400, "prompt is too long: 9 tokens > 8 maximum"), "too_long"), (failing(401), "credential_refused"),
+    (failing(403), "forbidden"), (failing(404), "no_such_model"), (Answer(200, b""), "down"),
+    (failing(400, "bad request"), "")])
+def test_next_model_of_a_chain_has_its_turn(tmp_path: Any, quick: Any, answer: Answer, reason: str) -> None:
+    with served(tmp_path, answer, ANTH_FINE, model_map=CHAIN, retries=2) as (url, fake):
+        result = call(url, "/v1/chat/completions", {**ASK, "model": "both"})
+        assert [received.path for received in fake.received] == ["/v1/chat/completions", "/v1/messages"][:2 if reason else 1]
+        assert result.status == (200 if reason else 400)
+        if reason:
+            assert result.json["model"] == "both" and result.json["choices"][0]["message"]["content"] == "other"
+            assert result.headers["x-pigateway-model"] == "anth/m1"
+            assert result.headers["x-pigateway-fallback"] == f"chat/m1: {reason}"
+
+
+def test_model_that_failed_rests(tmp_path: Any) -> None:
+    with served(tmp_path, failing(429, retry_after="60"), ANTH_FINE, model_map=CHAIN) as (url, fake):
+        for _ in range(3):
+            assert call(url, "/v1/chat/completions", {**ASK, "model": "both"}).status == 200
+        assert [received.path for received in fake.received] == ["/v1/chat/completions"] + ["/v1/messages"] * 3
+        assert call(url, "/v1/chat/completions", {**ASK, "model": "one"}).headers["x-pigateway-model"] == "anth/m1"
+        assert call(url, "/v1/chat/completions", {**ASK, "model": "gone"}).status == 404
+
+
+def test_last_model_of_a_chain_is_tried_again_as_any_other(tmp_path: Any, quick: Any) -> None:
+    with served(tmp_path, failing(503), model_map=CHAIN, retries=1) as (url, fake):
+        assert call(url, "/v1/chat/completions", {**ASK, "model": "both"}).status == 503
+        assert [received.path for received in fake.received] == ["/v1/chat/completions", "/v1/messages", "/v1/messages"]
+
+
+@pytest.mark.parametrize("value", [[], {"a": []}, {"a": 1}, {"a": ["x", 2]}, {"a": ""}, "x"])
+def test_model_map_is_checked(value: Any) -> None:
+    option = next(option for option in pg.OPTIONS if option.key == "modelMap")
+    with pytest.raises(pg.ConfigError, match="modelMap must be an object of models"):
+        pg.check_option(option, value, "gateway.json")
