@@ -7447,6 +7447,7 @@ class Catalogue:
         self._show_demo = show_demo
         self._models: Dict[str, Dict[str, Model]] = {}
         self._discovered: Dict[str, Dict[str, Model]] = {}
+        self._found: Dict[str, Tuple[Mapping[str, Model], bool]] = {}
 
     def models_of(self, provider: Provider) -> Dict[str, Model]:
         """Its models by id: built in, then the user's, then what the server itself lists."""
@@ -7466,9 +7467,16 @@ class Catalogue:
         """Takes the list that the provider's own server gave; what is known otherwise is better, unless `wins`."""
         if not self.is_discovered(provider):
             self.models_of(provider)
+        self._found[provider.name] = (found, wins)
         known = self._models[provider.name]
         merged = {**known, **found} if wins else {**found, **known}
         self._discovered[provider.name] = merged
+
+    def adopt(self, earlier: Catalogue) -> None:
+        """Keeps the lists that servers gave to an earlier catalogue, where their provider is the same."""
+        for name, found in earlier._found.items():
+            if self.providers.get(name) == earlier.providers.get(name):
+                self.discover(self.providers[name], *found)
 
     def is_discovered(self, provider: Provider) -> bool:
         """Whether the provider's own list has been seen."""
@@ -7781,7 +7789,7 @@ class FileCache:
     def read(self) -> Dict[str, Any]:
         """The file's content, {} when there is none."""
         with self._lock:
-            identity = self._identify()
+            identity = self.identify()
             if identity != self._seen:
                 content = self._load() if identity else {}
                 if content is not None:
@@ -7789,7 +7797,8 @@ class FileCache:
                 self._seen = identity
             return self._content
 
-    def _identify(self) -> Any:
+    def identify(self) -> Any:
+        """What changes when the file does; None when there is none."""
         try:
             stat = os.stat(self.path)
         except OSError:
@@ -7807,7 +7816,7 @@ class FileCache:
             if isinstance(content, dict):
                 return content
             time.sleep(self._PAUSE_S)
-        identity = self._identify()
+        identity = self.identify()
         if identity and identity[2]:            # its size
             log.warning("%s cannot be read as JSON; going on with %s", self.path,
                         "what was read before" if self._content else "nothing from it")
@@ -10375,6 +10384,9 @@ class Gateway:
         self.signatures = SignatureMemory()
         self.quirks = quirks or Quirks(None)
         self.cooling = Memory()                 # models that failed not long ago
+        self.load: Any = [0]                    # requests under way at providers, by worker process
+        self.worker = 0
+        self.owner_pid = 0                      # the process that the lock file names, when that is not this one
         self._scopes: set[Scope] = set()
         self._scopes_lock = threading.Lock()
 
@@ -10500,13 +10512,16 @@ class Gateway:
 
     def _run(self, lane: Lane, credential: Credential, exchange: Exchange) -> None:
         scope = exchange.responder.scope()
-        with self._scopes_lock:
-            self._scopes.add(scope)
+        self._track(scope, True)
         try:
             self._attempts(lane, credential, scope, exchange)
         finally:
-            with self._scopes_lock:
-                self._scopes.discard(scope)
+            self._track(scope, False)
+
+    def _track(self, scope: Scope, is_open: bool) -> None:
+        with self._scopes_lock:
+            (self._scopes.add if is_open else self._scopes.discard)(scope)
+            self.load[self.worker] = len(self._scopes)
 
     def _attempts(self, lane: Lane, credential: Credential, scope: Scope, exchange: Exchange) -> None:
         """Sends the request, and sends it again as long as the client has not heard a thing and a remedy is left."""
@@ -10764,22 +10779,33 @@ class Discovery:
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
-        self._stopped = threading.Event()
+        self._stopped = False
+        self._wake = threading.Event()
+        self._thread: Optional[threading.Thread] = None
         self._asking: set[str] = set()          # a server that drips its list is not asked again meanwhile
 
     def start(self) -> None:
         """Starts the thread, if there is anybody to ask."""
         if any(provider.discover for provider in self._gateway.catalogue.providers.values()):
-            threading.Thread(target=self._loop, name="discovery", daemon=True).start()
+            self._thread = threading.Thread(target=self._loop, name="discovery", daemon=True)
+            self._thread.start()
 
     def stop(self) -> None:
         """Ends the thread."""
-        self._stopped.set()
+        self._stopped = True
+        self._wake.set()
+
+    def ask_again(self) -> None:
+        """Asks everybody now."""
+        if self._thread is None:
+            self.start()
+        self._wake.set()
 
     def _loop(self) -> None:
-        while not self._stopped.is_set():
+        while not self._stopped:
             complete = self.run()
-            self._stopped.wait(DISCOVERY_S if complete else DISCOVERY_RETRY_S)
+            self._wake.wait(DISCOVERY_S if complete else DISCOVERY_RETRY_S)
+            self._wake.clear()
 
     def run(self) -> bool:
         """Asks everybody once, side by side; whether all of them answered."""
@@ -11216,12 +11242,19 @@ class Handler(socketserver.BaseRequestHandler):
         uptime = int((self.server.gateway.clock() - self.server.started_at) * 1000)
         self._send_json(exchange, {"ok": True, "uptimeMs": max(0, uptime)})
 
+    def _status(self, head: Head, exchange: Exchange, body: bytes) -> None:
+        gateway = self.server.gateway
+        uptime = int((gateway.clock() - self.server.started_at) * 1000)
+        self._send_json(exchange, {"ok": True, "name": NAME, "version": VERSION, "pid": gateway.owner_pid or os.getpid(),
+                                   "uptimeMs": max(0, uptime), "models": len(gateway.models()),
+                                   "streams": sum(gateway.load)})
+
     def _health(self, head: Head, exchange: Exchange, body: bytes) -> None:
         self._send_json(exchange, {"ok": True})
 
     def _root(self, head: Head, exchange: Exchange, body: bytes) -> None:
         endpoints = [f"{method} /v1{path}".replace("*", "{id}") for path, methods in ROUTES.items() for method in methods
-                     if path not in ("/", "/health", "/healthz")]
+                     if path not in ("/", "/health", "/healthz", "/status")]
         self._send_json(exchange, {"name": NAME, "version": VERSION, "endpoints": endpoints})
 
     def _send_json(self, exchange: Exchange, answer: Any) -> None:
@@ -11235,6 +11268,7 @@ ROUTES: Dict[str, Dict[str, Callable[[Handler, Head, Exchange, bytes], None]]] =
     "/messages/count_tokens": {"POST": Handler._count_tokens},
     "/models": {"GET": Handler._models},
     "/models/*": {"GET": Handler._model},
+    "/status": {"GET": Handler._status},
     "/healthz": {"GET": Handler._healthz},
     "/health": {"GET": Handler._health},
     "/": {"GET": Handler._root},
@@ -11295,7 +11329,7 @@ class Server(http.server.ThreadingHTTPServer):
     allow_reuse_address = os.name != "nt"       # on Windows it would let two servers share a port
     request_queue_size = BACKLOG
 
-    def __init__(self, config: Config, gateway: Gateway) -> None:
+    def __init__(self, config: Config, gateway: Gateway, listener: Optional[socket.socket] = None) -> None:
         self.config = config
         self.gateway = gateway
         self.started_at = gateway.clock()
@@ -11305,7 +11339,11 @@ class Server(http.server.ThreadingHTTPServer):
         self._changed = threading.Condition()
         if ":" in config.bind_address:
             self.address_family = socket.AF_INET6
-        super().__init__((config.bind_address, config.port), Handler)
+        super().__init__((config.bind_address, config.port), Handler, listener is None)
+        if listener is not None:                # shared with other processes
+            self.socket.close()
+            self.socket = listener
+            self.server_address = listener.getsockname()
         self._assert_bound()
 
     def server_bind(self) -> None:
@@ -11330,6 +11368,8 @@ class Server(http.server.ThreadingHTTPServer):
         """Accepts; out of descriptors, pauses, since the loop would come back at once."""
         try:
             return super().get_request()
+        except BlockingIOError:                 # another process was faster
+            raise
         except OSError:
             time.sleep(0.05)
             raise
@@ -11410,7 +11450,7 @@ class Server(http.server.ThreadingHTTPServer):
             return {}
         return {"access-control-allow-origin": "*" if "*" in allowed else header_text(origin), "vary": "origin",
                 "access-control-expose-headers": "x-request-id, request-id, retry-after, x-pigateway-lane, "
-                "x-pigateway-dropped, x-pigateway-model", **_CORS_HEADERS}
+                "x-pigateway-dropped, x-pigateway-fallback, x-pigateway-model", **_CORS_HEADERS}
 
     def check_key(self, head: Head) -> None:
         """The client's key, where one is demanded; compared in constant time."""
@@ -11908,6 +11948,7 @@ class Config:
     retries: int = 2
     force_abort_timeout_ms: int = 5000
     heartbeat_interval_ms: int = 15000
+    workers: int = 1
     strict: bool = False
     demo: bool = False
     demo_delay_ms: int = 20
@@ -11974,6 +12015,8 @@ OPTIONS = (
            help="call this provider with the key or token that the client sends"),
     Option("modelMap", "map", own=True),
     Option("retries", "integer", low=0, high=10, own=True),
+    Option("workers", "integer", flag="--workers", low=1, high=64, help="processes that share the port (not on Windows)",
+           own=True),
     Option("strict", "boolean", flag="--strict", help="answer 400 instead of leaving out what a model cannot take",
            own=True),
     Option("demo", "boolean", flag="--demo", help="list the built-in demo model beside others", own=True),
@@ -12123,14 +12166,19 @@ def read_models_json(path: str) -> ModelsFile:
         raise ConfigError(f"{path}: {getattr(error, 'message', 'must hold a JSON object with providers')}") from None
 
 
+def build_catalogue(config: Config, environ: Mapping[str, str]) -> Catalogue:
+    """The models that the configuration and models.json leave. Raises `ConfigError`."""
+    path = os.path.join(agent_dir(config, environ), "models.json")
+    models = read_models_json(path)
+    for problem in models.problems:
+        log.warning("%s: %s (left out)", path, problem)
+    return Catalogue(models.providers, models.custom, config.model_allowlist, config.model_denylist, config.demo)
+
+
 def build_gateway(config: Config, environ: Mapping[str, str]) -> Gateway:
     """A gateway from a configuration and the files it names. Raises `ConfigError`."""
     folder = agent_dir(config, environ)
-    models_path = os.path.join(folder, "models.json")
-    models = read_models_json(models_path)
-    for problem in models.problems:
-        log.warning("%s: %s (left out)", models_path, problem)
-    catalogue = Catalogue(models.providers, models.custom, config.model_allowlist, config.model_denylist, config.demo)
+    catalogue = build_catalogue(config, environ)
     limits = Limits(config.connect_timeout_ms / 1000, config.first_byte_timeout_ms / 1000, config.idle_timeout_ms / 1000)
     certificates = ca_bundle(config, environ)
     transport = Transport(limits, certificates, config.demo_delay_ms / 1000)
@@ -12173,9 +12221,12 @@ def start_server(config: Optional[Config] = None, environ: Optional[Mapping[str,
     elif overrides:
         config = replace(config, **overrides)
     check_security(config)
-    gateway = build_gateway(config, environ)
-    server = Server(config, gateway)
-    discovery = Discovery(gateway)
+    return serve(Server(config, build_gateway(config, environ)))
+
+
+def serve(server: Server) -> ServerHandle:
+    """Lets a server accept, in a background thread."""
+    discovery = Discovery(server.gateway)
     discovery.start()
     threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
     return ServerHandle(server, discovery)
@@ -12200,20 +12251,34 @@ class PidFile:
     """The lock that pi-gateway takes too: a file with the owner's pid, created exclusively, removed by its owner."""
 
     def __init__(self, path: str) -> None:
-        self._path = path
+        self.path = path
+
+    def read_state(self) -> Dict[str, Any]:
+        """What the running gateway has written of itself."""
+        try:
+            with open(self.path + ".json", encoding="utf-8") as file:
+                return as_dict(json.load(file))
+        except (OSError, ValueError):
+            return {}
+
+    def write_state(self, url: str, argv: Sequence[str]) -> None:
+        """Writes where this gateway is and how it was started."""
+        state = {"pid": os.getpid(), "url": url, "version": VERSION, "argv": list(argv)}
+        with contextlib.suppress(OSError):
+            write_private_file(self.path + ".json", dumps(state).encode("ascii"))
 
     def claim(self) -> None:
         """Takes the lock. Raises `AlreadyRunning`, OSError."""
-        os.makedirs(os.path.dirname(os.path.abspath(self._path)), mode=0o700, exist_ok=True)
+        make_private_folder(os.path.dirname(os.path.abspath(self.path)))
         for attempt in (1, 2):
             try:
-                descriptor = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+                descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
             except FileExistsError:
                 pid = self.owner()
                 if attempt == 2 or (pid and is_gateway_process(pid)):
-                    raise AlreadyRunning(pid or 0, self._path) from None
+                    raise AlreadyRunning(pid or 0, self.path) from None
                 try:
-                    os.unlink(self._path)
+                    os.unlink(self.path)
                 except OSError:
                     pass
                 continue
@@ -12221,14 +12286,14 @@ class PidFile:
                 file.write(f"{os.getpid()}\n")
             if self.owner() == os.getpid():     # another one that found the same stale file may have removed ours
                 return
-        raise AlreadyRunning(self.owner() or 0, self._path)
+        raise AlreadyRunning(self.owner() or 0, self.path)
 
     def owner(self) -> Optional[int]:
         """The pid in the file, None when there is no sensible one. A file still empty is given a moment: its owner has
         created it and is about to write."""
         for _ in range(10):
             try:
-                descriptor = os.open(self._path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+                descriptor = os.open(self.path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
                 try:
                     text = os.read(descriptor, 64).decode("ascii", "replace").strip()
                 finally:
@@ -12240,13 +12305,12 @@ class PidFile:
             time.sleep(0.02)
         return None
 
-    def release(self) -> None:
-        """Gives the lock back, if it is still ours."""
-        if self.owner() == os.getpid():
-            try:
-                os.unlink(self._path)
-            except OSError:
-                pass
+    def release(self, pid: int = 0) -> None:
+        """Gives the lock back, if it is still ours, or that of a process that has ended."""
+        if self.owner() == (pid or os.getpid()):
+            for path in (self.path + ".json", self.path):
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
 
 
 def is_gateway_process(pid: int) -> bool:
@@ -12260,15 +12324,28 @@ def is_gateway_process(pid: int) -> bool:
         return False
     except PermissionError:
         pass
+    command = process_command(pid)
+    name = os.path.basename(sys.argv[0]).lower().encode() or b"gateway"
+    return command is None or b"gateway" in command.lower() or name in command.lower()
+
+
+def process_command(pid: int) -> Optional[bytes]:
+    """What a process was started with, None where that cannot be told."""
     try:
         with open(f"/proc/{pid}/cmdline", "rb") as file:
-            command = file.read().lower()
-        return b"gateway" in command or os.path.basename(sys.argv[0]).lower().encode() in command
+            return file.read()
     except OSError:
-        return True
+        pass
+    try:                                        # macOS, BSD
+        return subprocess.run(["ps", "-p", str(pid), "-o", "command="], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                              timeout=5, check=False).stdout or None
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
-COMMANDS = ("models", "login", "logout", "accounts", "quirks", "help", "version")
+LIFECYCLE_COMMANDS = ("start", "stop", "restart", "status")
+COMMANDS = (*LIFECYCLE_COMMANDS, "models", "login", "logout", "accounts", "quirks", "help", "version")
+JSON_COMMANDS = ("status", "models", "accounts", "quirks")
 LOG_IN_FLAGS = ("--no-browser", "--device", "--yes", "--enterprise")
 
 HELP = f"""usage: {NAME}.py [command] [options]
@@ -12277,6 +12354,10 @@ Serve every model you have access to as an OpenAI and an Anthropic API on this m
 
 commands:
   (none)      run the gateway in the foreground; Ctrl-C stops it
+  start       run it in the background; it outlives the terminal and logs to ~/.pi/agent/gateway.log
+  stop        stop the one that runs
+  restart     stop it and start it again, with the same options unless others are given
+  status      say whether one runs, and where (--json)
   models      print the models that can be used now and exit (--json for all facts)
   login       log in to a subscription: login [PROVIDER]; without one, pick from a list
   logout      forget a log-in: logout PROVIDER
@@ -12300,7 +12381,7 @@ class _Parser(argparse.ArgumentParser):
                 name = option.flag if option.kind == "boolean" else name
                 lines.append(f"  {name:<30}{option.help}" if len(name) < 29 else f"  {name}\n{'':32}{option.help}")
         lines += [f"  {'--config PATH':<30}one more configuration file, over the usual ones",
-                  f"  {'--json':<30}with models, accounts and quirks: print JSON",
+                  f"  {'--json':<30}with status, models, accounts and quirks: print JSON",
                   f"  {'--reset':<30}with quirks: forget them",
                   f"  {'--no-browser':<30}with login: paste the address that the browser ends at",
                   f"  {'--device':<30}with login: a code to type into another device (openai-codex)",
@@ -12374,8 +12455,8 @@ def check_words(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
 def check_command(arguments: argparse.Namespace) -> None:
     """Raises `ConfigError` for flags and words that the command does not take."""
     command = arguments.command
-    if arguments.json and command not in ("models", "accounts", "quirks"):
-        raise ConfigError(f"--json goes with the models, accounts and quirks commands: {NAME}.py models --json")
+    if arguments.json and command not in JSON_COMMANDS:
+        raise ConfigError(f"--json goes with the commands {', '.join(JSON_COMMANDS)}: {NAME}.py models --json")
     if arguments.reset and command != "quirks":
         raise ConfigError("--reset goes with the quirks command")
     if arguments.provider and command not in ("login", "logout"):
@@ -12408,11 +12489,13 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         attach_log(config.log_level)
         if arguments.command == "models":
             return print_models(build_gateway(config, os.environ), arguments.json)
+        if arguments.command in LIFECYCLE_COMMANDS:
+            return Lifecycle(config, own_arguments(argv, arguments.command)).run(arguments.command, arguments.json)
         if arguments.command == "quirks":
             return run_quirks(Quirks(os.path.join(agent_dir(config, os.environ), QUIRKS_FILE)), arguments)
         if arguments.command:
             return run_account_command(arguments, config)
-        return run(config)
+        return run(config, argv, functools.partial(load_config, os.environ, read_flags(arguments), arguments.config))
     except ConfigError as error:
         print(f"{NAME}: {redact(str(error))}", file=sys.stderr)
         return EXIT_CONFIG
@@ -12439,6 +12522,168 @@ def run_quirks(quirks: Quirks, arguments: argparse.Namespace) -> int:
                  for model, names in sorted(quirks.all().items()) for name, other in names.items()]
         print("\n".join(lines) or "No model has refused a parameter so far.")
     return EXIT_OK
+
+
+class Lifecycle:
+    """The commands start, stop, restart and status: they deal with the gateway that holds the lock file.
+
+    Beside the lock, whose form is pi-gateway's, a running gateway keeps `<lock>.json`: pid, url and arguments."""
+
+    START_S, POLL_S, PROBE_S = 15.0, 0.05, 1.5
+    STOP_S = 25.0                               # beyond the grace time: a token on its way is waited for
+    LOG_BYTES = 10 * MIB                        # an older log that is longer is put aside at the start
+
+    def __init__(self, config: Config, argv: Sequence[str]) -> None:
+        self._config = config
+        self._argv = list(argv)
+        self._pid_file = PidFile(pid_path(config))
+        self.log_path = os.path.join(home(os.environ), ".pi", "agent", "gateway.log")
+
+    def run(self, command: str, as_json: bool) -> int:
+        """Runs a command. Raises `AlreadyRunning`, OSError."""
+        if command == "status":
+            return self.status(as_json)
+        if command == "stop":
+            return self.stop()
+        return self.start() if command == "start" else self.restart()
+
+    def running_pid(self) -> int:
+        """The process that runs, 0 for none."""
+        pid = self._pid_file.owner() or 0
+        return pid if pid and is_gateway_process(pid) else 0
+
+    def start(self) -> int:
+        """Starts a gateway that outlives the terminal, and waits until it answers."""
+        pid = self.running_pid()
+        if pid:
+            raise AlreadyRunning(pid, self._pid_file.path)
+        make_private_folder(os.path.dirname(self.log_path))
+        if os.path.exists(self.log_path) and os.path.getsize(self.log_path) > self.LOG_BYTES:
+            os.replace(self.log_path, self.log_path + ".1")
+        descriptor = os.open(self.log_path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600)
+        with os.fdopen(descriptor, "ab") as out:
+            begin = os.fstat(out.fileno()).st_size
+            process = subprocess.Popen([sys.executable, os.path.abspath(__file__), *self._argv], stdin=subprocess.DEVNULL,
+                                       stdout=out, stderr=out, **detached())
+        deadline = time.monotonic() + self.START_S
+        while time.monotonic() < deadline:
+            state = self._pid_file.read_state()
+            if state.get("pid") == process.pid and self._probe(state["url"]):
+                print(f"{NAME} is running at {state['url']} (pid {process.pid}, log {self.log_path})")
+                return EXIT_OK
+            if process.poll() is not None:
+                return self._tell_failure(begin, process.returncode)
+            time.sleep(self.POLL_S)
+        print(f"{NAME}: pid {process.pid} does not answer after {self.START_S:.0f} seconds; see {self.log_path}",
+              file=sys.stderr)
+        return EXIT_FAILURE
+
+    def _tell_failure(self, begin: int, status: int) -> int:
+        with open(self.log_path, "rb") as file:
+            file.seek(begin)
+            lines = file.read(64 * KIB).decode("utf-8", "replace").strip().splitlines()
+        said = [line for line in lines if line.startswith(f"{NAME}:")] or lines[-3:] or [f"{NAME}: ended at once"]
+        print("\n".join(said), file=sys.stderr)
+        return status if status > 0 else EXIT_FAILURE
+
+    def stop(self) -> int:
+        """Asks the running gateway to stop, and waits until it has."""
+        pid = self.running_pid()
+        if not pid:
+            print(f"{NAME}: no gateway is running", file=sys.stderr)
+            return EXIT_FAILURE
+        os.kill(pid, signal.SIGTERM)            # on Windows that ends it at once
+        deadline = time.monotonic() + self._config.force_abort_timeout_ms / 1000 + self.STOP_S
+        while time.monotonic() < deadline:
+            if not is_gateway_process(pid):
+                self._pid_file.release(pid)
+                print(f"stopped (pid {pid})")
+                return EXIT_OK
+            time.sleep(self.POLL_S)
+        print(f"{NAME}: pid {pid} has been asked to stop and still runs", file=sys.stderr)
+        return EXIT_FAILURE
+
+    def restart(self) -> int:
+        """Stops the running gateway, if there is one, and starts it again, with its own arguments unless others are
+        given."""
+        if self.running_pid():
+            earlier = self._pid_file.read_state().get("argv")
+            if not self._argv and isinstance(earlier, list):
+                self._argv = [str(word) for word in earlier]
+            status = self.stop()
+            if status != EXIT_OK:
+                return status
+        return self.start()
+
+    def status(self, as_json: bool) -> int:
+        """Says what runs, and where."""
+        pid = self.running_pid()
+        state = self._pid_file.read_state()
+        facts: Dict[str, Any] = {"running": bool(pid)}
+        if pid:
+            url = state["url"] if state.get("pid") == pid else local_url(self._config.bind_address, self._config.port)
+            facts.update({"pid": pid, "url": url, **(self._probe(url) or {"problem": "it does not answer"})})
+        facts = {name: value for name, value in facts.items() if name not in ("ok", "name")}
+        if as_json:
+            print(json.dumps(facts, indent=2))
+        elif not pid:
+            print("not running")
+        else:
+            print("\n".join(f"{name:<10}{value}" for name, value in facts.items() if name != "running"))
+        return EXIT_OK if pid else EXIT_FAILURE
+
+    def _probe(self, url: str) -> Dict[str, Any]:
+        """What a gateway says of itself; {} when it does not answer. pi-gateway only has /healthz."""
+        for path in ("/status", "/healthz"):
+            split = urllib.parse.urlsplit(url)
+            connection = http.client.HTTPConnection(split.hostname or "", split.port, timeout=self.PROBE_S)
+            try:
+                key = self._config.api_key
+                connection.request("GET", path, headers={"authorization": f"Bearer {key}"} if key else {})
+                response = connection.getresponse()
+                facts = as_dict(json.loads(response.read(MAX_ERROR_BYTES)))
+                if response.status == 200:
+                    return facts
+            except (OSError, http.client.HTTPException, ValueError):
+                return {}
+            finally:
+                connection.close()
+        return {}
+
+
+def detached() -> Dict[str, Any]:
+    """How a process is started that outlives this one and its terminal."""
+    if os.name == "nt":
+        return {"creationflags": getattr(subprocess, "DETACHED_PROCESS", 0)
+                | getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)}
+    return {"start_new_session": True}
+
+
+def local_url(bind_address: str, port: int) -> str:
+    """Where this machine reaches a server that listens on an address."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(bind_address, bind_address)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def pid_path(config: Config) -> str:
+    """The lock file."""
+    return os.path.expanduser(config.pid_file) if config.pid_file else os.path.join(
+        home(os.environ), ".pi", "agent", "gateway.pid")
+
+
+def own_arguments(argv: Sequence[str], command: str) -> List[str]:
+    """The command line without the command's word and what only that takes."""
+    words, rest = list(argv), []
+    takes_value = {option.flag for option in OPTIONS if option.flag and option.kind != "boolean"} | {"--config"}
+    while words:
+        word = words.pop(0)
+        if word in takes_value and words:
+            rest += [word, words.pop(0)]
+        elif word == command:
+            return rest + words
+        else:
+            rest.append(word)
+    return rest
 
 
 def attach_log(level: str) -> None:
@@ -12476,42 +12721,197 @@ def print_models(gateway: Gateway, as_json: bool) -> int:
     return EXIT_OK if models else EXIT_FAILURE
 
 
-def run(config: Config) -> int:
-    """Runs the gateway in the foreground until a signal stops it."""
-    pid_file = PidFile(config.pid_file or os.path.join(home(os.environ), ".pi", "agent", "gateway.pid"))
+def run(config: Config, argv: Sequence[str] = (), reload: Optional[Callable[[], Config]] = None) -> int:
+    """Runs the gateway in the foreground until a signal stops it. `reload` reads the configuration anew."""
+    pid_file = PidFile(pid_path(config))
     try:
         pid_file.claim()
     except (OSError, ValueError) as error:      # a locked-down machine; two gateways then only clash at the port
         log.warning("no lock file: %s", describe(error))
     stop_asked = threading.Event()
+    at_once: List[Callable[[], None]] = [pid_file.release]
 
     def on_signal(number: int, frame: Any) -> None:
         if stop_asked.is_set():                 # asked twice: now
-            pid_file.release()
+            for step in at_once:
+                step()
             os._exit(EXIT_OK)
         stop_asked.set()
 
     try:
-        for name in ("SIGINT", "SIGTERM", "SIGBREAK", "SIGHUP"):
+        for name in STOP_SIGNALS:
             if hasattr(signal, name) and not (name == "SIGHUP" and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN):
                 signal.signal(getattr(signal, name), on_signal)
         try:
-            handle = start_server(config, os.environ)
+            server = Server(config, build_gateway(config, os.environ))
         except OSError as error:
             print(f"{NAME}: cannot listen on {config.bind_address}:{config.port}: {describe(error)}", file=sys.stderr)
             return EXIT_FAILURE
-        print_banner(handle)
-        while not stop_asked.wait(0.5):         # in steps, for the sake of Ctrl-C on Windows
-            pass
-        stop_server(handle)
+        pid_file.write_state(local_url(config.bind_address, server.server_address[1]), argv)
+        print_banner(server)
+        if config.workers > 1:
+            workers = Workers(server, config.workers, reload)
+            at_once.insert(0, workers.kill)
+            return workers.run(stop_asked)
+        serve_until(stop_asked.wait, server, reload)
         return EXIT_OK
     finally:
         pid_file.release()
 
 
-def print_banner(handle: ServerHandle) -> None:
+STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGBREAK", "SIGHUP")
+
+
+def serve_until(is_over: Callable[[float], bool], server: Server, reload: Optional[Callable[[], Config]]) -> None:
+    """Serves until `is_over(seconds)`, which waits so long at most, says so."""
+    handle = serve(server)
+    reloader = Reloader(handle, reload)
+    while not is_over(0.5):                     # in steps, for the sake of Ctrl-C on Windows
+        reloader.check()
+    stop_server(handle)
+
+
+class Workers:
+    """Several processes on one listening socket, started and watched by this one. Each has memory of its own; what they
+    share are the files, and the count of requests under way."""
+
+    RESTARTS, RESTART_S = 5, 10.0               # so many ends in so many seconds are not chance
+
+    def __init__(self, server: Server, count: int, reload: Optional[Callable[[], Config]]) -> None:
+        if not hasattr(os, "fork"):
+            raise ConfigError("workers: this system cannot share a port between processes; leave it at 1")
+        import mmap                             # only here
+        self._server = server
+        self._reload = reload
+        self._parent = server.gateway.owner_pid = os.getpid()
+        server.gateway.load = memoryview(mmap.mmap(-1, 8 * count)).cast("q")
+        server.socket.setblocking(False)        # woken together, one is first
+        self._children: Dict[int, int] = {}     # pid → number
+
+    def run(self, stop_asked: threading.Event) -> int:
+        """Keeps the workers running until asked to stop. Returns the exit status."""
+        for number in range(len(self._server.gateway.load)):
+            self._fork(number)
+        ends: List[float] = []
+        while not stop_asked.wait(0.2):
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid not in self._children:
+                continue
+            number = self._children.pop(pid)
+            self._server.gateway.load[number] = 0
+            now = time.monotonic()
+            ends = [end for end in ends if now - end < self.RESTART_S] + [now]
+            log.error("worker %d (pid %d) ended with %d", number, pid, status)
+            if len(ends) >= self.RESTARTS:
+                log.error("workers end as soon as they start; giving up")
+                self._stop()
+                return EXIT_FAILURE
+            self._fork(number)
+        self._stop()
+        return EXIT_OK
+
+    def kill(self) -> None:
+        """Ends the workers at once."""
+        for pid in self._children:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+
+    def _stop(self) -> None:
+        """Lets the workers finish; they keep to the grace time themselves."""
+        self._server.server_close()
+        for pid in self._children:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGTERM)
+        for pid in list(self._children):
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, 0)
+            del self._children[pid]
+
+    def _fork(self, number: int) -> None:
+        sys.stdout.flush()
+        pid = os.fork()
+        if pid:
+            self._children[pid] = number
+            return
+        status = EXIT_FAILURE
+        try:
+            self._work(number)
+            status = EXIT_OK
+        except Exception as error:              # the edge of the process
+            log.error("worker %d: %s: %s", number, type(error).__name__, redact(str(error)))
+        finally:
+            os._exit(status)
+
+    def _work(self, number: int) -> None:
+        stop_asked = threading.Event()
+        for name in STOP_SIGNALS:               # Ctrl-C reaches all of them, and the parent passes it on
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, lambda number, frame: stop_asked.set())
+        self._server.gateway.worker = number
+        serve_until(lambda limit_s: stop_asked.wait(limit_s) or os.getppid() != self._parent, self._server, self._reload)
+
+
+# What only counts from the next start on.
+FIXED_OPTIONS = ("port", "bind_address", "auth_dir", "ca_bundle", "pid_file", "workers", "connect_timeout_ms",
+                 "first_byte_timeout_ms", "idle_timeout_ms", "demo_delay_ms")
+
+
+class Reloader:
+    """Takes over changes to the configuration files and models.json while the server runs. An edit that is broken is
+    told once and changes nothing. auth.json needs none of this: it is looked at for each request."""
+
+    PAUSE_S = 1.0
+
+    def __init__(self, handle: ServerHandle, load: Optional[Callable[[], Config]]) -> None:
+        self._handle = handle
+        self._load = load
+        self._next = 0.0
+        self._seen = self._stamps()
+
+    def check(self) -> None:
+        """Looks at the files, about once a second."""
+        now = time.monotonic()
+        if now < self._next:
+            return
+        self._next = now + self.PAUSE_S
+        stamps = self._stamps()
+        if stamps == self._seen:
+            return
+        self._seen = stamps
+        try:
+            self._take_over()
+        except ConfigError as error:
+            log.warning("%s; going on with what was read before", redact(str(error)))
+
+    def _stamps(self) -> List[Any]:
+        folder = os.path.join(home(os.environ), ".pi", "agent")
+        paths = [os.path.join(folder, name) for name in ("gateway.json", "pigateway.json")]
+        paths += [path for path in self._handle.server.config.sources if os.path.exists(path)]
+        paths.append(os.path.join(agent_dir(self._handle.server.config, os.environ), "models.json"))
+        return [(path, FileCache(path).identify()) for path in paths]
+
+    def _take_over(self) -> None:
+        server, gateway = self._handle.server, self._handle.gateway
+        old = server.config
+        config = self._load() if self._load else old
+        fixed = [name for name in FIXED_OPTIONS if getattr(config, name) != getattr(old, name)]
+        if fixed:
+            keys = [option.key for option in OPTIONS if option.attribute in fixed]
+            log.warning("%s: changed, but only the next start takes that over", ", ".join(keys))
+            config = replace(config, **{name: getattr(old, name) for name in fixed})
+        check_security(config)
+        catalogue = build_catalogue(config, os.environ)
+        catalogue.adopt(gateway.catalogue)
+        gateway.catalogue, gateway.config, server.config = catalogue, config, config
+        log.setLevel(config.log_level.upper())
+        self._handle.discovery.ask_again()
+        log.info("the configuration has been read again")
+
+
+def print_banner(server: Server) -> None:
     """What a newcomer needs to see when the gateway has started."""
-    gateway, config = handle.gateway, handle.server.config
+    gateway, config = server.gateway, server.config
     models = gateway.models()
     counts: Dict[str, int] = {}
     for model in models:
@@ -12519,9 +12919,9 @@ def print_banner(handle: ServerHandle) -> None:
     asking = [provider.name for provider in gateway.catalogue.providers.values()
               if provider.discover and gateway.is_usable(provider) and provider.name not in counts]
     by_provider = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
-    url = re.sub(r"//(0\.0\.0\.0|\[::\])", "//<address of this machine>", handle.url)
+    url = re.sub(r"//(0\.0\.0\.0|\[::\])", "//<address of this machine>", server.url)
     key = "the apiKey" if config.api_key and (not config.is_loopback or config.require_key_on_loopback) else "anything"
-    lines = [f"{NAME} {VERSION} listening on {handle.url}",
+    lines = [f"{NAME} {VERSION} listening on {server.url}",
              f"  models             {len(models)} models: {by_provider}" if len(models) != 1 else
              f"  models             1 model: {models[0].full_id}",
              f"  OpenAI clients     base URL {url}/v1   API key: {key}",

@@ -5596,7 +5596,7 @@ def test_bad_variables(tmp_path: Any, capsys: Any, monkeypatch: Any, environ: Di
 
 @pytest.mark.parametrize("arguments, word", [
     (["--port", "abc"], "--port"), (["--port", "65536"], "--port"), (["--port", ""], "--port"), (["--port"], "--port"),
-    (["--log-level", "loud"], "--log-level"), (["--no-such-flag"], "--no-such-flag"), (["start"], "start"),
+    (["--log-level", "loud"], "--log-level"), (["--no-such-flag"], "--no-such-flag"), (["begin"], "begin"),
     (["models", "extra"], "extra"), (["--config", "no/such/file.json"], "no/such/file.json"),
     (["--demo-delay-ms", "-1"], "--demo-delay-ms"),
     (["--bind", "0.0.0.0"], "0.0.0.0"), (["--require-key-on-loopback"], "apiKey"), (["--pro=1"], "--pro"),
@@ -10353,7 +10353,7 @@ def test_periods_beyond_reason(tmp_path: Any, capsys: Any, monkeypatch: Any, opt
 
 
 @pytest.mark.parametrize("argv, words", [
-    (["--prot", "4000"], "unknown flag --prot; the nearest is --port"), (["--json"], "--json goes with the models, accounts and quirks commands"),
+    (["--prot", "4000"], "unknown flag --prot; the nearest is --port"), (["--json"], "--json goes with the commands status, models"),
     (["--secret=sk-abcdefghijklmnop1234"], "unknown flag --secret")])
 def test_slips_on_the_command_line(argv: List[str], words: str, capsys: Any) -> None:
     assert pg.main(argv) == 2
@@ -13255,3 +13255,122 @@ def test_model_map_is_checked(value: Any) -> None:
     option = next(option for option in pg.OPTIONS if option.key == "modelMap")
     with pytest.raises(pg.ConfigError, match="modelMap must be an object of models"):
         pg.check_option(option, value, "gateway.json")
+
+
+# ======================================================================================================================
+# §15 Running in the background, in several processes, and while its files change
+# ======================================================================================================================
+
+
+@pytest.fixture()
+def own_home(tmp_path: Any, monkeypatch: Any) -> Any:
+    """A home of its own for `main` and for what it starts."""
+    for name in [name for name in os.environ if name.startswith(("PI_", "ANTHROPIC_", "OPENAI_"))]:
+        monkeypatch.delenv(name)
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.setattr(pg, "attach_log", lambda level: None)
+    yield tmp_path
+    pg.main(["stop"])
+
+
+def worker_pids(pid: int) -> List[int]:
+    with open(f"/proc/{pid}/task/{pid}/children", encoding="ascii") as file:
+        return [int(word) for word in file.read().split()]
+
+
+def test_start_status_restart_stop(own_home: Any, capsys: Any) -> None:
+    several = os.path.exists(f"/proc/self/task/{os.getpid()}/children")
+    assert pg.main(["status"]) == 1 and capsys.readouterr().out == "not running\n"
+    assert pg.main(["stop"]) == 1 and "no gateway is running" in capsys.readouterr().err
+    assert pg.main(["start", "--port", "0", *(["--workers", "2"] if several else [])]) == 0
+    url = re.search(r"http://127.0.0.1:\d+", capsys.readouterr().out).group()
+    folder = own_home / ".pi" / "agent"
+    assert pg.main(["status", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    pid = int((folder / "gateway.pid").read_text())
+    assert facts.pop("uptimeMs") >= 0
+    assert facts == {"running": True, "pid": pid, "url": url, "version": pg.VERSION, "models": 1, "streams": 0}
+    assert call(url, "/v1/chat/completions", {"model": "demo", "messages": [{"role": "user", "content": "Hi"}]}).status == 200
+    assert pg.main(["start"]) == 3 and f"pid {pid}" in capsys.readouterr().err
+    if several:                                 # one that dies is replaced, and nobody notices
+        workers = worker_pids(pid)
+        os.kill(workers[0], signal.SIGKILL)
+        until(lambda: len(worker_pids(pid)) == 2 and workers[0] not in worker_pids(pid))
+        assert {call(url, "/healthz").status for _ in range(6)} == {200}
+    assert pg.main(["restart"]) == 0 and pg.main(["status"]) == 0       # with the options that it had
+    assert int((folder / "gateway.pid").read_text()) != pid
+    assert pg.PidFile(str(folder / "gateway.pid")).read_state()["argv"][:2] == ["--port", "0"]
+    capsys.readouterr()
+    assert pg.main(["stop"]) == 0 and pg.main(["status", "--json"]) == 1
+    assert '"running": false' in capsys.readouterr().out
+    assert sorted(os.listdir(folder)) == ["gateway.log"] and b"Traceback" not in (folder / "gateway.log").read_bytes()
+    if os.name == "posix":
+        assert os.stat(folder / "gateway.log").st_mode & 0o777 == 0o600
+
+
+def test_start_that_fails_says_why(own_home: Any, capsys: Any) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        assert pg.main(["start", "--port", str(taken.getsockname()[1])]) == 1
+    assert "cannot listen on 127.0.0.1" in capsys.readouterr().err
+
+
+def test_status_of_somebody_else_s_number(own_home: Any, capsys: Any) -> None:
+    folder = own_home / ".pi" / "agent"
+    folder.mkdir(parents=True)
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(20)"]) as stranger:
+        (folder / "gateway.pid").write_text(str(stranger.pid))
+        assert pg.main(["status"]) == 1 and pg.main(["stop"]) == 1 and stranger.poll() is None
+        stranger.kill()
+
+
+@pytest.mark.parametrize("argv, command, expected", [
+    (["start", "--port", "1"], "start", ["--port", "1"]), (["--port", "1", "restart", "--demo"], "restart", ["--port", "1", "--demo"]),
+    (["--config", "start", "start"], "start", ["--config", "start"]), (["--strict", "start"], "start", ["--strict"])])
+def test_own_arguments(argv: List[str], command: str, expected: List[str]) -> None:
+    assert pg.own_arguments(argv, command) == expected
+
+
+def test_files_that_change_are_read_again(own_home: Any, lines: LogLines) -> None:
+    folder = write_agent_files(own_home, models={"providers": {"a": {"baseUrl": "http://127.0.0.1:9", "models": [{"id": "m1"}]}}})
+    def load() -> pg.Config:
+        return pg.load_config(os.environ, {"port": 0})
+
+    config = load()
+    handle = pg.serve(pg.Server(config, pg.build_gateway(config, os.environ)))
+    reloader = pg.Reloader(handle, load)
+    reloader.PAUSE_S = 0.0
+
+    def ids() -> List[str]:
+        reloader.check()
+        return [item["id"] for item in call(handle.url, "/v1/models").json["data"]]
+
+    def told() -> str:
+        return "\n".join(record.getMessage() for record in lines.records)
+
+    def write(name: str, text: str) -> None:
+        with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
+            file.write(text)
+
+    try:
+        assert ids() == ["a/m1"]
+        write("models.json", '{"providers": {"b": {"baseUrl": "http://127.0.0.1:9", "models": [{"id": "m2"}, {"id": "m3"}]}}}')
+        assert ids() == ["b/m2", "b/m3"]
+        write("models.json", '{"providers": ')
+        assert ids() == ["b/m2", "b/m3"] and "not valid JSON" in told()
+        write("pigateway.json", '{"modelDenylist": ["m3"], "port": 1}')
+        assert ids() == ["b/m2", "b/m3"]        # models.json is still broken, so nothing changes by halves
+        write("models.json", '{"providers": {"b": {"baseUrl": "http://127.0.0.1:9", "models": [{"id": "m2"}, {"id": "m3"}]}}}')
+        assert ids() == ["b/m2"]
+        write("pigateway.json", '{"demoDelayMs": 7, "no": 1}')
+        assert ids() == ["b/m2"] and 'unknown key "no"' in told()
+        write("pigateway.json", '{"demoDelayMs": 7}')
+        assert ids() == ["b/m2", "b/m3"] and "demoDelayMs: changed, but only the next start" in told()
+        write("gateway.json", '{"requireKeyOnLoopback": true, "apiKey": "a-new-key-1"}')
+        reloader.check()
+        assert call(handle.url, "/v1/models").status == 401
+    finally:
+        end_accepting(handle.server)
+        pg.stop_server(handle, 0.1)
