@@ -54,6 +54,7 @@ import hmac
 import http
 import http.client
 import http.server
+import ipaddress
 import json
 import logging
 import math
@@ -1487,7 +1488,7 @@ def seal(part: Thinking, protocol: str) -> str:
     """The signature of `part` as a client of `protocol` is to keep it, "" when there is none."""
     if not part.signature or part.maker == protocol:
         return part.signature or ""
-    packed = json_text([part.maker, part.signature, part.origin]).encode("utf-8")
+    packed = json_text([part.maker, part.signature, part.origin]).encode("utf-8", "surrogatepass")
     return _SEAL + base64.urlsafe_b64encode(packed).decode("ascii")
 
 
@@ -1748,8 +1749,8 @@ class OpenAIChat(ClientProtocol):
 
     def seals(self, data: Mapping[str, Any]) -> Iterable[str]:
         """See `ClientProtocol.seals`."""
-        return [seal for message in data.get("messages") or () for detail in message.get("reasoning_details") or ()
-                for seal in detail_seals(detail)]
+        details = [message.get("reasoning_details") for message in data["messages"] if message["role"] == "assistant"]
+        return [seal for items in details if isinstance(items, list) for detail in items for seal in detail_seals(detail)]
 
     def _call(self, call: Dict[str, Any], path: str) -> ToolCall:
         call_id = required(call, "id", "a string", path)
@@ -2612,6 +2613,10 @@ class UpstreamProtocol:
         """Settles what cannot stand together in one request; the names of our fields that had to go."""
         return request, []
 
+    def needs_bytes(self, part: Union[Image, Document], model: Model) -> bool:
+        """Whether this host takes no address in place of the bytes."""
+        return False
+
     def name_tools(self, request: Request, credential: Credential) -> Tuple[Request, Mapping[str, str]]:
         """The request with its tools named as this credential demands, and the names that changed: as sent → the
         client's own."""
@@ -2810,6 +2815,10 @@ class OpenAICompletions(UpstreamProtocol):
         if all(isinstance(part, Text) for part in message.parts):
             return [{"role": "user", "content": "\n".join(part.text for part in message.parts)}]
         return [{"role": "user", "content": [self._part(part) for part in message.parts]}]
+
+    def needs_bytes(self, part: Union[Image, Document], model: Model) -> bool:
+        """See `UpstreamProtocol.needs_bytes`; files have no address here."""
+        return isinstance(part, Document)
 
     def _part(self, part: Part) -> Dict[str, Any]:
         if isinstance(part, Image):
@@ -3300,7 +3309,7 @@ CARRIED_TO_ANTHROPIC = ("anthropic-version", "anthropic-beta")     # end-to-end 
 # What a client that brings its own credential means for us, or for the connection, rather than for the provider.
 NOT_PASSED = re.compile(r"host|connection|keep-alive|proxy-.*|te|trailer|transfer-encoding|upgrade|content-length|expect|"
                         r"accept-encoding|cookie|origin|referer|forwarded|via|x-forwarded-.*|x-real-ip|x-pigateway-.*|"
-                        r"authorization|x-api-key|x-goog-api-key")
+                        r"authorization|x-api-key|x-goog-api-key|api-key|x-auth-token")
 CARRIED_TO_OPENAI = ("openai-beta", "openai-organization", "openai-project")
 
 
@@ -3311,18 +3320,19 @@ OAUTH_TOOLS = {name.lower(): name for name in (
 
 
 def oauth_tool_names(names: Sequence[str]) -> Dict[str, str]:
-    """As sent → the client's own, of those of a client's tools that have to be spelt differently; a name that another
-    tool already has is left alone."""
+    """As sent → the client's own, for all of a client's tools; {} when none has to be spelt differently. A name that
+    another tool already has is left alone."""
     out: Dict[str, str] = {}
     for name in names:
         wanted = OAUTH_TOOLS.get(name.lower(), name)
-        if wanted != name and wanted not in names:
-            out.setdefault(wanted, name)
-    return out
+        out.setdefault(wanted if wanted not in names and wanted not in out else name, name)
+    return out if any(name != own for name, own in out.items()) else {}
 
 
-def client_tool_name(name: str, names: Mapping[str, str]) -> str:
+def client_tool_name(name: Any, names: Mapping[str, str]) -> Any:
     """The client's own name of a tool; `names` as `oauth_tool_names` gives them."""
+    if not isinstance(name, str):
+        return name
     return names.get(name) or names.get(OAUTH_TOOLS.get(name.lower(), "")) or name
 
 
@@ -3412,7 +3422,7 @@ class AnthropicMessages(UpstreamProtocol):
         scheme = model.flag("auth") or ("bearer" if credential.kind == "oauth" else "x-api-key")
         headers = {"anthropic-version": ANTHROPIC_VERSION, **authorization(model, credential, scheme)}
         if credential.kind == "client":         # its own program, to its own provider: everything as it said it
-            return {**headers, **{name: value for name, value in client.items() if not NOT_PASSED.fullmatch(name)}}
+            return {**headers, **client}
         headers.update((name, client[name]) for name in CARRIED_TO_ANTHROPIC if name in client)
         if credential.kind == "oauth":
             betas = headers.get("anthropic-beta")
@@ -5434,6 +5444,10 @@ class CloudCodeAssist(GoogleGenerativeAI):
 
     name = "google-gemini-cli"
 
+    def needs_bytes(self, part: Union[Image, Document], model: Model) -> bool:
+        """See `UpstreamProtocol.needs_bytes`."""
+        return True
+
     def build(self, request: Request, model: Model, credential: Credential) -> Call:
         """See `UpstreamProtocol.build`."""
         project = credential.parts.get("project")
@@ -5617,7 +5631,8 @@ class SignatureMemory:
         return len(self._calls)
 
 
-def _digest(text: str) -> str:
+def _digest(text: Any) -> str:
+    text = text if isinstance(text, str) else repr(text)
     return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:24]
 
 
@@ -6098,6 +6113,10 @@ class BedrockConverse(UpstreamProtocol):
             return request, []
         dropped = [name for name in ("temperature", "top_p", "max_tokens") if getattr(request, name) is not None]
         return replace(request, **dict.fromkeys(dropped)), dropped
+
+    def needs_bytes(self, part: Union[Image, Document], model: Model) -> bool:
+        """See `UpstreamProtocol.needs_bytes`."""
+        return True
 
     def build(self, request: Request, model: Model, credential: Credential) -> Call:
         """See `UpstreamProtocol.build`."""
@@ -6784,7 +6803,8 @@ class AnthropicLane(NativeLane):
         has_foreign = bool(request.foreign) or any(
             isinstance(part, Thinking) and not self.upstream.replays(part, model)
             for message in request.messages for part in message.parts)
-        lacks_identity = credential.kind == "oauth" and OAUTH_IDENTITY.encode() not in request.body
+        first = as_dict(next(iter(system_blocks(request.data.get("system"))), None)).get("text")
+        lacks_identity = credential.kind == "oauth" and not str(first).startswith(OAUTH_IDENTITY)
         if has_foreign or lacks_identity or model.level or self._tool_names:
             body = dumps(self._edited(has_foreign, lacks_identity, dropped)).encode("ascii")
         else:
@@ -7854,21 +7874,25 @@ class FileLock:
         self._since = 0.0
         self._stamps: Dict[str, int] = {}
         self._released = threading.Event()
+        self._own = threading.local()           # how often this very thread is inside
 
     @contextlib.contextmanager
     def held(self, limit_s: float = LOCK_WAIT_S) -> Iterator[None]:
         """Holds the lock. Raises `AuthFileError` when it cannot be had within `limit_s` seconds."""
         deadline = time.monotonic() + limit_s
+        depth = getattr(self._own, "depth", 0)
         with self._guard:
-            while self._holders and time.monotonic() - self._since > LOCK_JOIN_S:
+            while not depth and self._holders and time.monotonic() - self._since > LOCK_JOIN_S:
                 if not self._guard.wait(max(0.0, deadline - time.monotonic())):
                     raise AuthFileError(f"{self._name} is held for too long by this process")
             if not self._holders:
                 self._acquire(deadline)
             self._holders += 1
+        self._own.depth = depth + 1
         try:
             yield
         finally:
+            self._own.depth = depth
             with self._guard:
                 self._holders -= 1
                 if not self._holders:
@@ -7878,7 +7902,7 @@ class FileLock:
     def ensure(self) -> None:
         """Takes the lock anew if another program took it away from its holder. Raises `AuthFileError`."""
         with self._guard:
-            if any(self._stamp(folder) != stamp for folder, stamp in self._stamps.items()):
+            if not self._stamps or any(self._stamp(folder) != stamp for folder, stamp in self._stamps.items()):
                 log.warning("%s was taken over by another program; taking it again", self._name)
                 self._release()
                 self._acquire(time.monotonic() + LOCK_WAIT_S)
@@ -7911,7 +7935,7 @@ class FileLock:
                 _steal(folder, stamp)
             elif now > deadline:
                 raise AuthFileError(f"{self._name} is held by another program and not given back")
-            elif stamp:
+            else:
                 time.sleep(min(pause_s * (1 + secrets.randbelow(1000) / 1000), LOCK_POLL_S))
                 pause_s *= 2
                 self._touch()
@@ -7942,7 +7966,7 @@ class FileLock:
     def _stamp(folder: str) -> int:
         """When the folder was last touched, in nanoseconds; 0 when it is not there."""
         try:
-            return os.stat(folder).st_mtime_ns
+            return os.lstat(folder).st_mtime_ns
         except OSError:
             return 0
 
@@ -7954,11 +7978,11 @@ def _steal(folder: str, stamp: int) -> None:
         if os.name == "posix":
             import fcntl                        # not on Windows
             descriptor = os.open(os.path.dirname(folder), os.O_RDONLY)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if FileLock._stamp(folder) == stamp:
             log.warning("%s was left behind by a program that died; removing it", folder)
             os.rmdir(folder)
-    except FileNotFoundError:
+    except (FileNotFoundError, BlockingIOError):        # somebody else was first, or is about to
         pass
     except OSError as error:
         raise AuthFileError(f"{os.path.basename(folder)} was left behind and cannot be removed: {describe(error)}") from None
@@ -8021,6 +8045,13 @@ class AuthFile:
                 content[name] = new
             self._write(content)
 
+    def check(self) -> None:
+        """Raises `AuthFileError` when nothing could be changed here."""
+        self._make_folder()
+        with self.lock.held():
+            self.load()
+            self.check_writable()
+
     def check_writable(self) -> None:
         """Raises `AuthFileError` when a change could not be kept: better before a refresh token is spent than after."""
         target = os.path.realpath(self.path)
@@ -8054,7 +8085,7 @@ class AuthFile:
                 file.write(render_auth(content))
                 file.flush()
                 os.fsync(file.fileno())
-            keep_owner(target, temporary)
+                keep_owner(target, file.fileno())
             replace_file(temporary, target)
         except OSError as error:
             self._discard(temporary)
@@ -8090,9 +8121,11 @@ def write_private_file(path: str, data: bytes) -> None:
 def render_auth(content: Mapping[str, Any]) -> bytes:
     """auth.json as pi writes it: two blanks deep, letters as they are, no line end behind it."""
     try:
-        return json.dumps(content, indent=2, ensure_ascii=False).encode("utf-8")
+        return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False).encode("utf-8")
     except UnicodeEncodeError:                  # half of a surrogate pair, which only an escape can hold
-        return json.dumps(content, indent=2).encode("ascii")
+        return json.dumps(content, indent=2, allow_nan=False).encode("ascii")
+    except ValueError:
+        raise AuthFileError("there is a number too large to be written again") from None
 
 
 def make_private_folder(path: str) -> None:
@@ -8104,13 +8137,13 @@ def make_private_folder(path: str) -> None:
         os.mkdir(path, 0o700)
 
 
-def keep_owner(target: str, temporary: str) -> None:
+def keep_owner(target: str, descriptor: int) -> None:
     """The replacement belongs to whom the file belongs to, where an administrator runs this on another's file."""
     if os.name == "posix" and os.path.exists(target):
         old = os.stat(target)
         if (old.st_uid, old.st_gid) != (os.geteuid(), os.getegid()):
             with contextlib.suppress(OSError):
-                os.chown(temporary, old.st_uid, old.st_gid)
+                os.fchown(descriptor, old.st_uid, old.st_gid)
 
 
 def replace_file(temporary: str, target: str) -> None:
@@ -8166,7 +8199,12 @@ class VendorReply(NamedTuple):
     def said(self) -> str:
         """What is wrong, for a person."""
         words = self.fields.get("error_description") or as_dict(self.fields.get("error")).get("message") or self.error
-        return redact(str(words))[:300] if words else f"status {self.status}"
+        return redact(printable(str(words)))[:300] if words else f"status {self.status}"
+
+
+def printable(text: str) -> str:
+    """`text` without control characters, which a terminal would obey."""
+    return "".join(character if character.isprintable() else " " for character in text)
 
 
 class Vendor:
@@ -8230,6 +8268,7 @@ class Subscription:
     device_url: str = ""
     device_fields: Mapping[str, str] = field(default_factory=dict)
     terms: str = ""
+    is_personal: bool = False                   # whatever opens it is somebody's plan, not a key
     account_fields: Tuple[str, ...] = ()
 
     def ask(self, vendor: Vendor, grant_type: str, **fields: str) -> VendorReply:
@@ -8278,7 +8317,8 @@ class Subscription:
     def read(self, fields: Mapping[str, Any], now: float, old: Mapping[str, Any] = MappingProxyType({})) -> Dict[str, Any]:
         """An entry from a token endpoint's answer; the old refresh token stays when no new one came."""
         access, refresh = fields.get("access_token"), fields.get("refresh_token") or old.get("refresh")
-        if not isinstance(access, str) or not access or not isinstance(refresh, str) or not refresh:
+        if not all(isinstance(token, str) and token and token.isascii() and token.isprintable()
+                   for token in (access, refresh)):
             raise UpstreamProtocolError(f"{self.title}: the log-in server answered without a token")
         return {"type": "oauth", "access": access, "refresh": refresh,
                 "expires": self.expiry(fields.get("expires_in"), now)}
@@ -8293,6 +8333,16 @@ OVER_WORDS = frozenset({"invalid_grant", "invalid_token", "access_denied", "unau
                         "refresh_token_expired", "refresh_token_reused", "refresh_token_invalidated"})
 
 
+def expiry_of(entry: Mapping[str, Any]) -> float:
+    """When an entry's token ends, in epoch seconds; infinity when it does not, or does not say."""
+    try:
+        expires = entry.get("expires")
+        known = isinstance(expires, (int, float)) and not isinstance(expires, bool) and expires == expires
+        return expires / 1000 if known and expires < NEVER_MS else math.inf
+    except OverflowError:
+        return math.inf
+
+
 def log_in_advice(provider: str) -> str:
     """What to type."""
     return f"run: {'python' if os.name == 'nt' else 'python3'} {NAME}.py login {provider}"
@@ -8303,7 +8353,7 @@ def number_of(value: Any) -> float:
     try:
         number = 0.0 if isinstance(value, bool) else float(value)
         return number if 0 < number < 1e12 else 0.0
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return 0.0
 
 
@@ -8313,7 +8363,12 @@ class CodexSubscription(Subscription):
     def read(self, fields: Mapping[str, Any], now: float, old: Mapping[str, Any] = MappingProxyType({})) -> Dict[str, Any]:
         """See `Subscription.read`."""
         entry = super().read(fields, now, old)
-        return {**entry, "accountId": codex_account(entry["access"])}
+        try:
+            return {**entry, "accountId": codex_account(entry["access"])}
+        except Unauthorized:
+            if not old:
+                raise
+            return entry                        # a spent refresh token must have its successor, whatever else is wrong
 
 
 class OpenAISubscription(Subscription):
@@ -8407,7 +8462,8 @@ class GeminiSubscription(Subscription):
         entry = {**entry, "projectId": self.project(headers, vendor)}
         try:
             reply = vendor.get("https://www.googleapis.com/oauth2/v1/userinfo?alt=json", headers)
-            return {**entry, **present(email=reply.fields.get("email"))}
+            email = reply.fields.get("email")
+            return {**entry, **({"email": email} if isinstance(email, str) else {})}
         except UpstreamError:
             return entry
 
@@ -8490,7 +8546,8 @@ class MetaSubscription(Subscription):
         fields = self.accept(vendor.post("https://api.meta.ai/muse-code/key", {}, headers, True))
         key, where = fields.get("api_key"), fields.get("action_url")
         if not isinstance(key, str) or not key:
-            raise self.over(f"Meta asks you to visit {where}" if isinstance(where, str) else "Meta gave no key")
+            is_page = isinstance(where, str) and where.startswith("https://")
+            raise self.over(f"Meta asks you to visit {printable(where)[:200]}" if is_page else "Meta gave no key")
         return {"type": "oauth", "access": key, "refresh": entry["refresh"],
                 "expires": int((vendor.clock() + self.KEY_LIFE_S) * 1000)}
 
@@ -8524,25 +8581,25 @@ SUBSCRIPTIONS: Dict[str, Subscription] = {row.provider: row for row in (
         "openai-codex", "ChatGPT Plus/Pro (Codex)", "app_EMoamEEZ73f0CkXaXp7hrann", "https://auth.openai.com/oauth/token",
         "https://auth.openai.com/oauth/authorize", CODEX_REDIRECT, "openid profile email offline_access",
         {"id_token_add_organizations": "true", "codex_cli_simplified_flow": "true", "originator": NAME}, margin_s=0,
-        device_url="https://auth.openai.com/api/accounts/deviceauth", account_fields=("accountId",),
+        device_url="https://auth.openai.com/api/accounts/deviceauth", account_fields=("accountId",), is_personal=True,
         terms="OpenAI gives a ChatGPT plan for ChatGPT and Codex; it has not said that other programs may use it."),
     CopilotSubscription(
         "github-copilot", "GitHub Copilot", "Iv1.b507a08c87ecfe98", "https://{domain}/login/oauth/access_token",
         device_url="https://{domain}/login/device/code", device_fields={"scope": "read:user"},
-        account_fields=("refresh",),
+        account_fields=("refresh",), is_personal=True,
         terms="GitHub gives Copilot for the editors and tools that it supports; other use can end it."),
     GeminiSubscription(
         "google-gemini-cli", "Gemini CLI",
         "681255809395-oo8ft2oprdrnp9e3aqf6av3hmdib135j.apps.googleusercontent.com", _GOOGLE_TOKENS, _GOOGLE_AUTHORIZE,
         "http://localhost:8085/oauth2callback", _GOOGLE_SCOPES, {"access_type": "offline", "prompt": "consent"},
-        "R09DU1BYLTR1SGdNUG0tMW83U2stZ2VWNkN1NWNsWEZzeGw=", account_fields=("projectId",),
+        "R09DU1BYLTR1SGdNUG0tMW83U2stZ2VWNkN1NWNsWEZzeGw=", account_fields=("projectId",), is_personal=True,
         terms=_GOOGLE_TERMS.format("Gemini CLI")),
     AntigravitySubscription(
         "google-antigravity", "Google Antigravity",
         "1071006060591-tmhssin2h21lcre235vtolojh4g403ep.apps.googleusercontent.com", _GOOGLE_TOKENS, _GOOGLE_AUTHORIZE,
         "http://localhost:51121/oauth-callback", _GOOGLE_SCOPES + " https://www.googleapis.com/auth/cclog "
         "https://www.googleapis.com/auth/experimentsandconfigs", {"access_type": "offline", "prompt": "consent"},
-        "R09DU1BYLUs1OEZXUjQ4NkxkTEoxbUxCOHNYQzR6NnFEQWY=", account_fields=("projectId",),
+        "R09DU1BYLUs1OEZXUjQ4NkxkTEoxbUxCOHNYQzR6NnFEQWY=", account_fields=("projectId",), is_personal=True,
         terms=_GOOGLE_TERMS.format("Antigravity")),
     Subscription(
         "xai", "xAI (Grok)", "b1a00492-073a-47ea-816f-4c329264a828", "https://auth.x.ai/oauth2/token",
@@ -8561,6 +8618,12 @@ SUBSCRIPTIONS: Dict[str, Subscription] = {row.provider: row for row in (
         "openai", "Sign in with ChatGPT", token_url="https://auth.openai.com/api/accounts/oauth/token", margin_s=180,
         account_fields=("clientId",)),
 )}
+
+
+def entry_secrets(entry: Mapping[str, Any]) -> List[str]:
+    """What of an entry may not be shown."""
+    return [value for value in (entry.get(name) for name in ("access", "refresh", *NAMING_FIELDS))
+            if isinstance(value, str) and len(value) >= 4]
 
 
 class Renewal:
@@ -8612,7 +8675,7 @@ class Logins:
                 return entry
             raise LogInOver(f'the log-in for "{name}" has expired; log in again where it was made')
         renewal = self._renewal(name, entry)
-        return entry if left_s > 0 else renewal.result()
+        return entry if left_s > 0 or renewal is None else renewal.result()
 
     def replace_refused(self, name: str, access: str) -> bool:
         """Whether there is another token than `access`, which the provider has refused: renewed by somebody else, or
@@ -8621,11 +8684,8 @@ class Logins:
         if entry.get("type") != "oauth" or name not in SUBSCRIPTIONS:
             return False
         if entry.get("access") == access:
-            now = time.monotonic()
-            if now - self._forced.get(name, -REFRESH_FORCED_S) < REFRESH_FORCED_S:
-                return False
-            self._forced[name] = now
-            entry = self._renewal(name, entry).result()
+            renewal = self._renewal(name, entry, True)
+            entry = renewal.result() if renewal else entry
         return entry.get("access") != access
 
     def close(self) -> None:
@@ -8639,10 +8699,7 @@ class Logins:
 
     def _left(self, entry: Mapping[str, Any]) -> float:
         """Seconds that the entry's token still has."""
-        expires = entry.get("expires")
-        if not isinstance(expires, (int, float)) or isinstance(expires, bool):
-            return math.inf
-        return expires / 1000 - self._vendor.clock()
+        return expiry_of(entry) - self._vendor.clock()
 
     def _lead(self, name: str, entry: Mapping[str, Any]) -> float:
         """How many seconds before its end the token is renewed."""
@@ -8651,20 +8708,29 @@ class Logins:
             self._seen[name] = (access, now)
         return min(REFRESH_EARLY_S, max(0.0, self._left(entry) + now - self._seen[name][1]) / 10)
 
-    def _renewal(self, name: str, entry: Mapping[str, Any]) -> Renewal:
-        """The renewal of this very token: the one under way, the one that has just failed, or a new one."""
-        access = str(entry.get("access"))
+    def _renewal(self, name: str, entry: Mapping[str, Any], is_refused: bool = False) -> Optional[Renewal]:
+        """The renewal of this very token: the one under way, the one that has just failed, or a new one; None when the
+        last one because of a refusal is not long ago."""
+        access, now = str(entry.get("access")), time.monotonic()
         with self._lock:
             renewal = self._renewals.get(name)
             if renewal and renewal.access == access and (
-                    not renewal.done.is_set() or (renewal.error and time.monotonic() < renewal.retry_at)):
+                    not renewal.done.is_set() or (renewal.error and now < renewal.retry_at)):
                 return renewal
+            if is_refused:
+                if now - self._forced.get(name, -REFRESH_FORCED_S) < REFRESH_FORCED_S:
+                    return None
+                self._forced[name] = now
             renewal = self._renewals[name] = Renewal(access)
-        threading.Thread(target=self._run, args=(name, renewal), name=f"renew {name}", daemon=True).start()
+        try:
+            threading.Thread(target=self._run, args=(name, renewal), name=f"renew {name}", daemon=True).start()
+        except RuntimeError:                    # no more threads
+            self._run(name, renewal)
         return renewal
 
     def _run(self, name: str, renewal: Renewal) -> None:
         wait_s = REFRESH_FAILED_S
+        secret = entry_secrets(self.entry(name))
         try:
             renewal.entry = self._renew(name, renewal)
         except LogInOver as error:
@@ -8677,8 +8743,9 @@ class Logins:
             log.debug("where it happened", exc_info=True)
             renewal.error = GatewayError(f'the log-in for "{name}" cannot be renewed ({type(error).__name__})')
         if renewal.error:
+            renewal.error.hide([*secret, *entry_secrets(self.entry(name))])
             renewal.retry_at = time.monotonic() + wait_s
-            log.warning("%s", redact(renewal.error.message))
+            log.warning("%s", renewal.error.message)
         renewal.is_spending = False
         renewal.done.set()
 
@@ -8692,6 +8759,7 @@ class Logins:
                 return entry                    # another process was first
             if self._closing.is_set():
                 raise ShuttingDown("the gateway is stopping")
+            self._file.lock.ensure()
             self._file.check_writable()
             renewal.is_spending = True
             try:
@@ -8723,7 +8791,8 @@ class Logins:
 
         try:
             self._file.change(name, merge)
-            self._unsaved.pop(name, None)
+            if self._unsaved.get(name) == (spent, fields):      # not a newer one
+                del self._unsaved[name]
             return True
         except AuthFileError as error:
             log.error('the renewed log-in for "%s" is in memory only: %s', name, error)
@@ -8769,7 +8838,8 @@ class Credentials:
         """Whether calls to this provider are paid by somebody's personal plan, as far as that shows without running a
         command; a call's own credential has the last word."""
         entry = self.logins.entry(provider.name)
-        if entry.get("type") == "oauth":
+        row = SUBSCRIPTIONS.get(provider.name)
+        if entry.get("type") == "oauth" or (row and row.is_personal):
             return True
         values = [entry.get("key"), provider.api_key, *(self._variable(name, entry) for name in provider.env)]
         keys = [self.resolve(value, entry) for value in values if isinstance(value, str) and not value.startswith("!")]
@@ -10034,8 +10104,9 @@ class PooledHandler(urllib.request.BaseHandler):
     """The part of `urllib.request` that talks to servers, with kept connections; the stock one closes after each answer.
     Proxies have been put into the request by `ProxyHandler` before it arrives here."""
 
-    def __init__(self, limits: Limits, ca_bundle: Optional[str], keep: int) -> None:
+    def __init__(self, limits: Limits, ca_bundle: Optional[str], keep: int, connect: Callable[..., socket.socket]) -> None:
         self.pool = Pool(keep)
+        self._connect = connect
         self._limits = limits
         self._ca_bundle = ca_bundle
         self._context: Any = None
@@ -10070,6 +10141,8 @@ class PooledHandler(urllib.request.BaseHandler):
             except (StaleConnection, ConnectionError):
                 request.scope.check()
         opened = connect(request.host, timeout=self._limits.connect_s)
+        if not (tunnel or request.has_proxy()):           # the proxy's own address is none of the caller's choice
+            opened._create_connection = self._connect       # type: ignore[attr-defined]
         if tunnel:
             proxy_auth = {name: value for name, value in {**request.unredirected_hdrs, **request.headers}.items()
                           if name.lower() == "proxy-authorization"}
@@ -10083,7 +10156,7 @@ class PooledHandler(urllib.request.BaseHandler):
 
     def _head(self, request: ScopedRequest) -> bytes:
         host = getattr(request, "_tunnel_host", None) or urllib.parse.urlsplit(request.full_url).netloc.rpartition("@")[2]
-        lines = [f"{request.get_method()} {request.selector} HTTP/1.1", f"Host: {host}"]
+        lines = [f"{request.get_method()} {request.selector or '/'} HTTP/1.1", f"Host: {host}"]
         for name, value in {**request.unredirected_hdrs, **request.headers}.items():
             if not _HEADER_LINE.fullmatch(f"{name}: {value}".encode("latin-1", "replace")):
                 raise BadRequest(f"the header {name!r} cannot be sent: it has a line break or another stray character")
@@ -10193,9 +10266,10 @@ class Transport:
     no call is ever sent twice."""
 
     def __init__(self, limits: Limits = Limits(), ca_bundle: Optional[str] = None, demo_delay_s: float = 0.02,
-                 proxies: Optional[Dict[str, str]] = None, keep: int = POOL_PER_HOST) -> None:
+                 proxies: Optional[Dict[str, str]] = None, keep: int = POOL_PER_HOST,
+                 connect: Callable[..., socket.socket] = socket.create_connection) -> None:
         self._limits = limits
-        self._handler = PooledHandler(limits, ca_bundle, keep)
+        self._handler = PooledHandler(limits, ca_bundle, keep, connect)
         self._opener = urllib.request.OpenerDirector()
         for handler in (urllib.request.ProxyHandler(proxies), self._handler, DemoHandler(demo_delay_s)):
             self._opener.add_handler(handler)
@@ -10208,7 +10282,7 @@ class Transport:
         host = urllib.parse.urlsplit(call.url).netloc.rpartition("@")[2]
         try:
             response = self._opener.open(request, timeout=self._limits.connect_s)
-        except (GatewayError, ClientGone):
+        except (GatewayError, ClientGone, PrivateAddress):
             raise
         except (socket.timeout, TimeoutError):
             scope.check()
@@ -10220,9 +10294,154 @@ class Transport:
             raise ProviderMisconfigured(f"cannot open {call.url.partition(':')[0]} URLs", code="connection_error")
         return response
 
+    def is_proxied(self, url: str) -> bool:
+        """Whether calls to this URL go through a proxy of the environment."""
+        split = urllib.parse.urlsplit(url)
+        return split.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(split.netloc)
+
     def close(self) -> None:
         """Closes idle connections; those in use close when they come back."""
         self._handler.pool.close()
+
+
+# --- Images by address ------------------------------------------------------------------------------------------------
+#
+# Where a provider wants bytes, the gateway fetches what a client only names. The client may be told to name anything by
+# a page that it has read, so nothing is fetched from this machine or its network.
+
+MEDIA_BYTES = 10 * MIB
+MEDIA_LIMIT_S = 20.0                # for one of them, redirects included
+MEDIA_REDIRECTS = 3
+MEDIA_COUNT = 20                    # in one request
+_MAGIC = ((b"\x89PNG\r\n\x1a\n", "image/png"), (b"\xff\xd8\xff", "image/jpeg"), (b"GIF8", "image/gif"),
+          (b"%PDF-", "application/pdf"))
+
+
+def media_type_of(data: bytes) -> str:
+    """The type of an image or PDF by its first bytes, "" for anything else."""
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "image/webp"
+    return next((kind for magic, kind in _MAGIC if data.startswith(magic)), "")
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address is one of the open internet, also where it hides another one inside."""
+    try:
+        ip = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return False
+    if isinstance(ip, ipaddress.IPv6Address):
+        inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
+        if ip in _NAT64:
+            inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+        if inner is not None and not is_public(str(inner)):
+            return False
+    return ip.is_global and not ip.is_multicast
+
+
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+
+
+def connect_public(address: Tuple[str, int], timeout: Any = None, source_address: Any = None) -> socket.socket:
+    """`socket.create_connection`, to public addresses only: the one that was checked is the one that is called."""
+    found = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
+    if not all(is_public(str(entry[4][0])) for entry in found):
+        raise PrivateAddress
+    return socket.create_connection((str(found[0][4][0]), address[1]), timeout, source_address)
+
+
+class PrivateAddress(OSError):
+    """An address of this machine or its network, or none at all."""
+
+
+class MediaFetcher:
+    """Fetches the images and files that a request only names."""
+
+    def __init__(self, ca_bundle: Optional[str] = None) -> None:
+        self._transport = Transport(Limits(5.0, 10.0, 10.0), ca_bundle, keep=0, connect=connect_public)
+
+    def fetch(self, part: Union[Image, Document]) -> Union[Image, Document]:
+        """The part with its bytes. Raises `BadRequest`."""
+        scope = Scope()
+        timer = threading.Timer(MEDIA_LIMIT_S, scope.cancel, [UpstreamTimeout("it takes too long")])
+        timer.daemon = True
+        timer.start()
+        url = part.url or ""
+        try:
+            data, declared = self._follow(url, scope)
+        except PrivateAddress:
+            raise self._refusal(url, "it is not on the open internet") from None
+        except GatewayError as error:
+            raise self._refusal(url, error.message) from None
+        finally:
+            timer.cancel()
+        kind = media_type_of(data)
+        if isinstance(part, Document) and not kind and declared.startswith("text/"):
+            kind = "text/plain"
+        if not kind or isinstance(part, Image) != kind.startswith("image/"):
+            raise self._refusal(url, "it is no image of a known type" if isinstance(part, Image) else "it is no PDF or text")
+        return replace(part, url=None, media_type=kind, data=base64.b64encode(data).decode("ascii"))
+
+    def _follow(self, url: str, scope: Scope) -> Tuple[bytes, str]:
+        """(bytes, declared type) behind a URL and its redirects."""
+        for _ in range(MEDIA_REDIRECTS + 1):
+            split = urllib.parse.urlsplit(url)
+            if split.scheme not in ("http", "https") or not split.hostname or split.username is not None:
+                raise UpstreamError("that is no address to fetch from")
+            if self._transport.is_proxied(url):
+                check_public_name(split.hostname)
+            response = self._transport.open(Call("GET", url, {"accept": "image/*, application/pdf, text/*;q=0.5",
+                                                              "user-agent": USER_AGENT}), scope)
+            try:
+                if response.status in (301, 302, 303, 307, 308) and response.headers.get("location"):
+                    url = urllib.parse.urljoin(url, response.headers["location"])
+                    continue
+                if response.status != 200:
+                    raise UpstreamError(f"the server answered {response.status}")
+                if int(response.headers.get("content-length") or 0) > MEDIA_BYTES:
+                    raise UpstreamError(f"it has more than {MEDIA_BYTES // MIB} MiB")
+                return response.read(MEDIA_BYTES), response.headers.get("content-type", "").lower()
+            finally:
+                response.close()
+        raise UpstreamError("there are too many redirects")
+
+    def _refusal(self, url: str, reason: str) -> BadRequest:
+        host = header_text(urllib.parse.urlsplit(url).hostname or "?")[:100]
+        return BadRequest(f"the file at {host} cannot be fetched: {reason}; send its bytes instead",
+                          code="invalid_image_url", param="messages")
+
+
+def check_public_name(host: str) -> None:
+    """Behind a proxy, which looks names up itself: what this machine can tell. Raises `PrivateAddress`."""
+    try:
+        found = [str(entry[4][0]) for entry in socket.getaddrinfo(host, None)]
+    except OSError:                             # only the proxy knows names here
+        found = []
+    is_local_name = "." not in host.strip(".") or host.rstrip(".").endswith((".local", ".internal", ".localhost", ".lan"))
+    if not all(map(is_public, found)) or (not found and is_local_name):
+        raise PrivateAddress
+
+
+def with_bytes(request: Request, wants: Callable[[Any], bool], fetch: Callable[[Any], Part]) -> Request:
+    """`request` with every image or file fetched that is only named and whose bytes are wanted. Raises `BadRequest`."""
+    count = 0
+
+    def fill(parts: Iterable[Part]) -> Tuple[Part, ...]:
+        nonlocal count
+        out: List[Part] = []
+        for part in parts:
+            if isinstance(part, ToolResult):
+                part = replace(part, parts=fill(part.parts))
+            elif isinstance(part, (Image, Document)) and part.url and wants(part):
+                count += 1
+                if count > MEDIA_COUNT:
+                    raise BadRequest(f"more than {MEDIA_COUNT} files by address; send their bytes", param="messages")
+                part = fetch(part)
+            out.append(part)
+        return tuple(out)
+
+    messages = tuple(replace(message, parts=fill(message.parts)) for message in request.messages)
+    return replace(request, messages=messages) if count else request
 
 
 # ======================================================================================================================
@@ -10383,6 +10602,7 @@ class Gateway:
         self.clock = clock
         self.signatures = SignatureMemory()
         self.quirks = quirks or Quirks(None)
+        self.media = MediaFetcher(config.ca_bundle)
         self.cooling = Memory()                 # models that failed not long ago
         self.load: Any = [0]                    # requests under way at providers, by worker process
         self.worker = 0
@@ -10411,6 +10631,9 @@ class Gateway:
         if len(candidates) == 1:
             self._complete_on(candidates[0], request, exchange)
             return
+        # what a client brought for one provider is not shown to the next
+        passed = [model for model in candidates if self._takes_passed(self.catalogue.providers[model.provider])]
+        candidates = [model for model in candidates if model not in passed[1:]]
         now = self.clock()
         candidates.sort(key=lambda model: bool(self.cooling.get(model.full_id, now)))    # stable: rested ones first
         for model in candidates:
@@ -10420,7 +10643,8 @@ class Gateway:
                 return self._complete_on(model, request, exchange)
             except GatewayError as error:
                 reason = fallback_reason(error)
-                if exchange.is_last or exchange.responder.has_begun or not reason:
+                if exchange.is_last or exchange.responder.has_begun or not reason or (
+                        model in passed and isinstance(error, Unauthorized)):
                     raise
                 exchange.answer_headers = headers
                 self._fall_back(model, reason, error, exchange)
@@ -10439,10 +10663,14 @@ class Gateway:
         model, credential = self._authorise(model, exchange)
         if model.level:
             request = replace(request, reasoning=Reasoning(model.level))
+        if credential.is_passed:
+            request = passed_request(request, self.config.api_key)
         if request.images and model.input is not None and "image" not in model.input:
             refuse([(request.images[0], f"{model.full_id} does not take images")])
         request = self._own_seals(request, origin_of(model, credential))
         upstream = UPSTREAM_PROTOCOLS[model.protocol]
+        if (exchange.client.name, upstream.name) not in NATIVE_LANES:
+            request = with_bytes(request, lambda part: upstream.needs_bytes(part, model), self.media.fetch)
         lane = choose_lane(exchange.client, upstream, request)(exchange.client, upstream, request, model, exchange.stamp)
         self._run(lane, credential, exchange)
 
@@ -10464,6 +10692,8 @@ class Gateway:
         request = replace(MESSAGES.parse_prompt(data), body=body, headers=exchange.headers, query=exchange.query,
                           stream=False)
         model, credential = self._resolve(request, exchange)
+        if credential.is_passed:
+            request = passed_request(request, self.config.api_key)
         request = self._own_seals(request, origin_of(model, credential))
         if model.protocol == AnthropicMessages.name:
             lane = CountLane(exchange.client, UPSTREAM_PROTOCOLS[model.protocol], request, model, exchange.stamp)
@@ -10494,7 +10724,9 @@ class Gateway:
         exchange.log["model"] = model.full_id
         if self._takes_passed(provider):
             credential = passed_credential(exchange, provider, model, self.config.api_key)
-            credential = replace(credential, headers={**self.credentials.headers(provider, model), **credential.headers})
+            configured = {name: value for name, value in self.credentials.headers(provider, model).items()
+                          if name.lower() not in KEY_HEADERS}
+            credential = replace(credential, headers={**configured, **credential.headers})
         else:
             self._check_exposure(provider, self._is_hidden(provider))
             credential = self.credentials.get(provider, model)
@@ -10532,7 +10764,7 @@ class Gateway:
             try:
                 return self._call_provider(attempt.lane, attempt.call, scope, exchange)
             except GatewayError as error:
-                error.hide(attempt.credential.secrets)
+                error.hide(attempt.lane.secrets)
                 if exchange.responder.has_begun:
                     raise
                 remedy = next((remedy for remedy in self._remedies if remedy(self, error, attempt)), None)
@@ -10599,7 +10831,8 @@ class Gateway:
 
     def _prepare(self, lane: Lane, credential: Credential, exchange: Exchange) -> Call:
         """The call for the lane's request, and what the answer's headers say of it."""
-        lane.secrets, lane.origin = credential.secrets, origin_of(lane.model, credential)
+        lane.secrets = list(dict.fromkeys([*lane.secrets, *credential.secrets]))
+        lane.origin = origin_of(lane.model, credential)
         lane.is_passed = credential.is_passed
         call, dropped = lane.call(credential)
         call = call._replace(headers={**call.headers, **request_headers(lane.request, lane.model)})
@@ -10741,12 +10974,26 @@ def request_seals(request: Request) -> List[str]:
     return [seal for seal in seals if seal not in request.foreign]
 
 
+KEY_HEADERS = ("authorization", "x-api-key", "x-goog-api-key", "api-key", "x-auth-token", "proxy-authorization")
+
+
+def passed_request(request: Request, own_key: Optional[str]) -> Request:
+    """A request whose client brought its own credential, without what is meant for this gateway: its key, wherever it
+    stands, and the headers of the connection."""
+    hop = {name.strip().lower() for name in request.headers.get("connection", "").split(",")}
+    headers = {name: value for name, value in request.headers.items()
+               if name not in hop and not NOT_PASSED.fullmatch(name) and not (own_key and own_key in value)}
+    has_key = own_key and own_key in urllib.parse.unquote_plus(request.query)
+    return replace(request, headers=headers, query="" if has_key else request.query)
+
+
 def passed_credential(exchange: Exchange, provider: Provider, model: Model, own_key: Optional[str]) -> Credential:
     """The credential that the client itself brought for the provider: any that is not the key of this gateway. Raises
     `Unauthorized`."""
     for name in ("authorization", "x-api-key", "x-goog-api-key"):
         value = exchange.headers.get(name, "")
-        token = value.partition(" ")[2].strip() if value.lower().startswith("bearer ") else value
+        scheme, _, bearer = value.partition(" ")
+        token = value if name != "authorization" else bearer.strip() if scheme.lower() == "bearer" else ""
         if not token or (own_key and hmac.compare_digest(token.encode("utf-8"), own_key.encode("utf-8"))):
             continue
         if exchange.client is MESSAGES and model.protocol == AnthropicMessages.name:
@@ -10811,7 +11058,8 @@ class Discovery:
         """Asks everybody once, side by side; whether all of them answered."""
         gateway = self._gateway
         asked = [provider for provider in gateway.catalogue.providers.values()
-                 if provider.discover and gateway.is_usable(provider) and provider.name not in self._asking]
+                 if provider.discover and gateway.is_usable(provider) and provider.name not in self._asking
+                 and provider.name not in gateway.config.pass_through]
         results: List[bool] = []
         scopes = [Scope() for _ in asked]
         threads = [threading.Thread(target=lambda p=provider, s=scope: results.append(self.ask(p, s)), daemon=True)
@@ -11475,6 +11723,7 @@ class Server(http.server.ThreadingHTTPServer):
 LOG_IN_LIMIT_S = 900.0              # for a browser to come back
 DEVICE_INTERVAL_S = 5.0             # between two questions whether the code has been entered, unless told otherwise
 DEVICE_LIFE_S = 900.0
+DEVICE_INTERVAL_MOST_S, DEVICE_LIFE_MOST_S = 120.0, 7200.0
 DEVICE_FAILURES = 3                 # in a row that the network may fail while waiting
 CALLBACK_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>
 <body style="font-family: sans-serif; margin: 4em auto; max-width: 32em"><h1>{title}</h1><p>{text}</p></body></html>
@@ -11503,6 +11752,11 @@ class Terminal:
         self.read_lines()
         return self.answer()[1]
 
+    def agrees(self, text: str) -> bool:
+        """Says something that wants a yes, and asks for it."""
+        self.say(text)
+        return self.ask("Go on all the same? [y/N] ").lower() in ("y", "yes")
+
     def answer(self, limit_s: float = math.inf) -> Tuple[str, str]:
         """What comes first: a line that is typed, or what the browser brings back."""
         deadline = time.monotonic() + limit_s
@@ -11512,6 +11766,7 @@ class Terminal:
             except queue.Empty:
                 continue
             if kind == "end":
+                self.say()
                 raise LogInFailed("nobody is left to answer")
             return kind, text
         raise LogInFailed(f"no answer within {limit_s / 60:.0f} minutes")
@@ -11548,6 +11803,7 @@ class Terminal:
         if os.name == "posix" and sys.platform != "darwin" and not any(
                 os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER")):
             return                              # one in the terminal would take the keyboard away
+        import webbrowser                       # only here
         # beside us: some wait until the browser is closed
         threading.Thread(target=webbrowser.open, args=(url,), name="browser", daemon=True).start()
 
@@ -11565,15 +11821,14 @@ class CallbackHandler(http.server.BaseHTTPRequestHandler):
         query = dict(urllib.parse.parse_qsl(split.query))
         if split.path != self.server.path:
             return self._page(404, "Not found", "There is nothing here.")
-        if self.server.is_done:
-            return self._page(409, "Already done", "This log-in has been answered before.")
         if self.server.state and query.get("state") != self.server.state:
             return self._page(400, "Not this log-in", "This answer belongs to another log-in, which this one ignores.")
         if "error" not in query and not query.get("code"):
             return self._page(400, "No code", "The answer has no code in it. Try again from the link in the terminal.")
-        self.server.is_done = True
-        self._page(200, "Back to the terminal", "You can close this window.")
+        if not self.server.taken.acquire(blocking=False):
+            return self._page(409, "Already done", "This log-in has been answered before.")
         self.server.answers.put(("callback", split.query))
+        self._page(200, "Back to the terminal", "You can close this window.")
 
     def _page(self, status: int, title: str, text: str) -> None:
         body = CALLBACK_PAGE.format(title=title, text=text).encode("utf-8")
@@ -11589,17 +11844,20 @@ class CallbackHandler(http.server.BaseHTTPRequestHandler):
 
 
 class CallbackServer(http.server.ThreadingHTTPServer):
-    """Listens for the browser's return, on this machine only."""
+    """Listens for the browser's return; on this machine only, unless PI_OAUTH_CALLBACK_HOST says otherwise."""
 
     daemon_threads = True
+    request_queue_size = 64
     allow_reuse_address = os.name == "posix"    # on Windows that would share a port somebody else listens on
 
     def __init__(self, address: Tuple[str, int], path: str, state: str, answers: queue.Queue[Tuple[str, str]]) -> None:
+        if ":" in address[0]:
+            self.address_family = socket.AF_INET6
         super().__init__(address, CallbackHandler)
         self.path = path
         self.state = state
         self.answers = answers
-        self.is_done = False
+        self.taken = threading.Lock()           # by the first answer
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A browser that hangs up is none of our business."""
@@ -11616,6 +11874,14 @@ class LogIn:
 
     def run(self) -> Dict[str, Any]:
         """The new entry. Raises `LogInFailed`, `GatewayError`."""
+        try:
+            return self._run()
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+            log.debug("where it happened", exc_info=True)
+            raise LogInFailed(f"{self.row.title}: the log-in server's answer makes no sense "
+                              f"({type(error).__name__})") from None
+
+    def _run(self) -> Dict[str, Any]:
         row, arguments = self.row, self.arguments
         if arguments.device and not row.device_url:
             raise ConfigError(f"{row.provider} has no log-in by device code; leave --device out")
@@ -11639,9 +11905,7 @@ class LogIn:
             return
         if not self.terminal.is_interactive:
             raise ConfigError(f"{self.row.terms} To go on all the same, {log_in_advice(self.row.provider)} --yes")
-        self.terminal.say(self.row.terms)
-        self.terminal.say(accepted_way(self.row.provider))
-        if self.terminal.ask("Go on all the same? [y/N] ").lower() not in ("y", "yes"):
+        if not self.terminal.agrees(f"{self.row.terms}\n{accepted_way(self.row.provider)}"):
             raise LogInFailed("not logged in")
 
     # --- by browser ---
@@ -11718,7 +11982,8 @@ class LogIn:
 
         reply = self._poll(poll, number_of(fields.get("interval")), number_of(fields.get("expires_in")), True)
         if domain:                              # GitHub's token has no end and no refresh token beside it
-            entry = {"type": "oauth", "refresh": reply.fields["access_token"], "access": "", "expires": 0}
+            token = row.read({**reply.fields, "refresh_token": reply.fields.get("access_token")}, 0)["refresh"]
+            entry = {"type": "oauth", "refresh": token, "access": "", "expires": 0}
             return row.complete({**entry, **({"enterpriseUrl": domain} if domain != "github.com" else {})}, self.vendor)
         return row.complete(row.read(reply.fields, self.vendor.clock()), self.vendor)
 
@@ -11755,14 +12020,15 @@ class LogIn:
         return row.exchange(self.vendor, code, verifier, "https://auth.openai.com/deviceauth/callback", "")
 
     def _show_code(self, url: str, user_code: str) -> None:
-        if urllib.parse.urlsplit(url).scheme not in ("http", "https") or not f"{url}{user_code}".isprintable():
+        if not re.match(r"https?://[^/]", url) or not f"{url}{user_code}".isprintable():
             raise UpstreamProtocolError(f"{self.row.title}: the log-in server names a page that is none")
         self.terminal.say(f"Log in to {self.row.title}: open\n\n  {url}\n\nand enter this code:  {user_code}\n\n"
                           "Waiting for you to finish there; Ctrl-C gives up.")
 
     def _poll(self, ask: Callable[[], VendorReply], interval_s: float, life_s: float, wait_first: bool) -> VendorReply:
         """Asks until the code has been entered (RFC 8628 §3.5). Raises `LogInFailed`, `UpstreamError`."""
-        interval_s, life_s = max(1.0, interval_s or DEVICE_INTERVAL_S), life_s or DEVICE_LIFE_S
+        interval_s = min(max(1.0, interval_s or DEVICE_INTERVAL_S), DEVICE_INTERVAL_MOST_S)
+        life_s = min(life_s or DEVICE_LIFE_S, DEVICE_LIFE_MOST_S)
         started, waited_s, failures = time.monotonic(), 0.0, 0
         while True:
             passed_s = max(waited_s, time.monotonic() - started)
@@ -11785,7 +12051,8 @@ class LogIn:
             if reply.ok and not reply.error and reply.fields:
                 return reply
             if reply.error == "slow_down":
-                interval_s = max(1.0, number_of(reply.fields.get("interval")) or interval_s + 5)
+                asked_s = max(1.0, number_of(reply.fields.get("interval")) or interval_s + 5)
+                interval_s = min(asked_s, DEVICE_INTERVAL_MOST_S)
             elif reply.error != "authorization_pending":
                 raise LogInFailed(DEVICE_ENDS.get(reply.error) or f"the log-in failed: {reply.said}")
 
@@ -11819,12 +12086,13 @@ def read_query(query: str, state: str) -> str:
 def read_return(text: str, state: str) -> str:
     """The code in what a person pasted: an address, `code#state`, the query alone, or the code alone. Raises
     `LogInFailed`."""
-    if re.match(r"https?://", text):
-        return read_query(urllib.parse.urlsplit(text).query, state)
+    query = text.partition("?")[2] or text
+    if "?" in text or re.match(r"(?i)https?://", text) or re.search(r"(?:^|&)(?:code|error)=", query):
+        return read_query(query.partition("#")[0], state)
     if "#" in text:
         code, _, given = text.partition("#")
         return read_query(urllib.parse.urlencode({"code": code, "state": given or state}), state)
-    return read_query(text if "code=" in text or "error=" in text else urllib.parse.urlencode({"code": text}), state)
+    return read_query(urllib.parse.urlencode({"code": text}), state)
 
 
 def run_account_command(arguments: argparse.Namespace, config: Config) -> int:
@@ -11849,8 +12117,14 @@ def run_account_command(arguments: argparse.Namespace, config: Config) -> int:
 def log_in(file: AuthFile, terminal: Terminal, arguments: argparse.Namespace, config: Config) -> int:
     """The command login."""
     row = pick_subscription(terminal, arguments)
-    vendor = Vendor(vendor_transport(ca_bundle(config, os.environ)))
-    entry = LogIn(row, vendor, terminal, arguments).run()
+    file.check()
+    if file.entry(row.provider).get("type") == "api_key" and not arguments.yes:
+        if not terminal.is_interactive:
+            raise ConfigError(f"auth.json has a key for {row.provider}, which a log-in replaces; --yes for that")
+        if not terminal.agrees(f"auth.json has a key for {row.provider}, which this replaces."):
+            raise LogInFailed("not logged in")
+    log_in = LogIn(row, Vendor(vendor_transport(ca_bundle(config, os.environ))), terminal, arguments)
+    entry = log_in.run()
     file.change(row.provider, lambda old: entry)
     terminal.say(f"Logged in to {row.title}. Its models are {row.provider}/...; {NAME}.py models lists them.")
     return EXIT_OK
@@ -11871,7 +12145,7 @@ def pick_subscription(terminal: Terminal, arguments: argparse.Namespace) -> Subs
             LOG_INS) else answer
     if arguments.provider not in LOG_INS:
         near = difflib.get_close_matches(arguments.provider, LOG_INS, 1, 0.4)
-        hint = f'; did you mean "{near[0]}"?' if near else ""
+        hint = f'; did you mean "{near[0]}"?' if near else "."
         raise ConfigError(f'no log-in for "{redact(arguments.provider)[:60]}"{hint} Known: {", ".join(LOG_INS)}')
     return SUBSCRIPTIONS[arguments.provider]
 
@@ -11898,9 +12172,9 @@ def print_accounts(file: AuthFile, as_json: bool) -> int:
     for name, entry in file.read().items():
         entry = as_dict(entry)
         if entry.get("type") == "oauth":
-            expires = number_of(entry.get("expires")) / 1000
+            expires, name = expiry_of(entry), header_text(name)
             rows.append({"provider": name, "title": SUBSCRIPTIONS[name].title if name in SUBSCRIPTIONS else name,
-                         "expiresAt": int(expires) if expires < NEVER_MS / 2000 else None,
+                         "expiresAt": int(expires) if expires < math.inf else None,
                          "renewable": bool(name in SUBSCRIPTIONS and entry.get("refresh"))})
     if as_json:
         print(json.dumps(rows, indent=2))

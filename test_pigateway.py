@@ -80,6 +80,7 @@ import http.server
 import importlib.util
 import json
 import logging
+import queue
 import random
 import re
 import select
@@ -13014,8 +13015,9 @@ def test_chat_details_go_back_to_their_model_only(tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize("names, changed", [
-    (["read", "bash", "get_weather"], {"Read": "read", "Bash": "bash"}), (["Read", "READ"], {}),
-    (["read", "Read"], {}), (["webfetch", "WEBFETCH"], {"WebFetch": "webfetch"}), ([], {})])
+    (["read", "bash", "get_weather"], {"Read": "read", "Bash": "bash", "get_weather": "get_weather"}),
+    (["Read", "READ"], {}),
+    (["read", "Read"], {}), (["webfetch", "WEBFETCH"], {"WebFetch": "webfetch", "WEBFETCH": "WEBFETCH"}), ([], {})])
 def test_oauth_tool_names(names: List[str], changed: Dict[str, str]) -> None:
     assert pg.oauth_tool_names(names) == changed
 
@@ -13374,3 +13376,296 @@ def test_files_that_change_are_read_again(own_home: Any, lines: LogLines) -> Non
     finally:
         end_accepting(handle.server)
         pg.stop_server(handle, 0.1)
+
+
+# ======================================================================================================================
+# §11 Images by address
+# ======================================================================================================================
+
+TINY_PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg==")
+
+ADDRESSES = [
+    ("93.184.216.34", True), ("2606:2800:220:1::1", True), ("127.0.0.1", False), ("10.1.2.3", False), ("172.16.0.1", False),
+    ("192.168.1.1", False), ("169.254.169.254", False), ("0.0.0.0", False), ("100.64.0.1", False), ("224.0.0.1", False),
+    ("255.255.255.255", False), ("::1", False), ("::", False), ("fe80::1%eth0", False), ("fc00::1", False), ("ff02::1", False),
+    ("::ffff:127.0.0.1", False), ("::ffff:10.0.0.1", False), ("64:ff9b::7f00:1", False), ("64:ff9b::a00:1", False),
+    ("2002:7f00:1::", False), ("2002:a00:1::", False), ("not an address", False)]
+
+
+@pytest.mark.parametrize("address, public", ADDRESSES)
+def test_public_addresses(address: str, public: bool) -> None:
+    assert pg.is_public(address) == public
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:{port}/a.png", "http://localhost:{port}/a.png", "http://[::1]:{port}/a.png",
+                                 "http://0.0.0.0:{port}/a.png", "http://2130706433:{port}/", "http://0x7f.1:{port}/",
+                                 "http://user@127.0.0.1:{port}/a.png", "http://169.254.169.254/latest/meta-data"])
+def test_nothing_is_fetched_from_this_machine_or_its_network(url: str) -> None:
+    with fake_upstream(Answer(200, TINY_PNG, "image/png")) as fake:
+        with pytest.raises(pg.BadRequest, match="cannot be fetched"):
+            pg.MediaFetcher().fetch(pg.Image(url=url.format(port=fake.server.server_address[1])))
+        assert fake.received == []
+
+
+MEDIA: List[Tuple[Answer, str]] = [
+    (Answer(200, TINY_PNG, "text/html"), ""), (Answer(404, TINY_PNG), "answered 404"), (Answer(200, b"<html>", "image/png"), "no image"),
+    (Answer(200, b""), "no image"), (Answer(200, b"%PDF-1.7", "image/png"), "no image"),
+    (Answer(200, TINY_PNG + bytes(300)), "more than 0 MiB"), (Answer(200, [TINY_PNG, bytes(300)]), "longer than 256"),
+    (Answer(302, b"", headers={"location": "http://169.254.169.254/"}), "not on the open internet"),
+    (Answer(302, b"", headers={"location": "file:///etc/passwd"}), "no address to fetch"),
+    (Answer(302, b"", headers={"location": "/again"}), "too many redirects")]
+
+
+@pytest.mark.parametrize("answer, problem", MEDIA)
+def test_what_is_fetched_is_checked(monkeypatch: Any, answer: Answer, problem: str) -> None:
+    monkeypatch.setattr(pg, "MEDIA_BYTES", 256)
+    real = pg.is_public
+    monkeypatch.setattr(pg, "is_public", lambda address: address == "127.0.0.1" or real(address))
+    with fake_upstream(answer) as fake:
+        def fetch() -> Any:
+            return pg.MediaFetcher().fetch(pg.Image(url=fake.url + "/a?b=c"))
+
+        if problem:
+            with pytest.raises(pg.BadRequest, match=problem):
+                fetch()
+        else:
+            assert fetch() == pg.Image("image/png", base64.b64encode(TINY_PNG).decode())
+        assert "authorization" not in fake.received[0].headers and fake.received[0].path == "/a?b=c"
+
+
+def test_name_that_changes_its_address_is_called_where_it_was_checked(monkeypatch: Any) -> None:
+    """DNS rebinding: the second look-up would give this machine."""
+    called: List[Any] = []
+    answers = [[(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("93.184.216.34", 80))],
+               [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 80))]]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: answers.pop(0))
+    monkeypatch.setattr(socket, "create_connection", lambda address, *_: called.append(address))
+    pg.connect_public(("changing.example", 80))
+    assert called == [("93.184.216.34", 80)]
+    with pytest.raises(pg.PrivateAddress):
+        pg.connect_public(("changing.example", 80))
+
+
+@pytest.mark.parametrize("host, is_refused", [("localhost", True), ("router", True), ("metadata.internal", True),
+                                              ("127.0.0.1", True), ("unknown.invalid", False)])
+def test_names_behind_a_proxy(host: str, is_refused: bool) -> None:
+    if is_refused:
+        with pytest.raises(pg.PrivateAddress):
+            pg.check_public_name(host)
+    else:
+        pg.check_public_name(host)
+
+
+def test_image_by_address_reaches_a_provider_that_wants_bytes(tmp_path: Any, monkeypatch: Any) -> None:
+    real = pg.is_public
+    monkeypatch.setattr(pg, "is_public", lambda address: address == "127.0.0.1" or real(address))
+    with fake_upstream(Answer(200, TINY_PNG, "image/png")) as pictures_at, fake_upstream(Answer(500, b"{}")) as fake:
+        write_agent_files(tmp_path, models={"providers": {"bed": {
+            "baseUrl": fake.url, "api": "bedrock-converse-stream", "apiKey": "sk-upstream-bedrock-key",
+            "models": [{"id": "m1", "input": ["text", "image"]}]}}})
+        with running(tmp_path) as handle:
+            content = [{"type": "text", "text": "What?"}, {"type": "image_url", "image_url": {"url": pictures_at.url}}]
+            result = call(handle.url, "/v1/chat/completions", {"model": "bed/m1", "messages": [
+                {"role": "user", "content": content}]})
+            assert result.status == 502, result.body
+            blocks = json.loads(fake.received[0].body)["messages"][0]["content"]
+            assert {"image": {"format": "png", "source": {"bytes": base64.b64encode(TINY_PNG).decode()}}} in blocks
+            too_many = call(handle.url, "/v1/chat/completions", {"model": "bed/m1", "messages": [
+                {"role": "user", "content": content[1:] * (pg.MEDIA_COUNT + 1)}]})
+            assert too_many.status == 400 and len(fake.received) == 1
+
+
+# ======================================================================================================================
+# What an attacker tried on log-ins, seals and passed credentials
+# ======================================================================================================================
+
+
+def test_renewal_that_takes_long_is_still_written(tmp_path: Any, monkeypatch: Any) -> None:
+    """Nobody joins a lock that is held for long, but its holder may go on."""
+    monkeypatch.setattr(pg, "LOCK_JOIN_S", -1.0)
+    vendor = FakeVendor()
+    store = logins(tmp_path, vendor, xai=log_in_entry())
+    started = time.monotonic()
+    assert store.current("xai")["access"] == "a1" and time.monotonic() - started < 5
+    assert json.loads((tmp_path / "auth.json").read_text(encoding="utf-8"))["xai"]["refresh"] == "r1"
+
+
+def test_lock_that_is_a_dangling_link_does_not_spin(tmp_path: Any) -> None:
+    if os.name != "posix":
+        pytest.skip("links need rights there")
+    (tmp_path / "auth.json.lock").symlink_to(tmp_path / "nowhere")
+    spent = time.thread_time()
+    with pytest.raises(pg.AuthFileError):
+        with pg.FileLock(str(tmp_path / "auth.json")).held(0.2):
+            pass
+    assert time.thread_time() - spent < 0.15
+
+
+def test_accounts_in_words(tmp_path: Any, capsys: Any) -> None:
+    hour = 3600
+    entries = {"anthropic": log_in_entry(5.2 * hour), "xai": log_in_entry(-1), "openrouter": {
+        "type": "oauth", "access": "k", "refresh": "", "expires": pg.NEVER_MS}, "radius": log_in_entry(-1),
+        "groq": {"type": "api_key", "key": "k"}, "meta": log_in_entry(90), "kimi-coding": {**log_in_entry(), "expires": 10 ** 400}}
+    assert pg.print_accounts(auth_file(tmp_path, entries), False) == 0
+    told = {line.split()[0]: line.split("  ")[-1].strip() for line in capsys.readouterr().out.splitlines()}
+    assert told == {"anthropic": "token good for 5 hours, then renewed", "xai": "is renewed at the next request",
+                    "openrouter": "does not expire", "radius": "has expired; log in again", "kimi-coding": "does not expire",
+                    "meta": "token good for 90 seconds, then renewed"}
+    assert pg.print_accounts(auth_file(tmp_path), True) == 0
+    rows = {row["provider"]: row for row in json.loads(capsys.readouterr().out)}
+    assert abs(rows["anthropic"]["expiresAt"] - time.time() - 5.2 * hour) < 5 and rows["openrouter"]["expiresAt"] is None
+
+
+def test_refused_token_is_renewed_for_all_who_had_it(tmp_path: Any) -> None:
+    vendor = FakeVendor()
+    vendor.hanging = "xai"
+    vendor.gate.clear()
+    store = logins(tmp_path, vendor, xai=log_in_entry(4000))
+    told: List[bool] = []
+    threads = [threading.Thread(target=lambda: told.append(store.replace_refused("xai", "a0"))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    until(lambda: vendor.calls)
+    vendor.gate.set()
+    for thread in threads:
+        thread.join(5)
+    assert told == [True] * 8 and vendor.calls == ["xai"]
+    assert not store.replace_refused("xai", "a1") and vendor.calls == ["xai"]       # not again and again
+
+
+def test_vendor_s_words_hide_what_is_secret(tmp_path: Any, lines: LogLines) -> None:
+    vendor = FakeVendor()
+    vendor.failure = pg.VendorReply(400, {"error": "invalid_grant", "error_description":
+                                          "1//opaque-refresh of ada@mail.example \x1b[2J\r\nrevoked"})
+    entry = {**log_in_entry(), "refresh": "1//opaque-refresh", "email": "ada@mail.example"}
+    store = logins(tmp_path, vendor, xai=entry)
+    with pytest.raises(pg.LogInOver) as caught:
+        store.current("xai")
+    written = caught.value.message + "".join(record.getMessage() for record in lines.records)
+    assert "revoked" in written and not re.search(r"opaque|ada@|[\x00-\x09\x0b-\x1f]", written), written
+
+
+@pytest.mark.parametrize("number", [10 ** 400, -1, float("nan"), True, [], "x", None, 1e300])
+def test_odd_numbers_of_a_vendor(number: Any) -> None:
+    assert pg.SUBSCRIPTIONS["xai"].expiry(number, 0) == 3_300_000
+
+
+@pytest.mark.parametrize("fields", [{"access_token": "a\r\nb"}, {"access_token": 5}, {"access_token": ""},
+                                    {"access_token": "ä"}, {}])
+def test_tokens_that_no_header_can_carry(fields: Dict[str, Any]) -> None:
+    with pytest.raises(pg.UpstreamProtocolError):
+        pg.SUBSCRIPTIONS["xai"].read({"refresh_token": "r", **fields}, 0)
+
+
+def test_spent_token_has_its_successor_even_where_the_account_is_missing() -> None:
+    entry = pg.SUBSCRIPTIONS["openai-codex"].read({"access_token": "no-jwt", "refresh_token": "r2"}, 0, {"refresh": "r1"})
+    assert entry["refresh"] == "r2"
+    with pytest.raises(pg.Unauthorized):
+        pg.SUBSCRIPTIONS["openai-codex"].read({"access_token": "no-jwt", "refresh_token": "r2"}, 0)
+
+
+PASTED = [
+    ("http://localhost:1/cb?code=C&state=S", "C"), ("HTTP://LOCALHOST:1/cb?state=S&code=C#x", "C"), ("localhost:1/cb?code=C", "C"),
+    ("?code=C&state=S", "C"), ("code=C&state=S", "C"), ("C#S", "C"), ("C", "C"), ("4/0Ab-C_d", "4/0Ab-C_d"),
+    ("http://localhost:1/cb?code=C&state=T", "state is not ours"), ("C#T", "state is not ours"),
+    ("http://localhost:1/cb?error=access_denied&state=S", "refused in the browser"), ("http://[::1/cb?code=C", "C"),
+    ("http://localhost:1/cb", "no code in that"), ("http://localhost:1/cb?state=S", "no code in that")]
+
+
+@pytest.mark.parametrize("text, expected", PASTED)
+def test_pasted_addresses(text: str, expected: str) -> None:
+    try:
+        assert pg.read_return(text, "S") == expected
+    except pg.LogInFailed as error:
+        assert expected in str(error)
+
+
+def test_aborted_callback_is_an_answer_all_the_same() -> None:
+    answers: Any = queue.Queue()
+    server = pg.CallbackServer(("127.0.0.1", 0), "/cb", "S", answers)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    try:
+        with socket.create_connection(server.server_address) as sock:
+            sock.sendall(b"GET /cb?code=C&state=S HTTP/1.1\r\nHost: x\r\n\r\n")
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        assert answers.get(timeout=5) == ("callback", "code=C&state=S")
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        assert [call(url, path).status for path in ("/cb?code=D&state=S", "/cb?code=D&state=T", "/x", "/cb?error=e")] == [
+            409, 400, 404, 400] and answers.empty()
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_personal_plans_stay_hidden_whatever_opens_them(tmp_path: Any) -> None:
+    write_agent_files(tmp_path, models={"providers": {"openai-codex": {"apiKey": "sk-from-the-file-1"}}})
+    with running(tmp_path, {"COPILOT_GITHUB_TOKEN": "gho_planted_0123456789"}, bind_address="0.0.0.0",
+                 api_key="gateway-key-1") as handle:
+        url = handle.url.replace("0.0.0.0", "127.0.0.1")
+        listed = {item["owned_by"] for item in call(url, "/v1/models", authorization="Bearer gateway-key-1").json["data"]}
+        assert listed == {"demo"}
+        for name in ("github-copilot/gpt-5", "openai-codex/gpt-5.1"):
+            result = call(url, "/v1/chat/completions", {**ASK, "model": name}, authorization="Bearer gateway-key-1")
+            assert (result.status, result.json["error"]["code"]) == (403, "subscription_exposure_disabled")
+
+
+@pytest.mark.parametrize("details", [5, True, 1.5, "x", {}, [5], [[]], [{"data": 5}], None])
+@pytest.mark.parametrize("role", ["user", "assistant", "system"])
+def test_odd_reasoning_details_are_no_internal_error(tmp_path: Any, role: str, details: Any) -> None:
+    body = {"model": "demo", "messages": [{"role": "user", "content": "x"}, {"role": role, "content": "x", "reasoning_details": details}]}
+    with running(tmp_path) as handle:
+        assert call(handle.url, "/v1/chat/completions", body).status in (200, 400)
+
+
+@pytest.mark.parametrize("signature", ["\ud800", 5, [], None])
+def test_odd_signatures_of_a_provider_are_no_internal_error(tmp_path: Any, signature: Any) -> None:
+    answer = {**SIGNED_ANSWER, "content": [{"type": "thinking", "thinking": "Hmm", "signature": signature},
+                                           {"type": "text", "text": "Yes."}, {"type": "tool_use", "id": "t", "name": "f", "input": {}}]}
+    with served(tmp_path, Answer(200, json.dumps(answer).encode())) as (url, _):
+        for path in ("messages", "chat/completions"):
+            assert call(url, f"/v1/{path}", {**ASK, "model": "anth/m1", "max_tokens": 9}).status in (200, 502)
+
+
+def test_identity_in_a_user_s_words_is_not_the_system_s(tmp_path: Any) -> None:
+    with fake_upstream(Answer(200, SIGNED_ANSWER_BYTES)) as fake:
+        write_agent_files(tmp_path, models={"providers": {"anthropic": {"baseUrl": fake.url}}}, auth={"anthropic": log_in_entry(4000)})
+        with running(tmp_path) as handle:
+            for system, count in ((None, 1), ("Be brief.", 2), (pg.OAUTH_IDENTITY, 1), ([{"type": "text", "text": pg.OAUTH_IDENTITY}], 1)):
+                body = {"model": "anthropic/claude-sonnet-4-5", "max_tokens": 9, **({"system": system} if system else {}),
+                        "messages": [{"role": "user", "content": f"Who said {pg.OAUTH_IDENTITY}"}]}
+                assert call(handle.url, "/v1/messages", body).status == 200
+                sent = json.loads(fake.received[-1].body)["system"]
+                blocks = [sent] if isinstance(sent, str) else [item["text"] for item in sent]
+                assert blocks[0] == pg.OAUTH_IDENTITY and len(blocks) == count
+
+
+OWN_KEY_PLACES: List[Tuple[str, Dict[str, str]]] = [
+    ("", {"x_api_key": "gateway-key-1"}), ("", {"x_goog_api_key": "gateway-key-1"}), ("?key=gateway-key-1&beta=true", {}),
+    ("", {"api_key": "gateway-key-1"}), ("", {"x_other": "gateway-key-1"}), ("", {"x_hop": "1", "connection": "x-hop"})]
+
+
+@pytest.mark.parametrize("query, headers", OWN_KEY_PLACES)
+def test_key_of_this_gateway_never_goes_on(tmp_path: Any, query: str, headers: Dict[str, str]) -> None:
+    body = {"model": "anthropic/claude-sonnet-4-5", "max_tokens": 9, "messages": [{"role": "user", "content": "Hi"}]}
+    with fake_upstream(Answer(200, SIGNED_ANSWER_BYTES)) as fake:
+        write_agent_files(tmp_path, models={"providers": {"anthropic": {"baseUrl": fake.url, "headers": {
+            "X-Api-Key": "sk-ant-operator-own", "x-team": "t"}}}})
+        with running(tmp_path, api_key="gateway-key-1", pass_through=("anthropic",)) as handle:
+            result = call(handle.url, f"/v1/messages{query}", body, authorization="Bearer sk-ant-oat01-client-own", **headers)
+            sent = str(fake.received[0].headers) + fake.received[0].path
+            assert result.status == 200 and "gateway-key-1" not in sent and "operator" not in sent and "x-hop" not in sent
+            assert fake.received[0].headers["x-team"] == "t" and "client-own" in fake.received[0].headers["authorization"]
+            for odd in ("Basic gateway-key-1", "token abcdef", "Bearer", "Bearer "):
+                assert call(handle.url, "/v1/messages", body, authorization=odd).status == 401
+            assert len(fake.received) == 1
+
+
+def test_client_s_own_credential_is_not_shown_to_the_next_of_a_chain(tmp_path: Any) -> None:
+    with fake_upstream(failing(401)) as first, fake_upstream(FINE) as second:
+        write_agent_files(tmp_path, models={"providers": {"anthropic": {"baseUrl": first.url}, "groq": {"baseUrl": second.url},
+                                                          "local": {"baseUrl": second.url}}})
+        chain = {"m": ["anthropic/claude-sonnet-4-5", "groq/x"], "n": ["anthropic/claude-sonnet-4-5", "local/x"]}
+        with running(tmp_path, pass_through=("anthropic", "groq"), model_map=chain) as handle:
+            for name in chain:
+                result = call(handle.url, "/v1/messages", {**ASK, "model": name, "max_tokens": 9}, authorization="Bearer sk-ant-oat01-own")
+                assert result.status == 401 and [got for got in second.received if got.method == "POST"] == []
