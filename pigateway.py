@@ -174,6 +174,10 @@ class GatewayError(Exception):
         self.retry_after = retry_after
         self.provider_reply = provider_reply
 
+    def again(self) -> GatewayError:
+        """The same error anew, for one of several threads that hear of it: each adds its own traceback."""
+        return type(self)(self.message, code=self.named_code, param=self.param, retry_after=self.retry_after)
+
     def hide(self, secret_values: Sequence[str]) -> None:
         """Takes secrets out of everything that a client or a log will see."""
         self.message, self.code = redact(self.message, secret_values), redact(self.code, secret_values)
@@ -515,8 +519,8 @@ class Request:
     """What the client asked for. `extra` holds fields that only its own protocol knows, `lost` the paths of what the
     representation cannot hold, `refused` those (path, reason) whose loss would change the answer: all three matter only
     when the request is translated. `images` are the paths of its images, `session` is what the client calls the
-    conversation. `data`, `body`, `headers` and `query` are the request as it came, for the native lane; `foreign` are
-    the signatures in it that must not go out."""
+    conversation. `data`, `body`, `headers` and `query` are the request as it came, for the native lane; `seals` are
+    the signatures in it that no part holds, `foreign` those that must not go out."""
 
     model: str
     messages: Tuple[Message, ...]
@@ -549,6 +553,7 @@ class Request:
     body: bytes = field(default=b"", repr=False, compare=False)
     headers: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
     query: str = field(default="", repr=False, compare=False)
+    seals: Tuple[str, ...] = field(default=(), repr=False, compare=False)
     foreign: FrozenSet[str] = field(default=frozenset(), repr=False, compare=False)
 
 
@@ -1343,10 +1348,6 @@ class ClientProtocol:
         """A fresh `Writer` for one streamed answer."""
         raise NotImplementedError
 
-    def seals(self, data: Mapping[str, Any]) -> Iterable[str]:
-        """The signatures in a request body that its `Request` does not hold."""
-        return ()
-
     def render_error(self, error: GatewayError, request_id: str) -> Tuple[int, Dict[str, Any]]:
         """An error as (HTTP status, body) in the client's envelope."""
         raise NotImplementedError
@@ -1381,6 +1382,7 @@ class Notes:
         self.lost: List[str] = []
         self.refused: List[Tuple[str, str]] = []
         self.images: List[str] = []
+        self.seals: List[str] = []
         self.function_ids: Dict[str, str] = {}
 
     def lose(self, path: str) -> None:
@@ -1585,7 +1587,7 @@ class OpenAIChat(ClientProtocol):
             else None, stream=bool(fields["stream"]),
             include_usage=bool((fields["stream_options"] or {}).get("include_usage")),
             protocol=self.name, extra=extra, lost=tuple(notes.lost), refused=tuple(notes.refused),
-            images=tuple(notes.images), data=data,
+            images=tuple(notes.images), seals=tuple(notes.seals), data=data,
             **{name: said[name] for name in ("temperature", "top_p", "top_k", "seed", "frequency_penalty",
                                              "presence_penalty", "logit_bias", "verbosity")})
 
@@ -1721,7 +1723,7 @@ class OpenAIChat(ClientProtocol):
         return Message("user", self._content(item, path, notes))
 
     def _assistant(self, item: Dict[str, Any], path: str, notes: Notes) -> Message:
-        parts: List[Part] = self._thinking(item, path)
+        parts: List[Part] = self._thinking(item, path, notes)
         parts.extend(self._content(item, path, notes))
         if isinstance(item.get("refusal"), str):
             parts.append(Text(item["refusal"]))
@@ -1736,9 +1738,10 @@ class OpenAIChat(ClientProtocol):
             notes.function_ids[parts[-1].name] = call_id
         return Message("assistant", tuple(parts))
 
-    def _thinking(self, item: Dict[str, Any], path: str) -> List[Part]:
+    def _thinking(self, item: Dict[str, Any], path: str, notes: Notes) -> List[Part]:
         parts: List[Part] = []
         for where, detail in objects(item.get("reasoning_details"), f"{path}.reasoning_details"):
+            notes.seals.extend(detail_seals(detail))
             sealed = detail.get("data") or detail.get("signature")
             signature, maker, origin = unseal(sealed if isinstance(sealed, str) else None, self.name)
             if signature and maker != self.name:
@@ -1746,11 +1749,6 @@ class OpenAIChat(ClientProtocol):
                 parts.append(Thinking(text if isinstance(text, str) else "", signature, "data" in detail, maker, origin))
         text = item.get("reasoning_content") or item.get("reasoning")
         return parts or ([Thinking(text)] if isinstance(text, str) else [])
-
-    def seals(self, data: Mapping[str, Any]) -> Iterable[str]:
-        """See `ClientProtocol.seals`."""
-        details = [message.get("reasoning_details") for message in data["messages"] if message["role"] == "assistant"]
-        return [seal for items in details if isinstance(items, list) for detail in items for seal in detail_seals(detail)]
 
     def _call(self, call: Dict[str, Any], path: str) -> ToolCall:
         call_id = required(call, "id", "a string", path)
@@ -2617,10 +2615,9 @@ class UpstreamProtocol:
         """Whether this host takes no address in place of the bytes."""
         return False
 
-    def name_tools(self, request: Request, credential: Credential) -> Tuple[Request, Mapping[str, str]]:
-        """The request with its tools named as this credential demands, and the names that changed: as sent → the
-        client's own."""
-        return request, {}
+    def tool_names(self, request: Request, credential: Credential) -> Mapping[str, str]:
+        """As sent → the client's own, of the tools that this credential demands under another name."""
+        return {}
 
     def build(self, request: Request, model: Model, credential: Credential) -> Call:
         """The call for a normalised request."""
@@ -3336,6 +3333,22 @@ def client_tool_name(name: Any, names: Mapping[str, str]) -> Any:
     return names.get(name) or names.get(OAUTH_TOOLS.get(name.lower(), "")) or name
 
 
+def rename_tools(request: Request, names: Mapping[str, str]) -> Request:
+    """`request` with its tools named as they are sent; `names` as `oauth_tool_names` gives them."""
+    if not names:
+        return request
+    sent = {own: name for name, own in names.items()}
+
+    def rename(part: Part) -> Part:
+        return replace(part, name=sent[part.name]) if isinstance(part, ToolCall) and part.name in sent else part
+
+    choice = request.tool_choice
+    return replace(
+        request, tools=tuple(replace(tool, name=sent.get(tool.name, tool.name)) for tool in request.tools),
+        tool_choice=choice._replace(name=sent.get(choice.name, choice.name)) if choice and choice.name else choice,
+        messages=tuple(replace(message, parts=tuple(map(rename, message.parts))) for message in request.messages))
+
+
 class AnthropicMessages(UpstreamProtocol):
     """Anthropic Messages and the hosts that speak it: POST {base}/v1/messages."""
 
@@ -3377,22 +3390,9 @@ class AnthropicMessages(UpstreamProtocol):
         last = next((message for message in reversed(request.messages) if message.role == "assistant"), None)
         return last is None or not any(isinstance(part, Thinking) for part in last.parts)
 
-    def name_tools(self, request: Request, credential: Credential) -> Tuple[Request, Mapping[str, str]]:
-        """See `UpstreamProtocol.name_tools`."""
-        names = oauth_tool_names([tool.name for tool in request.tools]) if credential.kind == "oauth" else {}
-        if not names:
-            return request, names
-        sent = {own: name for name, own in names.items()}
-
-        def rename(part: Part) -> Part:
-            return replace(part, name=sent[part.name]) if isinstance(part, ToolCall) and part.name in sent else part
-
-        choice = request.tool_choice
-        return replace(
-            request, tools=tuple(replace(tool, name=sent.get(tool.name, tool.name)) for tool in request.tools),
-            tool_choice=choice._replace(name=sent.get(choice.name, choice.name)) if choice and choice.name else choice,
-            messages=tuple(replace(message, parts=tuple(map(rename, message.parts))) for message in request.messages),
-        ), names
+    def tool_names(self, request: Request, credential: Credential) -> Mapping[str, str]:
+        """See `UpstreamProtocol.tool_names`."""
+        return oauth_tool_names([tool.name for tool in request.tools]) if credential.kind == "oauth" else {}
 
     def build(self, request: Request, model: Model, credential: Credential) -> Call:
         """See `UpstreamProtocol.build`."""
@@ -5641,16 +5641,16 @@ def origin_of(model: Model, credential: Credential) -> str:
     return f"{model.full_id}@{credential.account}"
 
 
-def without_seals(request: Request, is_foreign: Callable[[str, str], bool], more: Iterable[str] = ()) -> Request:
+def without_seals(request: Request, is_foreign: Callable[[str, str], bool]) -> Request:
     """`request` without the signatures of which `is_foreign(signature, origin)` holds, and without the thinking that they
-    seal. `more` are signatures in the body that the representation does not hold."""
-    foreign = {signature for signature in more if is_foreign(signature, "")}
+    seal; they are added to its `foreign`."""
+    foreign = {signature for signature in request.seals if is_foreign(signature, "")}
 
     def is_sealed(part: Part) -> bool:
-        sealed = isinstance(part, (Thinking, ToolCall)) and part.signature and is_foreign(part.signature, part.origin)
-        if sealed:
-            foreign.add(part.signature)
-        return bool(sealed)
+        if not isinstance(part, (Thinking, ToolCall)) or not part.signature or not is_foreign(part.signature, part.origin):
+            return False
+        foreign.add(part.signature)
+        return True
 
     def strip(parts: Iterable[Part]) -> Iterator[Part]:
         for part in parts:
@@ -6607,6 +6607,7 @@ class Lane:
         self.secrets: Sequence[str] = ()        # what a provider may not quote to the client
         self.is_passed = False                  # whether the credential is the client's own
         self.origin = ""                        # whose signatures the answer holds
+        self.tool_names: Mapping[str, str] = {}     # as sent → the client's own, where they differ
         self.signed_calls: List[ToolCall] = []  # calls whose seal the client's protocol may have no place for
         self.issued: List[str] = []             # signatures that the client is given
 
@@ -6629,7 +6630,7 @@ class Lane:
     def again(self, kind: Optional[Type[Lane]] = None, request: Optional[Request] = None) -> Lane:
         """The same request, or a changed one, from its beginning, on the same lane or another."""
         lane = (kind or type(self))(self.client, self.upstream, request or self.request, self.model, self.stamp)
-        lane.secrets, lane.origin = self.secrets, self.origin
+        lane.secrets, lane.origin, lane.tool_names = self.secrets, self.origin, self.tool_names
         return lane
 
     def fail(self, error: GatewayError) -> bytes:
@@ -6651,12 +6652,12 @@ class TranslatedLane(Lane):
         self._reader = Settled(self.upstream.reader(self.model, self.stamp))
         self._writer = self.client.writer(self.request, self.stamp)
         self._events: List[Event] = []
-        self._tool_names: Mapping[str, str] = {}
 
     def call(self, credential: Credential) -> Tuple[Call, List[str]]:
         """See `Lane.call`."""
         names = self.client.field_names
-        request, self._tool_names = self.upstream.name_tools(self.request, credential)
+        self.tool_names = self.upstream.tool_names(self.request, credential)
+        request = rename_tools(self.request, self.tool_names)
         request, dropped = normalise(request, self.model, self.upstream, names)
         request, conflicts = self.upstream.fit(request, self.model)
         dropped.extend(names.get(name, name) for name in conflicts)
@@ -6699,13 +6700,12 @@ class TranslatedLane(Lane):
         reply = collect(self._events)
         return dumps(self.client.render(self.request, reply, self.stamp)).encode("ascii")
 
-
     def _mark(self, event: Union[PartStart, PartEnd]) -> Event:
         """The event with what the provider does not know of its part: the name by which the client knows the tool, and
         whose signature it is."""
         part = event.part
-        if isinstance(part, ToolCall) and self._tool_names:
-            part = replace(part, name=client_tool_name(part.name, self._tool_names))
+        if isinstance(part, ToolCall) and self.tool_names:
+            part = replace(part, name=client_tool_name(part.name, self.tool_names))
         if isinstance(part, (Thinking, ToolCall)) and part.signature:
             part = replace(part, origin=self.origin)
             self.issued.append(part.signature)
@@ -6789,23 +6789,19 @@ class AnthropicLane(NativeLane):
 
     path = "/v1/messages"
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self._tool_names: Mapping[str, str] = {}
-
     def call(self, credential: Credential) -> Tuple[Call, List[str]]:
         """The client's own bytes with the model's name put in and nothing else touched, unless the conversation holds
         thinking that this model did not make (after a change of model), or the credential or the model's name demand
         more."""
         request, model = self.request, self.model
         dropped: List[str] = []
-        named, self._tool_names = self.upstream.name_tools(request, credential)
+        self.tool_names = self.upstream.tool_names(request, credential)
         has_foreign = bool(request.foreign) or any(
             isinstance(part, Thinking) and not self.upstream.replays(part, model)
             for message in request.messages for part in message.parts)
         first = as_dict(next(iter(system_blocks(request.data.get("system"))), None)).get("text")
         lacks_identity = credential.kind == "oauth" and not str(first).startswith(OAUTH_IDENTITY)
-        if has_foreign or lacks_identity or model.level or self._tool_names:
+        if has_foreign or lacks_identity or model.level or self.tool_names:
             body = dumps(self._edited(has_foreign, lacks_identity, dropped)).encode("ascii")
         else:
             body = splice_model(request.body, request.data, model.id)
@@ -6821,8 +6817,8 @@ class AnthropicLane(NativeLane):
             if as_dict(data.get("thinking")).get("type") == "enabled" and continues_unsigned(data["messages"]):
                 del data["thinking"]
                 dropped.append("thinking")
-        if self._tool_names:
-            data = rename_anthropic_tools(data, {own: name for name, own in self._tool_names.items()})
+        if self.tool_names:
+            data = rename_anthropic_tools(data, {own: name for name, own in self.tool_names.items()})
         if lacks_identity:
             data["system"] = [{"type": "text", "text": OAUTH_IDENTITY}, *system_blocks(data.get("system"))]
         if model.level:
@@ -6852,9 +6848,9 @@ class AnthropicLane(NativeLane):
 
     def _read_block(self, block: Dict[str, Any]) -> bool:
         self.issued.extend(detail_seals(block) if block.get("type") in ("thinking", "redacted_thinking") else ())
-        if not self._tool_names or block.get("type") != "tool_use" or not isinstance(block.get("name"), str):
+        if not self.tool_names or block.get("type") != "tool_use" or not isinstance(block.get("name"), str):
             return False
-        name, block["name"] = block["name"], client_tool_name(block["name"], self._tool_names)
+        name, block["name"] = block["name"], client_tool_name(block["name"], self.tool_names)
         return block["name"] != name
 
     def relay_event(self, name: str, text: str) -> bytes:
@@ -7793,11 +7789,35 @@ def open_text(path: str) -> TextIO:
     return open(path, encoding="utf-8-sig")
 
 
-class FileCache:
-    """A JSON object file, read again when it changes. pi rewrites its files in place, so a reader may find half of one:
-    such a moment is waited out, and a file that stays broken leaves the last good content in force."""
+AUTH_TRIES, AUTH_PAUSE_S = 12, 0.02
 
-    _TRIES, _PAUSE_S = 12, 0.02
+
+def read_object(path: str, parse: Callable[[str], Any] = json.loads) -> Dict[str, Any]:
+    """The object in a JSON file, {} when there is no file or nothing in it. pi rewrites its files in place, so a reader
+    may find half of one, or none of it: such a moment is waited out. Raises ValueError that says what is wrong."""
+    problem = ""
+    for _ in range(AUTH_TRIES):
+        try:
+            with open_text(path) as file:
+                text = file.read()
+            content = parse(text) if text.strip() else None
+            if isinstance(content, dict):
+                return content
+            problem = "it must hold a JSON object" if text.strip() else ""
+        except FileNotFoundError:
+            return {}
+        except (ValueError, RecursionError):
+            problem = "it is not valid JSON"
+        except OSError as error:
+            problem = describe(error)
+        time.sleep(AUTH_PAUSE_S)
+    if problem:
+        raise ValueError(problem)
+    return {}
+
+
+class FileCache:
+    """A JSON object file, read again when it changes. One that stays broken leaves the last good content in force."""
 
     def __init__(self, path: str, parse: Callable[[str], Any] = json.loads) -> None:
         self.path = path
@@ -7826,22 +7846,12 @@ class FileCache:
         return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
     def _load(self) -> Optional[Dict[str, Any]]:
-        for _ in range(self._TRIES):
-            try:
-                with open_text(self.path) as file:
-                    text = file.read()
-                content = self._parse(text) if text.strip() else None
-            except (OSError, ValueError, RecursionError):
-                content = None
-            if isinstance(content, dict):
-                return content
-            time.sleep(self._PAUSE_S)
-        identity = self.identify()
-        if identity and identity[2]:            # its size
+        try:
+            return read_object(self.path, self._parse)
+        except ValueError:
             log.warning("%s cannot be read as JSON; going on with %s", self.path,
                         "what was read before" if self._content else "nothing from it")
             return None
-        return {}
 
 
 # --- auth.json --------------------------------------------------------------------------------------------------------
@@ -7855,7 +7865,6 @@ LOCK_WAIT_S = 40.0                  # longer than LOCK_STALE_S, so that a dead h
 LOCK_JOIN_S = 5.0                   # so long threads of this process may join a lock that is held; then others have a turn
 LOCK_POLL_S = 0.25                  # the longest pause between two tries
 TEMPORARY_S = 300.0                 # what a killed writer left behind is removed after this
-AUTH_TRIES, AUTH_PAUSE_S = 12, 0.02
 
 
 class FileLock:
@@ -7902,7 +7911,7 @@ class FileLock:
     def ensure(self) -> None:
         """Takes the lock anew if another program took it away from its holder. Raises `AuthFileError`."""
         with self._guard:
-            if not self._stamps or any(self._stamp(folder) != stamp for folder, stamp in self._stamps.items()):
+            if any(self._stamp(folder) != self._stamps.get(folder) for folder in self._folders):
                 log.warning("%s was taken over by another program; taking it again", self._name)
                 self._release()
                 self._acquire(time.monotonic() + LOCK_WAIT_S)
@@ -8010,23 +8019,10 @@ class AuthFile:
 
     def load(self) -> Dict[str, Any]:
         """The file as it is now; for a holder of the lock. Raises `AuthFileError` when it is not valid JSON."""
-        problem = ""
-        for _ in range(AUTH_TRIES):
-            try:
-                with open_text(self.path) as file:
-                    text = file.read()
-                content = json.loads(text) if text.strip() else {}
-                if isinstance(content, dict):
-                    return content
-                problem = "it must hold a JSON object"
-            except FileNotFoundError:
-                return {}
-            except (ValueError, RecursionError):
-                problem = "it is not valid JSON"
-            except OSError as error:
-                problem = describe(error)
-            time.sleep(AUTH_PAUSE_S)
-        raise AuthFileError(f"{os.path.basename(self.path)} cannot be read, so it is left alone: {problem}")
+        try:
+            return read_object(self.path)
+        except ValueError as problem:
+            raise AuthFileError(f"{os.path.basename(self.path)} cannot be read, so it is left alone: {problem}") from None
 
     def change(self, name: str, update: Callable[[Dict[str, Any]], Optional[Dict[str, Any]]]) -> None:
         """Puts what `update` makes of a provider's entry ({} when there is none) in its place: None removes it, an equal
@@ -8640,10 +8636,9 @@ class Renewal:
     def result(self) -> Dict[str, Any]:
         """The renewed entry. Raises what went wrong."""
         self.done.wait()
-        if self.error is None:
-            return self.entry
-        error = self.error                      # a fresh one for each thread
-        raise type(error)(error.message, code=error.named_code, param=error.param, retry_after=error.retry_after)
+        if self.error:
+            raise self.error.again()
+        return self.entry
 
 
 class Logins:
@@ -8757,11 +8752,11 @@ class Logins:
                 raise LogInOver(f'there is no log-in for "{name}" any more; {log_in_advice(name)}')
             if entry.get("access") != renewal.access and self._left(entry) > 0:
                 return entry                    # another process was first
-            if self._closing.is_set():
-                raise ShuttingDown("the gateway is stopping")
             self._file.lock.ensure()
             self._file.check_writable()
-            renewal.is_spending = True
+            renewal.is_spending = True          # said before one looks: whatever `close` does not see has not begun
+            if self._closing.is_set():
+                raise ShuttingDown("the gateway is stopping")
             try:
                 fields = row.renew(entry, self._vendor)
             except LogInOver:
@@ -9158,8 +9153,7 @@ class GoogleToken:
                 self._renew()
             if self._failure is None or (now < self._expires_at and not isinstance(self._failure, Unauthorized)):
                 return self._token              # the old one is still good while Google is not
-            failed = self._failure              # a fresh one for each thread
-            raise type(failed)(failed.message, code=failed.named_code, param=failed.param)
+            raise self._failure.again()
 
     def _renew(self) -> None:
         try:
@@ -10679,12 +10673,11 @@ class Gateway:
         others taken off."""
         now, memory = self.clock(), self.signatures
         request = with_remembered(request, memory, now)
-        client = CLIENT_PROTOCOLS.get(request.protocol)
 
         def is_foreign(signature: str, known: str) -> bool:
             return known != origin if known else memory.is_foreign(signature, origin, now)
 
-        return without_seals(request, is_foreign, client.seals(request.data) if client else ())
+        return without_seals(request, is_foreign)
 
     def count_tokens(self, exchange: Exchange, body: bytes) -> None:
         """Answers Anthropic's count_tokens: from the provider where it has that, else with an estimate."""
@@ -10787,12 +10780,13 @@ class Gateway:
 
     def _leave_out_thinking(self, error: GatewayError, attempt: Attempt) -> bool:
         """Earlier thinking whose signature the provider will not take goes, once."""
-        request = attempt.lane.request
-        seals = request_seals(request)
-        if not (isinstance(error, BadRequest) and seals and _SEAL_WORDS.search(error.message)):
+        if not (isinstance(error, BadRequest) and _SEAL_WORDS.search(error.message)):
             return False
+        request = without_seals(attempt.lane.request, lambda signature, origin: True)
+        if request.foreign == attempt.lane.request.foreign:
+            return False                        # there is none left
         log.info("%s refused a signature; sending the request without earlier thinking", attempt.lane.model.full_id)
-        attempt.lane = attempt.lane.again(request=without_seals(request, lambda signature, origin: True, seals))
+        attempt.lane = attempt.lane.again(request=request)
         return True
 
     def _leave_out_parameter(self, error: GatewayError, attempt: Attempt) -> bool:
@@ -10963,15 +10957,6 @@ class Gateway:
 
 # What providers write when they will not take earlier reasoning back.
 _SEAL_WORDS = re.compile(r"signature|encrypted[_ ]content", re.IGNORECASE)
-
-
-def request_seals(request: Request) -> List[str]:
-    """The signatures in a request that are still to go out."""
-    client = CLIENT_PROTOCOLS.get(request.protocol)
-    seals = [part.signature for message in request.messages for part in message.parts
-             if isinstance(part, (Thinking, ToolCall)) and part.signature]
-    seals.extend(client.seals(request.data) if client else ())
-    return [seal for seal in seals if seal not in request.foreign]
 
 
 KEY_HEADERS = ("authorization", "x-api-key", "x-goog-api-key", "api-key", "x-auth-token", "proxy-authorization")
@@ -11843,7 +11828,7 @@ class CallbackHandler(http.server.BaseHTTPRequestHandler):
         """Nothing: the address has the code in it."""
 
 
-class CallbackServer(http.server.ThreadingHTTPServer):
+class CallbackServer(socketserver.ThreadingTCPServer):      # not HTTPServer, whose bind asks DNS for this machine's name
     """Listens for the browser's return; on this machine only, unless PI_OAUTH_CALLBACK_HOST says otherwise."""
 
     daemon_threads = True
@@ -11934,7 +11919,7 @@ class LogIn:
                 terminal.say()
         finally:
             if server:
-                threading.Thread(target=server.shutdown, daemon=True).start()
+                server.shutdown()
                 server.server_close()
         code = read_return(text, state) if kind == "line" else read_query(text, "")
         return row.exchange(self.vendor, code, verifier, redirect, state)

@@ -3440,7 +3440,7 @@ def test_command_that_hangs(tmp_path: Any, monkeypatch: Any) -> None:
 ])
 def test_precedence(tmp_path: Any, monkeypatch: Any, auth: Any, api_key: Optional[str], environ: Dict[str, str],
                     expected: str) -> None:
-    monkeypatch.setattr(pg.FileCache, "_PAUSE_S", 0.001)
+    monkeypatch.setattr(pg, "AUTH_PAUSE_S", 0.001)
     assert token_of(credentials(tmp_path, auth, environ), provider(env=("P_KEY",), api_key=api_key)) == expected
 
 
@@ -3548,7 +3548,7 @@ def test_file_in_the_middle_of_a_rewrite(tmp_path: Any) -> None:
 
 
 def test_broken_file_keeps_what_was_read(tmp_path: Any, lines: LogLines, monkeypatch: Any) -> None:
-    monkeypatch.setattr(pg.FileCache, "_PAUSE_S", 0.001)
+    monkeypatch.setattr(pg, "AUTH_PAUSE_S", 0.001)
     store = credentials(tmp_path, {"p": {"type": "api_key", "key": "sk-good"}})
     assert token_of(store, provider()) == "sk-good"
     for broken in ('{"p": {"type": "api_key", "key": "sk-secr', "[1]", "\x00\x01", '{"p": {}} trailing'):
@@ -12571,6 +12571,18 @@ def test_lock_taken_over_is_taken_again_before_writing(tmp_path: Any) -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="links need no rights there")
+def test_lock_lost_for_good_is_not_taken_for_held(tmp_path: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(pg, "LOCK_WAIT_S", 0.05)
+    lock, folder = pg.FileLock(str(tmp_path / "auth.json")), tmp_path / "auth.json.lock"
+    with lock.held():
+        os.rmdir(folder)
+        os.mkdir(folder)                        # another program took it, and keeps it
+        for _ in range(2):                      # for each thread that was about to write
+            os.utime(folder)
+            with pytest.raises(pg.AuthFileError, match="held by another program"):
+                lock.ensure()
+
+
 def test_lock_of_a_link_is_on_both_ends(tmp_path: Any) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "real" / "auth.json").write_text("{}")
@@ -12640,6 +12652,13 @@ def test_auth_file_changes_one_entry_only(tmp_path: Any) -> None:
         assert os.stat(file.path).st_mode & 0o777 == 0o600
     file.change("xai", lambda entry: None)
     assert "xai" not in file.read()
+
+
+def test_auth_file_that_is_empty_for_a_moment_is_not_taken_for_empty(tmp_path: Any) -> None:
+    file = auth_file(tmp_path, "")              # a tool that takes no lock, between emptying and writing it
+    threading.Timer(0.05, auth_file, (tmp_path, OTHER_ENTRIES)).start()
+    file.change("xai", lambda old: log_in_entry())
+    assert list(file.load()) == [*OTHER_ENTRIES, "xai"]
 
 
 def test_auth_file_as_pi_writes_it() -> None:
@@ -12869,10 +12888,57 @@ def test_stopping_waits_for_a_token_on_its_way(tmp_path: Any) -> None:
     assert json.loads((tmp_path / "auth.json").read_text())["xai"]["refresh"] == "r1"
 
 
+def test_stopping_in_the_moment_before_a_token_is_spent(tmp_path: Any, monkeypatch: Any) -> None:
+    vendor = FakeVendor()
+    store = logins(tmp_path, vendor, xai=log_in_entry())
+    monkeypatch.setattr(pg.AuthFile, "check_writable", lambda self: store.close())
+    with pytest.raises(pg.ShuttingDown):
+        store.current("xai")
+    assert vendor.calls == []
+
+
 def test_short_lived_token_is_good_for_most_of_its_life() -> None:
     row = pg.SUBSCRIPTIONS["anthropic"]
     assert [row.expiry(life, 0) for life in (1, 600, 3600, "3600", None)] == [900, 540_000, 3_300_000, 3_300_000, 3_300_000]
     assert pg.SUBSCRIPTIONS["openai-codex"].expiry(3600, 0) == HOUR_MS
+
+
+class BrowsingTerminal(pg.Terminal):
+    """Nobody at the keyboard; the browser comes back once with each of `queries`."""
+
+    is_interactive = False
+
+    def __init__(self, *queries: str) -> None:
+        super().__init__()
+        self.queries = queries
+        self.statuses: List[int] = []
+
+    def open_browser(self, url: str) -> None:
+        query = dict(urllib.parse.parse_qsl(urllib.parse.urlsplit(url).query))
+        back = query.get("callback_url") or query["redirect_uri"]
+        for ending in self.queries:
+            try:
+                with urllib.request.urlopen(back + ending, timeout=5) as answer:
+                    self.statuses.append(answer.status)
+            except urllib.error.HTTPError as error:
+                self.statuses.append(error.code)
+
+
+def test_log_in_by_browser(monkeypatch: Any) -> None:
+    monkeypatch.setattr("socket.getfqdn", None)                 # may take seconds
+    sent: List[Any] = []
+
+    def post(url: str, fields: Any, **more: Any) -> pg.VendorReply:
+        sent.append(fields)
+        return pg.VendorReply(200, {"key": "sk-or-1"})
+
+    vendor: Any = types.SimpleNamespace(post=post, clock=time.time)
+    terminal = BrowsingTerminal("/elsewhere?code=c", "?state=x", "?code=c1", "?code=c2")
+    arguments: Any = types.SimpleNamespace(device=False, enterprise=None, no_browser=False, yes=True)
+    entry = pg.LogIn(pg.SUBSCRIPTIONS["openrouter"], vendor, terminal, arguments).run()
+    assert entry == {"type": "oauth", "access": "sk-or-1", "refresh": "", "expires": pg.NEVER_MS}
+    assert terminal.statuses == [404, 400, 200, 409] and sent[0]["code"] == "c1"
+    until(lambda: not any(thread.name == "callback" for thread in threading.enumerate()))
 
 
 # As three generations of pi write them; all that matters is which secret a call goes out with.
@@ -13011,6 +13077,16 @@ def test_chat_details_go_back_to_their_model_only(tmp_path: Any) -> None:
                 assert (SEAL_A.encode() in fake.received[-1].body) == keeps
 
 
+@pytest.mark.parametrize("message, seals", [
+    ({"role": "user", "content": "x", "reasoning_details": 5}, ()),            # nobody's business, and no 500
+    ({"role": "assistant", "content": "x", "reasoning_details": [{"signature": "s", "text": "t"}, {"data": "d"}, {}]}, ("s", "d"))])
+def test_signatures_that_no_part_holds(message: Dict[str, Any], seals: Tuple[str, ...]) -> None:
+    request = pg.CHAT.parse({"model": "m", "messages": [message]})
+    assert request.seals == seals
+    assert pg.without_seals(request, lambda signature, origin: True).foreign == set(seals)
+
+
+
 # --- Tool names of Claude subscriptions -------------------------------------------------------------------------------
 
 
@@ -13022,9 +13098,11 @@ def test_oauth_tool_names(names: List[str], changed: Dict[str, str]) -> None:
     assert pg.oauth_tool_names(names) == changed
 
 
+@pytest.mark.parametrize("is_other_form", [False, True])
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("client", ["messages", "chat/completions"])
-def test_tools_are_spelt_for_a_subscription_and_come_back(tmp_path: Any, client: str, stream: bool) -> None:
+def test_tools_are_spelt_for_a_subscription_and_come_back(
+        tmp_path: Any, client: str, stream: bool, is_other_form: bool) -> None:
     use = {"type": "tool_use", "id": "toolu_9", "name": "Read", "input": {"path": "a"}}
     message = {**SIGNED_ANSWER, "content": [use], "stop_reason": "tool_use"}
     events = sse([{"type": "message_start", "message": {**message, "content": [], "stop_reason": None}},
@@ -13032,7 +13110,8 @@ def test_tools_are_spelt_for_a_subscription_and_come_back(tmp_path: Any, client:
                   {"type": "message_delta", "delta": {"stop_reason": "tool_use"}, "usage": {"output_tokens": 2}},
                   {"type": "message_stop"}])
     schema = {"type": "object", "properties": {"path": {"type": "string"}}}
-    answer = Answer(200, events, "text/event-stream") if stream else Answer(200, json.dumps(message).encode())
+    is_stream = stream != is_other_form
+    answer = Answer(200, events, "text/event-stream") if is_stream else Answer(200, json.dumps(message).encode())
     with fake_upstream(answer) as fake:
         write_agent_files(tmp_path, models={"providers": {"anthropic": {"baseUrl": fake.url}}},
                           auth={"anthropic": log_in_entry(4000)})
@@ -13505,7 +13584,7 @@ def test_accounts_in_words(tmp_path: Any, capsys: Any) -> None:
     hour = 3600
     entries = {"anthropic": log_in_entry(5.2 * hour), "xai": log_in_entry(-1), "openrouter": {
         "type": "oauth", "access": "k", "refresh": "", "expires": pg.NEVER_MS}, "radius": log_in_entry(-1),
-        "groq": {"type": "api_key", "key": "k"}, "meta": log_in_entry(90), "kimi-coding": {**log_in_entry(), "expires": 10 ** 400}}
+        "groq": {"type": "api_key", "key": "k"}, "meta": log_in_entry(90.4), "kimi-coding": {**log_in_entry(), "expires": 10 ** 400}}
     assert pg.print_accounts(auth_file(tmp_path, entries), False) == 0
     told = {line.split()[0]: line.split("  ")[-1].strip() for line in capsys.readouterr().out.splitlines()}
     assert told == {"anthropic": "token good for 5 hours, then renewed", "xai": "is renewed at the next request",
