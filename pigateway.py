@@ -8076,13 +8076,20 @@ class AuthFile:
         target = os.path.realpath(self.path)
         self._remove_leftovers(target)
         descriptor, temporary = self._create(target)
+        data = render_auth(content)
         try:
             with os.fdopen(descriptor, "wb") as file:
-                file.write(render_auth(content))
+                file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
                 keep_owner(target, file.fileno())
-            replace_file(temporary, target)
+            try:
+                replace_file(temporary, target)
+            except OSError as error:
+                if error.errno != errno.EBUSY:
+                    raise
+                self._discard(temporary)        # a file mounted by itself, into a container: as pi writes, in place
+                write_in_place(target, data)
         except OSError as error:
             self._discard(temporary)
             raise AuthFileError(f"{os.path.basename(self.path)} cannot be written: {describe(error)}") from None
@@ -8133,6 +8140,15 @@ def make_private_folder(path: str) -> None:
         os.mkdir(path, 0o700)
 
 
+def write_in_place(path: str, data: bytes) -> None:
+    """Overwrites a file that cannot be replaced. Raises OSError."""
+    with open(path, "r+b") as file:
+        file.write(data)
+        file.truncate()
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def keep_owner(target: str, descriptor: int) -> None:
     """The replacement belongs to whom the file belongs to, where an administrator runs this on another's file."""
     if os.name == "posix" and os.path.exists(target):
@@ -8162,9 +8178,10 @@ def replace_file(temporary: str, target: str) -> None:
 VENDOR_LIMIT_S = 15.0               # one call to a vendor, from its first byte to its last: the lock is held meanwhile
 VENDOR_CONNECT_S = 5.0
 REFRESH_EARLY_S = 300.0             # a token is renewed so long before it ends, or a tenth of its life if that is less
-REFRESH_FAILED_S = 15.0             # a failure is told again for so long before the vendor is asked again
+REFRESH_FAILED_S = 30.0             # a failure is told again for so long before the vendor is asked again
 REFRESH_OVER_S = 300.0              # and a log-in that is over, unless its entry changes
 REFRESH_FORCED_S = 60.0             # a token that the provider refused is renewed no more often than this
+FAILURES_FILE = "pigateway-renewals.json"   # beside auth.json: the last renewal that failed, for other processes
 SAVE_AGAIN_S = 5.0                  # until auth.json can be written again
 NEVER_MS = 2 ** 53 - 1              # how pi writes "does not expire"
 CODEX_REDIRECT = "http://localhost:1455/auth/callback"
@@ -8206,9 +8223,11 @@ def printable(text: str) -> str:
 class Vendor:
     """HTTP with those who issue tokens. Raises `UpstreamError` when no answer comes."""
 
-    def __init__(self, transport: Transport, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, transport: Transport, clock: Callable[[], float] = time.time,
+                 pause: Callable[[float], None] = time.sleep) -> None:
         self._transport = transport
         self.clock = clock
+        self.pause = pause                      # between two questions whether somebody is done
 
     def get(self, url: str, headers: Mapping[str, str], limit_s: float = VENDOR_LIMIT_S) -> VendorReply:
         """Asks for something."""
@@ -8487,7 +8506,7 @@ class GeminiSubscription(Subscription):
             if operation.get("done"):
                 break
             if number:
-                Terminal.wait(ONBOARD_PAUSE_S)
+                vendor.pause(ONBOARD_PAUSE_S)
             operation = self.accept(vendor.get(f"{CODE_ASSIST}/v1internal/{operation.get('name')}", headers))
         return self._known(project_id(as_dict(operation.get("response"))) or own)
 
@@ -8646,6 +8665,7 @@ class Logins:
 
     def __init__(self, file: AuthFile, vendor: Vendor) -> None:
         self._file = file
+        self._failures_path = os.path.join(os.path.dirname(os.path.abspath(file.path)), FAILURES_FILE)
         self._vendor = vendor
         self._lock = threading.Lock()
         self._renewals: Dict[str, Renewal] = {}
@@ -8757,8 +8777,12 @@ class Logins:
             renewal.is_spending = True          # said before one looks: whatever `close` does not see has not begun
             if self._closing.is_set():
                 raise ShuttingDown("the gateway is stopping")
+            self._check_failures(name, renewal.access)
             try:
                 fields = row.renew(entry, self._vendor)
+            except UpstreamError as error:
+                self._note_failure(name, renewal.access, error)
+                raise
             except LogInOver:
                 # A tool that takes no lock may have renewed it in these moments.
                 newer = as_dict(self._file.load().get(name))
@@ -8771,6 +8795,28 @@ class Logins:
             if not self._save(name):
                 threading.Thread(target=self._save_later, args=(name,), daemon=True).start()
         return {**entry, **fields}
+
+    def _check_failures(self, name: str, access: str) -> None:
+        """Raises the failure that another process has met with this token a moment ago: while each waits for a vendor
+        that hangs, it holds the lock that all log-ins need."""
+        known = as_dict(self._failures().get(name))
+        age_s, message = self._vendor.clock() - number_of(known.get("at")), known.get("message")
+        if known.get("token") == _digest(access) and 0 <= age_s < REFRESH_FAILED_S and isinstance(message, str):
+            raise UpstreamError(message, retry_after=REFRESH_FAILED_S)
+
+    def _failures(self) -> Dict[str, Any]:
+        try:
+            with open(self._failures_path, encoding="utf-8") as file:
+                return as_dict(json.load(file))
+        except (OSError, ValueError, RecursionError):
+            return {}
+
+    def _note_failure(self, name: str, access: str, error: UpstreamError) -> None:
+        error.hide(entry_secrets(self.entry(name)))
+        failure = {"token": _digest(access), "at": self._vendor.clock(), "message": error.message}
+        known = {**self._failures(), name: failure}
+        with contextlib.suppress(OSError):
+            write_private_file(self._failures_path, dumps(known).encode("ascii"))
 
     def _with_unsaved(self, name: str, entry: Dict[str, Any]) -> Dict[str, Any]:
         spent, fields = self._unsaved.get(name, ("", {}))
@@ -11921,7 +11967,7 @@ class LogIn:
             if server:
                 server.shutdown()
                 server.server_close()
-        code = read_return(text, state) if kind == "line" else read_query(text, "")
+        code = read_return(text, state) if kind == "line" else read_code(dict(urllib.parse.parse_qsl(text)), "")
         return row.exchange(self.vendor, code, verifier, redirect, state)
 
     def _listen(self, redirect: str, state: str) -> Optional[CallbackServer]:
@@ -12021,7 +12067,7 @@ class LogIn:
                 raise LogInFailed("the code has expired before it was entered; log in again")
             if wait_first or waited_s:
                 pause_s = min(interval_s, life_s - passed_s)
-                self.terminal.wait(pause_s)
+                self.vendor.pause(pause_s)
             else:
                 pause_s = 0.001
             waited_s += pause_s
@@ -12054,10 +12100,9 @@ def accepted_way(provider: str) -> str:
     return "What it accepts: an API key, or the vendor's own program."
 
 
-def read_query(query: str, state: str) -> str:
+def read_code(fields: Mapping[str, str], state: str) -> str:
     """The code in the query that a vendor's page ended with. Raises `LogInFailed`; `state` is what it must carry if it
     carries one."""
-    fields = dict(urllib.parse.parse_qsl(query))
     if state and fields.get("state", state) != state:
         raise LogInFailed("this address belongs to another log-in (its state is not ours); log in again")
     if "error" in fields:
@@ -12073,11 +12118,9 @@ def read_return(text: str, state: str) -> str:
     `LogInFailed`."""
     query = text.partition("?")[2] or text
     if "?" in text or re.match(r"(?i)https?://", text) or re.search(r"(?:^|&)(?:code|error)=", query):
-        return read_query(query.partition("#")[0], state)
-    if "#" in text:
-        code, _, given = text.partition("#")
-        return read_query(urllib.parse.urlencode({"code": code, "state": given or state}), state)
-    return read_query(urllib.parse.urlencode({"code": text}), state)
+        return read_code(dict(urllib.parse.parse_qsl(query.partition("#")[0])), state)
+    code, _, given = text.partition("#")
+    return read_code({"code": code, "state": given or state}, state)
 
 
 def run_account_command(arguments: argparse.Namespace, config: Config) -> int:
@@ -12108,7 +12151,8 @@ def log_in(file: AuthFile, terminal: Terminal, arguments: argparse.Namespace, co
             raise ConfigError(f"auth.json has a key for {row.provider}, which a log-in replaces; --yes for that")
         if not terminal.agrees(f"auth.json has a key for {row.provider}, which this replaces."):
             raise LogInFailed("not logged in")
-    log_in = LogIn(row, Vendor(vendor_transport(ca_bundle(config, os.environ))), terminal, arguments)
+    vendor = Vendor(vendor_transport(ca_bundle(config, os.environ)), pause=Terminal.wait)
+    log_in = LogIn(row, vendor, terminal, arguments)
     entry = log_in.run()
     file.change(row.provider, lambda old: entry)
     terminal.say(f"Logged in to {row.title}. Its models are {row.provider}/...; {NAME}.py models lists them.")

@@ -73,6 +73,7 @@ import base64
 import binascii
 import contextlib
 import datetime
+import errno
 import hashlib
 import hmac
 import http.client
@@ -13748,3 +13749,29 @@ def test_client_s_own_credential_is_not_shown_to_the_next_of_a_chain(tmp_path: A
             for name in chain:
                 result = call(handle.url, "/v1/messages", {**ASK, "model": name, "max_tokens": 9}, authorization="Bearer sk-ant-oat01-own")
                 assert result.status == 401 and [got for got in second.received if got.method == "POST"] == []
+
+
+def test_vendor_that_hangs_is_asked_by_one_process_in_a_while(tmp_path: Any) -> None:
+    first, second = FakeVendor(), FakeVendor()
+    first.failure = pg.VendorReply(500, {"error_description": "down, a0"})
+    for vendor in (first, second):
+        store = logins(tmp_path, vendor, xai=log_in_entry()) if vendor is first else pg.Logins(
+            pg.AuthFile(str(tmp_path / "auth.json")), vendor)
+        with pytest.raises(pg.UpstreamError, match="down"):
+            store.current("xai")
+    assert (first.calls, second.calls) == (["xai"], [])
+    auth_file(tmp_path, {"xai": {**log_in_entry(-5), "access": "another"}})
+    assert pg.Logins(pg.AuthFile(str(tmp_path / "auth.json")), second).current("xai")["access"] == "a1"
+
+
+def test_auth_file_that_cannot_be_replaced_is_overwritten(tmp_path: Any, monkeypatch: Any) -> None:
+    """A file that is mounted by itself, as containers do."""
+    def busy(*_: Any) -> None:
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    file = auth_file(tmp_path, {**OTHER_ENTRIES, "xai": {"type": "api_key", "key": "k" * 999}})
+    inode = os.stat(file.path).st_ino
+    monkeypatch.setattr(pg, "replace_file", busy)
+    file.change("xai", lambda old: {"type": "api_key", "key": "k"})
+    assert os.stat(file.path).st_ino == inode and file.load() == {**OTHER_ENTRIES, "xai": {"type": "api_key", "key": "k"}}
+    assert os.listdir(tmp_path) == ["auth.json"]
