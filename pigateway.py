@@ -8267,7 +8267,8 @@ class Subscription:
     """A plan that people log in to, a row of `SUBSCRIPTIONS`: where its tokens come from and how they are renewed.
 
     `redirect` is where the browser comes back to, `secret` is in base64, `margin_s` is how much earlier than the vendor
-    says a token is noted to end. `terms` says what the vendor allows, when that is less than this program can do."""
+    says a token is noted to end. `terms` says what the vendor allows, when that is less than this program can do, and
+    `accepted` what it has nothing against. `account_fields` of an entry stay the same while its tokens change."""
 
     provider: str
     title: str
@@ -8284,7 +8285,13 @@ class Subscription:
     device_fields: Mapping[str, str] = field(default_factory=dict)
     terms: str = ""
     is_personal: bool = False                   # whatever opens it is somebody's plan, not a key
+    accepted: str = "an API key, or the vendor's own program"
     account_fields: Tuple[str, ...] = ()
+
+    @property
+    def has_domain(self) -> bool:
+        """Whether a company can have a server of its own."""
+        return "{domain}" in self.device_url
 
     def ask(self, vendor: Vendor, grant_type: str, **fields: str) -> VendorReply:
         """A request to the token endpoint."""
@@ -8462,14 +8469,12 @@ def host_of(text: str) -> str:
 
 CODE_ASSIST = "https://cloudcode-pa.googleapis.com"
 CODE_ASSIST_METADATA = {"ideType": "IDE_UNSPECIFIED", "platform": "PLATFORM_UNSPECIFIED", "pluginType": "GEMINI"}
-CODE_ASSIST_HEADERS = {"user-agent": "google-api-nodejs-client/9.15.1"}
+CODE_ASSIST_HEADERS = {"user-agent": "google-api-nodejs-client/9.15.1", "x-goog-api-client": "gl-node/22.17.0"}
 ONBOARD_TRIES, ONBOARD_PAUSE_S = 24, 5.0
 
 
 class GeminiSubscription(Subscription):
     """Gemini CLI: calls are made for a Google Cloud project, which free accounts are given when they begin."""
-
-    api_client = "gl-node/22.17.0"
 
     def complete(self, entry: Dict[str, Any], vendor: Vendor) -> Dict[str, Any]:
         """E-mail address and project."""
@@ -8484,7 +8489,7 @@ class GeminiSubscription(Subscription):
 
     def project(self, headers: Mapping[str, str], vendor: Vendor) -> str:
         """The project, found or made. Raises `LogInFailed`, `UpstreamError`."""
-        headers = {**headers, **CODE_ASSIST_HEADERS, "x-goog-api-client": self.api_client}
+        headers = {**headers, **CODE_ASSIST_HEADERS}
         own = os.environ.get("GOOGLE_CLOUD_PROJECT") or os.environ.get("GOOGLE_CLOUD_PROJECT_ID")
         metadata = present(**CODE_ASSIST_METADATA, duetProject=own)
         reply = vendor.post(f"{CODE_ASSIST}/v1internal:loadCodeAssist",
@@ -8591,7 +8596,8 @@ SUBSCRIPTIONS: Dict[str, Subscription] = {row.provider: row for row in (
         "https://platform.claude.com/v1/oauth/token", "https://claude.ai/oauth/authorize",
         "http://localhost:53692/callback", "org:create_api_key user:profile user:inference user:sessions:claude_code "
         "user:mcp_servers user:file_upload", {"code": "true"}, as_json=True,
-        terms="Anthropic's terms allow a Claude subscription in Claude Code and claude.ai only; other use can end it."),
+        terms="Anthropic's terms allow a Claude subscription in Claude Code and claude.ai only; other use can end it.",
+        accepted=f"Claude Code's own log-in, passed through untouched ({NAME}.py --pass-through anthropic)"),
     CodexSubscription(
         "openai-codex", "ChatGPT Plus/Pro (Codex)", "app_EMoamEEZ73f0CkXaXp7hrann", "https://auth.openai.com/oauth/token",
         "https://auth.openai.com/oauth/authorize", CODEX_REDIRECT, "openid profile email offline_access",
@@ -11916,7 +11922,7 @@ class LogIn:
         row, arguments = self.row, self.arguments
         if arguments.device and not row.device_url:
             raise ConfigError(f"{row.provider} has no log-in by device code; leave --device out")
-        if arguments.enterprise and row.provider != "github-copilot":
+        if arguments.enterprise and not row.has_domain:
             raise ConfigError("--enterprise goes with github-copilot")
         by_device = bool(row.device_url) and (arguments.device or not row.authorize_url)
         if not by_device and arguments.no_browser:
@@ -11936,7 +11942,7 @@ class LogIn:
             return
         if not self.terminal.is_interactive:
             raise ConfigError(f"{self.row.terms} To go on all the same, {log_in_advice(self.row.provider)} --yes")
-        if not self.terminal.agrees(f"{self.row.terms}\n{accepted_way(self.row.provider)}"):
+        if not self.terminal.agrees(f"{self.row.terms}\nWhat it accepts: {self.row.accepted}."):
             raise LogInFailed("not logged in")
 
     # --- by browser ---
@@ -12020,7 +12026,7 @@ class LogIn:
 
     def _domain(self) -> str:
         """GitHub's host; "" for others."""
-        if "{domain}" not in self.row.device_url:
+        if not self.row.has_domain:
             return ""
         domain = host_of((self.arguments.enterprise or "github.com").lower())
         if not domain:
@@ -12093,13 +12099,6 @@ DEVICE_ENDS = {"access_denied": "the log-in was refused in the browser",
                "expired_token": "the code has expired before it was entered; log in again"}
 
 
-def accepted_way(provider: str) -> str:
-    """What its vendor has nothing against, in a sentence."""
-    if provider == "anthropic":
-        return f"What it accepts: Claude Code's own log-in, passed through untouched ({NAME}.py --pass-through anthropic)."
-    return "What it accepts: an API key, or the vendor's own program."
-
-
 def read_code(fields: Mapping[str, str], state: str) -> str:
     """The code in the query that a vendor's page ended with. Raises `LogInFailed`; `state` is what it must carry if it
     carries one."""
@@ -12164,19 +12163,20 @@ LOG_INS = tuple(name for name, row in SUBSCRIPTIONS.items() if row.authorize_url
 
 def pick_subscription(terminal: Terminal, arguments: argparse.Namespace) -> Subscription:
     """The subscription that was named, or that the user picks from a list. Raises `ConfigError`, `LogInFailed`."""
-    if not arguments.provider:
+    name = arguments.provider
+    if not name:
         if not terminal.is_interactive:
             raise ConfigError(f"which one? {log_in_advice('PROVIDER')}, with one of {', '.join(LOG_INS)}")
-        for number, name in enumerate(LOG_INS, 1):
-            terminal.say(f"  {number:>2}  {SUBSCRIPTIONS[name].title:<26}{name}")
+        numbered = {str(number): known for number, known in enumerate(LOG_INS, 1)}
+        for number, known in numbered.items():
+            terminal.say(f"  {number:>2}  {SUBSCRIPTIONS[known].title:<26}{known}")
         answer = terminal.ask("Log in to which? (number or name) ")
-        arguments.provider = LOG_INS[int(answer) - 1] if re.fullmatch("[1-9]", answer) and int(answer) <= len(
-            LOG_INS) else answer
-    if arguments.provider not in LOG_INS:
-        near = difflib.get_close_matches(arguments.provider, LOG_INS, 1, 0.4)
+        name = numbered.get(answer, answer)
+    if name not in LOG_INS:
+        near = difflib.get_close_matches(name, LOG_INS, 1, 0.4)
         hint = f'; did you mean "{near[0]}"?' if near else "."
-        raise ConfigError(f'no log-in for "{redact(arguments.provider)[:60]}"{hint} Known: {", ".join(LOG_INS)}')
-    return SUBSCRIPTIONS[arguments.provider]
+        raise ConfigError(f'no log-in for "{redact(name)[:60]}"{hint} Known: {", ".join(LOG_INS)}')
+    return SUBSCRIPTIONS[name]
 
 
 def log_out(file: AuthFile, terminal: Terminal, provider: Optional[str]) -> int:
@@ -12649,7 +12649,7 @@ def process_command(pid: int) -> Optional[bytes]:
 LIFECYCLE_COMMANDS = ("start", "stop", "restart", "status")
 COMMANDS = (*LIFECYCLE_COMMANDS, "models", "login", "logout", "accounts", "quirks", "help", "version")
 JSON_COMMANDS = ("status", "models", "accounts", "quirks")
-LOG_IN_FLAGS = ("--no-browser", "--device", "--yes", "--enterprise")
+LOG_IN_SWITCHES = ("--no-browser", "--device", "--yes")
 
 HELP = f"""usage: {NAME}.py [command] [options]
 
@@ -12709,7 +12709,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("provider", nargs="?")
     parser.add_argument("--version", "-v", action="store_true")
     parser.add_argument("--config")
-    for flag in ("--json", "--reset", *LOG_IN_FLAGS[:-1]):
+    for flag in ("--json", "--reset", *LOG_IN_SWITCHES):
         parser.add_argument(flag, action="store_true")
     parser.add_argument("--enterprise")
     for option in OPTIONS:
@@ -12764,7 +12764,7 @@ def check_command(arguments: argparse.Namespace) -> None:
         raise ConfigError("--reset goes with the quirks command")
     if arguments.provider and command not in ("login", "logout"):
         raise ConfigError(f"what is {redact(arguments.provider)[:60]!r}? Only login and logout take a provider")
-    for flag in LOG_IN_FLAGS:
+    for flag in (*LOG_IN_SWITCHES, "--enterprise"):
         if getattr(arguments, flag[2:].replace("-", "_")) and command != "login":
             raise ConfigError(f"{flag} goes with the login command")
 

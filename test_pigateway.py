@@ -12940,6 +12940,18 @@ def test_log_in_by_browser(monkeypatch: Any) -> None:
     assert entry == {"type": "oauth", "access": "sk-or-1", "refresh": "", "expires": pg.NEVER_MS}
     assert terminal.statuses == [404, 400, 200, 409] and sent[0]["code"] == "c1"
     until(lambda: not any(thread.name == "callback" for thread in threading.enumerate()))
+@pytest.mark.parametrize("answer, said", [
+    ("1", "anthropic"), ("9", "openrouter"), (" xai", "xai"), ("10", r'"10"\. Known'), ("antropic", r'mean "anthropic"\? Known')])
+def test_subscription_is_picked_from_a_list(answer: str, said: str) -> None:
+    lines: List[str] = []
+    terminal: Any = types.SimpleNamespace(is_interactive=True, say=lines.append, ask=lambda prompt: answer.strip())
+    arguments: Any = types.SimpleNamespace(provider=None)
+    if said in pg.LOG_INS:
+        assert pg.pick_subscription(terminal, arguments).provider == said
+    else:
+        with pytest.raises(pg.ConfigError, match=said):
+            pg.pick_subscription(terminal, arguments)
+    assert len(lines) == len(pg.LOG_INS)
 
 
 # As three generations of pi write them; all that matters is which secret a call goes out with.
