@@ -12647,7 +12647,7 @@ def process_command(pid: int) -> Optional[bytes]:
 
 
 LIFECYCLE_COMMANDS = ("start", "stop", "restart", "status")
-COMMANDS = (*LIFECYCLE_COMMANDS, "models", "login", "logout", "accounts", "quirks", "help", "version")
+COMMANDS = (*LIFECYCLE_COMMANDS, "models", "login", "logout", "accounts", "quirks", "pi-extension", "help", "version")
 JSON_COMMANDS = ("status", "models", "accounts", "quirks")
 LOG_IN_SWITCHES = ("--no-browser", "--device", "--yes")
 
@@ -12666,6 +12666,7 @@ commands:
   logout      forget a log-in: logout PROVIDER
   accounts    print the log-ins and how long their tokens are good (--json)
   quirks      print what models turned out not to take (--json); --reset forgets it
+  pi-extension  with --install, write the extension that starts and stops it from inside pi
   help        print this page
   version     print the version
 """
@@ -12686,6 +12687,7 @@ class _Parser(argparse.ArgumentParser):
         lines += [f"  {'--config PATH':<30}one more configuration file, over the usual ones",
                   f"  {'--json':<30}with status, models, accounts and quirks: print JSON",
                   f"  {'--reset':<30}with quirks: forget them",
+                  f"  {'--install, --force':<30}with pi-extension: write it, also over another file",
                   f"  {'--no-browser':<30}with login: paste the address that the browser ends at",
                   f"  {'--device':<30}with login: a code to type into another device (openai-codex)",
                   f"  {'--enterprise HOST':<30}with login github-copilot: your GitHub Enterprise server",
@@ -12709,7 +12711,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("provider", nargs="?")
     parser.add_argument("--version", "-v", action="store_true")
     parser.add_argument("--config")
-    for flag in ("--json", "--reset", *LOG_IN_SWITCHES):
+    for flag in ("--json", "--reset", "--install", "--force", *LOG_IN_SWITCHES):
         parser.add_argument(flag, action="store_true")
     parser.add_argument("--enterprise")
     for option in OPTIONS:
@@ -12760,8 +12762,9 @@ def check_command(arguments: argparse.Namespace) -> None:
     command = arguments.command
     if arguments.json and command not in JSON_COMMANDS:
         raise ConfigError(f"--json goes with the commands {', '.join(JSON_COMMANDS)}: {NAME}.py models --json")
-    if arguments.reset and command != "quirks":
-        raise ConfigError("--reset goes with the quirks command")
+    for flag, owner in (("reset", "quirks"), ("install", "pi-extension"), ("force", "pi-extension")):
+        if getattr(arguments, flag) and command != owner:
+            raise ConfigError(f"--{flag} goes with the {owner} command")
     if arguments.provider and command not in ("login", "logout"):
         raise ConfigError(f"what is {redact(arguments.provider)[:60]!r}? Only login and logout take a provider")
     for flag in (*LOG_IN_SWITCHES, "--enterprise"):
@@ -12794,6 +12797,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             return print_models(build_gateway(config, os.environ), arguments.json)
         if arguments.command in LIFECYCLE_COMMANDS:
             return Lifecycle(config, own_arguments(argv, arguments.command)).run(arguments.command, arguments.json)
+        if arguments.command == "pi-extension":
+            return run_pi_extension(config, arguments)
         if arguments.command == "quirks":
             return run_quirks(Quirks(os.path.join(agent_dir(config, os.environ), QUIRKS_FILE)), arguments)
         if arguments.command:
@@ -13239,6 +13244,166 @@ def print_banner(server: Server) -> None:
     if not config.is_loopback:
         lines.append(f"  note               other machines can connect to {config.bind_address}; they need the apiKey")
     print("\n".join(lines), flush=True)
+
+
+# --- The extension for pi ---------------------------------------------------------------------------------------------
+
+
+def install_extension(folder: str, force: bool = False) -> str:
+    """Writes the pi extension into a folder and returns its path. The first line holds a checksum of the others: a file
+    that differs from what was written there, because of an edit or another author, is replaced only with `force`.
+    Raises `ConfigError`, OSError."""
+    path = os.path.realpath(os.path.join(folder, f"{NAME}.ts"))
+    values = {"__PYTHON__": sys.executable or "python3", "__PIGATEWAY__": os.path.abspath(__file__)}
+    body = re.sub("__PYTHON__|__PIGATEWAY__", lambda match: json.dumps(values[match[0]]), PI_EXTENSION).encode("utf-8")
+    with contextlib.suppress(FileNotFoundError):
+        with open(path, "rb") as file:
+            first, _, rest = file.read().partition(b"\n")
+        if first != extension_mark(rest) and not force:
+            raise ConfigError(f"{path} is not as {NAME} wrote it; --force replaces it")
+    write_private_file(path, extension_mark(body) + b"\n" + body)
+    return path
+
+
+def extension_mark(body: bytes) -> bytes:
+    """The first line of the extension."""
+    return f"// Written by {NAME}.py pi-extension --install. {hashlib.sha256(body).hexdigest()[:16]}".encode("ascii")
+
+
+def run_pi_extension(config: Config, arguments: argparse.Namespace) -> int:
+    """The command pi-extension."""
+    if not arguments.install:
+        raise ConfigError(f"{NAME}.py pi-extension --install writes the extension into pi's folder")
+    path = install_extension(os.path.join(agent_dir(config, os.environ), "extensions"), arguments.force)
+    print(f"Written: {path}\nRestart pi, or type /reload there. /gateway:start, /gateway:stop and /gateway:status are its "
+          "commands.")
+    return EXIT_OK
+
+
+PI_EXTENSION = r'''// pigateway inside pi: /gateway:start, /gateway:stop, /gateway:status, the same as tools, a footer.
+// pigateway.py does the work in processes of its own, so the gateway goes on when pi ends. No build step.
+import { execFile } from "node:child_process";
+import type { ExtensionAPI, ExtensionContext } from "@earendil-works/pi-coding-agent";
+
+const PYTHON: string = __PYTHON__;
+const PIGATEWAY: string = __PIGATEWAY__;
+const REFRESH_MS = 15_000;
+const STATUS_TIMEOUT_MS = 10_000; // below REFRESH_MS, so that refreshes do not pile up
+const ACTION_TIMEOUT_MS = 60_000; // starting waits until the gateway is healthy, stopping until it is gone
+
+const ACTIONS = ["start", "stop", "status"] as const;
+type Action = (typeof ACTIONS)[number];
+type Status = { running?: boolean; pid?: number; url?: string; models?: number; problem?: string };
+
+const ABOUT: Record<Action, string> = {
+  start: "Start the local model gateway (pigateway), detached: it survives pi exit.",
+  stop: "Stop the running local model gateway (pigateway).",
+  status: "Show whether the local model gateway (pigateway) runs: its URL, pid and number of models.",
+};
+
+/** Runs pigateway.py, without a shell. Never rejects: `problem` says in one line what went wrong, or is empty. */
+function call(args: string[], timeout: number, signal?: AbortSignal): Promise<{ stdout: string; problem: string }> {
+  return new Promise<{ stdout: string; problem: string }>((resolve) => {
+    execFile(PYTHON, [PIGATEWAY, ...args], { timeout, signal, windowsHide: true }, (error, stdout, stderr) => {
+      let problem = error ? stderr.trim().split("\n").pop() || error.message.split("\n")[0] : "";
+      if (error?.killed) problem = `no answer within ${timeout / 1000} s`;
+      if (error?.code === "ENOENT") problem = `${PYTHON} not found; run pigateway.py pi-extension --install again`;
+      resolve({ stdout, problem });
+    });
+  }).catch((error: Error) => ({ stdout: "", problem: error.message })); // refused before it ran
+}
+
+async function getStatus(signal?: AbortSignal): Promise<Status> {
+  const { stdout, problem } = await call(["status", "--json"], STATUS_TIMEOUT_MS, signal); // exit code 1: not running
+  try {
+    const status = JSON.parse(stdout);
+    if (typeof status.running === "boolean") return status;
+  } catch {} // told below
+  return { problem: problem || "its status is not understood" };
+}
+
+function describe({ running, url, models, problem }: Status): string {
+  if (running === undefined) return `Gateway: unknown (${problem})`;
+  if (!running) return "Gateway: stopped";
+  const more = problem || (models === undefined ? "" : `${models} model${models === 1 ? "" : "s"}`);
+  return `Gateway: running · ${url}` + (more && ` · ${more}`); // the problem can be that it does not answer
+}
+
+/** Runs `use`, if this session still has a user interface: the context of a session that is over throws. */
+function withUI(ctx: ExtensionContext, use: (ui: ExtensionContext["ui"]) => void, otherwise?: () => void) {
+  try {
+    if (ctx.hasUI) use(ctx.ui);
+    else otherwise?.();
+  } catch {}
+}
+
+function footer(ctx: ExtensionContext, text: string | undefined) {
+  withUI(ctx, (ui) => ui.setStatus("pigateway", text));
+}
+
+export default function (pi: ExtensionAPI) {
+  let timer: ReturnType<typeof setInterval> | undefined;
+  let newest = 0; // a slow answer must not replace a newer one in the footer
+
+  async function refresh(ctx: ExtensionContext) {
+    const mine = ++newest;
+    const status = await getStatus();
+    if (mine === newest) footer(ctx, describe(status));
+  }
+
+  async function run(action: Action, ctx: ExtensionContext, options: string[], signal?: AbortSignal) {
+    if (action !== "status") footer(ctx, `Gateway: ${action}…`);
+    const problem = action === "status" ? "" : (await call([action, ...options], ACTION_TIMEOUT_MS, signal)).problem;
+    const status = await getStatus(signal);
+    newest++;
+    if (signal?.aborted) void refresh(ctx); // Escape: pi is not kept waiting
+    else footer(ctx, describe(status));
+    const text = describe(status) + (status.pid ? ` · pid ${status.pid}` : "");
+    if (!problem) return { status, text, level: status.running === undefined ? "error" : "info" } as const;
+    const isSo = status.running === (action === "start"); // as asked, though not by this call: it was so before
+    return { status, text: `${problem} — ${text}`, level: isSo ? "warning" : "error" } as const;
+  }
+
+  for (const action of ACTIONS) {
+    pi.registerCommand(`gateway:${action}`, {
+      description: ABOUT[action],
+      handler: async (args, ctx) => {
+        const { text, level } = await run(action, ctx, action === "start" ? args.split(/\s+/).filter(Boolean) : []);
+        withUI(ctx, (ui) => ui.notify(text, level), () => console.error(text)); // pi -p "/gateway:status"
+      },
+    });
+  }
+
+  pi.on("session_start", (_event, ctx) => {
+    // Not while loading: pi does not start when two extensions load with tools of the same name, as pi-gateway's has.
+    for (const action of ACTIONS) {
+      pi.registerTool({
+        name: `gateway_${action}`,
+        label: `Gateway ${action}`,
+        description: ABOUT[action] + (action === "status" ? "" : " Only when the user asks for it."),
+        parameters: { type: "object", properties: {}, additionalProperties: false },
+        executionMode: "sequential",
+        execute: async (_id, _params, signal, _onUpdate, ctx) => {
+          const { status, text, level } = await run(action, ctx, [], signal);
+          if (level === "error") throw new Error(text); // pi's way to mark a tool result as failed
+          return { content: [{ type: "text", text: `${text}\n${JSON.stringify(status)}` }], details: status };
+        },
+      });
+    }
+    withUI(ctx, () => {
+      clearInterval(timer);
+      timer = setInterval(() => void refresh(ctx), REFRESH_MS);
+      timer.unref();
+      void refresh(ctx); // not awaited: pi need not wait for it
+    });
+  });
+  pi.on("session_shutdown", (_event, ctx) => {
+    clearInterval(timer);
+    newest++; // an answer that is under way comes too late
+    footer(ctx, undefined);
+  });
+}
+'''
 
 
 # ======================================================================================================================

@@ -13787,3 +13787,19 @@ def test_auth_file_that_cannot_be_replaced_is_overwritten(tmp_path: Any, monkeyp
     file.change("xai", lambda old: {"type": "api_key", "key": "k"})
     assert os.stat(file.path).st_ino == inode and file.load() == {**OTHER_ENTRIES, "xai": {"type": "api_key", "key": "k"}}
     assert os.listdir(tmp_path) == ["auth.json"]
+
+
+# --- The extension for pi ---------------------------------------------------------------------------------------------
+
+
+def test_pi_extension_is_written_and_a_stranger_s_is_not_overwritten(own_home: Any, capsys: Any) -> None:
+    path = own_home / ".pi" / "agent" / "extensions" / "pigateway.ts"
+    assert pg.main(["pi-extension"]) == 2 and not path.exists()
+    for _ in range(2):                          # its own older copy is replaced
+        assert pg.main(["pi-extension", "--install"]) == 0
+    text = path.read_text(encoding="utf-8")
+    assert json.dumps(os.path.abspath(pg.__file__)) in text and json.dumps(sys.executable) in text and "__PY" not in text
+    path.write_text(text + "// mine", encoding="utf-8")
+    assert pg.main(["pi-extension", "--install"]) == 2 and path.read_text(encoding="utf-8").endswith("// mine")
+    assert "--force" in capsys.readouterr().err
+    assert pg.main(["pi-extension", "--install", "--force"]) == 0 and path.read_text(encoding="utf-8") == text
