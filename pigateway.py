@@ -3591,6 +3591,23 @@ def splice_model(body: bytes, data: Mapping[str, Any], model_id: str) -> bytes:
     return dumps(wanted).encode("ascii")
 
 
+def has_repeated_keys(body: bytes) -> bool:
+    """Whether the top-level object of a JSON body may name its model twice: of two, a provider might take the other one
+    than the gateway has checked. Written with escapes, a key would not be found by its letters."""
+    if body.count(b'"model"') < 2 and b"\\u00" not in body:
+        return False
+    repeated = False
+
+    def note(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
+        nonlocal repeated
+        names = [name for name, _ in pairs]
+        repeated = len(set(names)) != len(names)        # the outermost object comes last
+        return {}
+
+    json.loads(body.decode("utf-8-sig"), object_pairs_hook=note)
+    return repeated
+
+
 class AnthropicReader(Reader):
     """Anthropic's server-sent events → events."""
 
@@ -6604,6 +6621,7 @@ class Lane:
         self.error: Optional[GatewayError] = None
         self.usage = Usage()
         self.stop_reason = ""
+        self.heard = 0                          # events that say something, so no comments or pings
         self.secrets: Sequence[str] = ()        # what a provider may not quote to the client
         self.is_passed = False                  # whether the credential is the client's own
         self.origin = ""                        # whose signatures the answer holds
@@ -6680,6 +6698,7 @@ class TranslatedLane(Lane):
         return self._take(self._reader.whole(parse_answer(body)))
 
     def _take(self, events: List[Event]) -> bytes:
+        self.heard += len(events)
         events = [self._mark(event) if isinstance(event, (PartStart, PartEnd)) else event for event in events]
         for event in events:
             if isinstance(event, Failed):
@@ -6757,6 +6776,7 @@ class NativeLane(Lane):
             return b""
         try:
             for name, text in parse_events(block):
+                self.heard += name != "ping"
                 out.append(self.relay_event(name, text))
                 if self.finished:
                     break
@@ -6801,7 +6821,7 @@ class AnthropicLane(NativeLane):
             for message in request.messages for part in message.parts)
         first = as_dict(next(iter(system_blocks(request.data.get("system"))), None)).get("text")
         lacks_identity = credential.kind == "oauth" and not str(first).startswith(OAUTH_IDENTITY)
-        if has_foreign or lacks_identity or model.level or self.tool_names:
+        if has_foreign or lacks_identity or model.level or self.tool_names or has_repeated_keys(request.body):
             body = dumps(self._edited(has_foreign, lacks_identity, dropped)).encode("ascii")
         else:
             body = splice_model(request.body, request.data, model.id)
@@ -10983,15 +11003,23 @@ class Gateway:
             if not is_stream:
                 yield lane.whole(response.read(MAX_EVENT_BYTES))
                 return
-            size = 0
+            size, heard, heard_at = 0, 0, time.monotonic()
             for data in response:
                 size += len(data)
                 if size > MAX_EVENT_BYTES and not lane.request.stream:
                     raise UpstreamProtocolError(f"the provider's answer is longer than {MAX_EVENT_BYTES} bytes")
                 yield lane.feed(data)
+                now = time.monotonic()
+                if lane.heard != heard:
+                    heard, heard_at = lane.heard, now
+                elif now - heard_at > self._silence_s(lane):     # signs of life alone: nobody is at work there
+                    raise UpstreamTimeout("the provider only sends signs of life and no answer")
             yield lane.end()
         except GatewayError as error:
             yield lane.fail(error)
+
+    def _silence_s(self, lane: Lane) -> float:
+        return (self.config.idle_timeout_ms if lane.started else self.config.first_byte_timeout_ms) / 1000
 
     def stop(self, error: GatewayError) -> None:
         """Ends the open requests; each client is told."""

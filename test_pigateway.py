@@ -13803,3 +13803,38 @@ def test_pi_extension_is_written_and_a_stranger_s_is_not_overwritten(own_home: A
     assert pg.main(["pi-extension", "--install"]) == 2 and path.read_text(encoding="utf-8").endswith("// mine")
     assert "--force" in capsys.readouterr().err
     assert pg.main(["pi-extension", "--install", "--force"]) == 0 and path.read_text(encoding="utf-8") == text
+
+
+# --- Signs of life, and two models in one request ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_name, path, beat, begin", [
+    ("chat/m1", "chat/completions", b": processing\n\n", sse([chunk({"content": "fi"})])),
+    ("chat/m1", "messages", b": processing\n\n", sse([chunk({"content": "fi"})])),
+    ("anth/m1", "messages", b'event: ping\ndata: {"type": "ping"}\n\n', sse([{"type": "message_start", "message": {
+        **SIGNED_ANSWER, "content": [], "stop_reason": None}}, {"type": "content_block_start", "index": 0, "content_block": {
+            "type": "text", "text": ""}}])), ("chat/m1", "chat/completions", b": processing\n\n", b"")])
+def test_signs_of_life_do_not_hide_a_dead_provider(tmp_path: Any, model_name: str, path: str, beat: bytes, begin: bytes) -> None:
+    answer = Answer(200, [piece for piece in [begin, *[beat, 0.02] * 100] if piece], "text/event-stream")
+    with served(tmp_path, answer, idle_timeout_ms=150, first_byte_timeout_ms=150) as (url, _):
+        started = time.monotonic()
+        result = call(url, f"/v1/{path}", {**ASK, "model": model_name, "max_tokens": 9, "stream": True})
+        assert time.monotonic() - started < 1.5
+        if begin:
+            assert "signs of life" in str(result.events[-1]["error"])
+        else:
+            assert result.status == 504
+
+
+@pytest.mark.parametrize("text", ['{"model": "anth/m2", "model": "anth/m1"', '{"mod\\u0065l": "anth/m2", "model": "anth/m1"',
+                                  '{"model": "anth/m2", "\\u006dodel": "anth/m1"'])
+def test_model_that_is_named_twice_is_the_one_that_was_checked(tmp_path: Any, text: str) -> None:
+    body = (text + ', "max_tokens": 9, "messages": [{"role": "user", "content": "Hi"}]}').encode()
+    with served(tmp_path, Answer(200, SIGNED_ANSWER_BYTES), model_allowlist=("anth/m1",)) as (url, fake):
+        assert call(url, "/v1/messages", body).status == 200
+        pairs = json.loads(fake.received[0].body, object_pairs_hook=lambda pairs: pairs)
+        assert [value for name, value in pairs if name == "model"] == ["m1"]
+
+
+def test_model_inside_the_conversation_is_nobody_s_business() -> None:
+    assert not pg.has_repeated_keys(b'{"model": "a", "metadata": {"model": "b"}, "x": "\\u0041"}')
