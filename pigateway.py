@@ -8240,12 +8240,17 @@ def printable(text: str) -> str:
     return "".join(character if character.isprintable() else " " for character in text)
 
 
+SECRET_FIELDS = frozenset({"code", "code_verifier", "refresh_token", "device_code", "client_secret", "access_token",
+                           "id_token", "token", "key", "api_key", "authorization_code", "device_auth_id", "state"})
+
+
 class Vendor:
     """HTTP with those who issue tokens. Raises `UpstreamError` when no answer comes."""
 
     def __init__(self, transport: Transport, clock: Callable[[], float] = time.time,
                  pause: Callable[[float], None] = time.sleep) -> None:
         self._transport = transport
+        self.secrets: Optional[List[str]] = None    # a list, to keep what has gone to and fro and may not be shown
         self.clock = clock
         self.pause = pause                      # between two questions whether somebody is done
 
@@ -8259,6 +8264,7 @@ class Vendor:
         kind = "application/json" if as_json else "application/x-www-form-urlencoded"
         body = dumps(fields) if as_json else urllib.parse.urlencode(fields)
         headers = {"content-type": kind, "accept": "application/json", "user-agent": USER_AGENT, **headers}
+        self._note(fields)
         return self._send(Call("POST", url, headers, body.encode("ascii")), limit_s)
 
     def _send(self, call: Call, limit_s: float) -> VendorReply:
@@ -8279,7 +8285,14 @@ class Vendor:
             fields = as_dict(json.loads(body))
         except (ValueError, RecursionError):
             fields = {}
+        self._note(fields)
         return VendorReply(response.status, fields, parse_retry_after(response.headers, self.clock()))
+
+    def _note(self, fields: Mapping[str, Any]) -> None:
+        if self.secrets is not None:
+            values = [value for name, value in fields.items() if name in SECRET_FIELDS and isinstance(value, str)]
+            self.secrets.extend(form for value in values if len(value) >= 6
+                                for form in (value, urllib.parse.quote(value, safe=""), urllib.parse.quote(value)))
 
 
 @dataclass(frozen=True)
@@ -8452,10 +8465,10 @@ class CopilotSubscription(Subscription):
         headers = {**COPILOT_HEADERS, "authorization": f"Bearer {entry['access']}"}
         try:
             reply = vendor.get(f"{base_url}/models", {**headers, "x-github-api-version": COPILOT_API_VERSION}, 5.0)
-            entry["availableModelIds"] = self._enable(reply, base_url, headers, vendor)
-        except (GatewayError, TypeError):       # a log-in is good without the list
-            pass
-        return entry
+            available = self._enable(reply, base_url, headers, vendor)
+        except (GatewayError, TypeError):       # a log-in is good without the list, and an empty one hides all from pi
+            available = []
+        return {**entry, **({"availableModelIds": available} if available else {})}
 
     def _enable(self, reply: VendorReply, base_url: str, headers: Mapping[str, str], vendor: Vendor) -> List[str]:
         """The ids of the models that may be called, after switching on those that only wait for that."""
@@ -8470,7 +8483,10 @@ class CopilotSubscription(Subscription):
             if states[name] != "unconfigured" or (picked and name not in picked):
                 continue
             path = urllib.parse.quote(name, safe="")
-            answer = vendor.post(f"{base_url}/models/{path}/policy", {"state": "enabled"}, headers, True, 5.0)
+            try:
+                answer = vendor.post(f"{base_url}/models/{path}/policy", {"state": "enabled"}, headers, True, 5.0)
+            except UpstreamError:
+                continue
             if answer.status == 429:
                 break
             if answer.ok and name not in ready:
@@ -11887,13 +11903,17 @@ class CallbackHandler(http.server.BaseHTTPRequestHandler):
         if split.path != self.server.path:
             return self._page(404, "Not found", "There is nothing here.")
         if self.server.state and query.get("state") != self.server.state:
-            return self._page(400, "Not this log-in", "This answer belongs to another log-in, which this one ignores.")
+            return self._page(400, "Not this log-in", "This answer belongs to another log-in, which this one ignores. Use "
+                              "the link in the terminal.")
         if "error" not in query and not query.get("code"):
             return self._page(400, "No code", "The answer has no code in it. Try again from the link in the terminal.")
         if not self.server.taken.acquire(blocking=False):
             return self._page(409, "Already done", "This log-in has been answered before.")
-        self.server.answers.put(("callback", split.query))
-        self._page(200, "Back to the terminal", "You can close this window.")
+        title = "Log-in refused" if "error" in query else "Back to the terminal"
+        try:
+            self._page(200, title, f"You can close this window; {NAME} goes on in the terminal.")
+        finally:                                # behind the page, which the end of the program would cut off
+            self.server.answers.put(("callback", split.query))
 
     def _page(self, status: int, title: str, text: str) -> None:
         body = CALLBACK_PAGE.format(title=title, text=text).encode("utf-8")
@@ -12179,8 +12199,11 @@ def log_in(file: AuthFile, terminal: Terminal, arguments: argparse.Namespace, co
         if not terminal.agrees(f"auth.json has a key for {row.provider}, which this replaces."):
             raise LogInFailed("not logged in")
     vendor = Vendor(vendor_transport(ca_bundle(config, os.environ)), pause=Terminal.wait)
-    log_in = LogIn(row, vendor, terminal, arguments)
-    entry = log_in.run()
+    vendor.secrets = []
+    try:
+        entry = LogIn(row, vendor, terminal, arguments).run()
+    except (LogInFailed, GatewayError) as error:
+        raise LogInFailed(redact(str(error), vendor.secrets)) from None
     file.change(row.provider, lambda old: entry)
     terminal.say(f"Logged in to {row.title}. Its models are {row.provider}/...; {NAME}.py models lists them.")
     return EXIT_OK

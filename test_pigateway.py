@@ -69,9 +69,11 @@ def bootstrap() -> int:
 if __name__ == "__main__":
     sys.exit(run_half(int(sys.argv[2])) if sys.argv[1:2] == [HALF] else bootstrap())
 
+import _thread
 import base64
 import binascii
 import contextlib
+import copy
 import datetime
 import errno
 import hashlib
@@ -79,6 +81,7 @@ import hmac
 import http.client
 import http.server
 import importlib.util
+import io
 import json
 import logging
 import queue
@@ -13838,3 +13841,2320 @@ def test_model_that_is_named_twice_is_the_one_that_was_checked(tmp_path: Any, te
 
 def test_model_inside_the_conversation_is_nobody_s_business() -> None:
     assert not pg.has_repeated_keys(b'{"model": "a", "metadata": {"model": "b"}, "x": "\\u0041"}')
+
+
+# ======================================================================================================================
+# Log-ins: the vendors' authorisation servers at their own host names
+# ======================================================================================================================
+#
+# `login` runs as shipped. HTTPS_PROXY leads it to `FakeVendors`, which refuses what the vendors would refuse: another
+# client, redirect or scope, a verifier that does not fit, a code or a refresh token for the second time.
+
+LOGIN_DEVICE_GRANT = "urn:ietf:params:oauth:grant-type:device_code"
+LOGIN_ENTERPRISE = "ghe.example.com"
+LOGIN_EMAIL, LOGIN_ACCOUNT = "ada.lovelace@mail.example", "0f6f4c1e-5a7b-4a0e-9d5c-8f2b7c3d1e90"
+LOGIN_PROJECT = "grid-project"                  # the one that the fake of Cloud Code Assist knows
+ABSENT = object()                               # the value of a field that is not there
+LOGIN_SCENARIOS = ("", "deny", "expire", "slow_down", "down")
+
+
+class Ask(NamedTuple):
+    """A request to a vendor."""
+
+    method: str
+    host: str
+    path: str
+    query: Dict[str, str]
+    headers: Dict[str, str]
+    body: bytes
+
+    @property
+    def form(self) -> Dict[str, str]:
+        demand(self.headers.get("content-type", "").split(";")[0] == "application/x-www-form-urlencoded", "no form")
+        return demand_once(self.body.decode("ascii"))
+
+    @property
+    def json(self) -> Dict[str, Any]:
+        demand(self.headers.get("content-type") == "application/json", "not JSON")
+        return json_object(self.body, "body")
+
+    @property
+    def bearer(self) -> str:
+        return self.headers.get("authorization", "").partition("Bearer ")[2]
+
+
+def demand_once(text: str) -> Dict[str, str]:
+    """The fields of a query or form, none of them twice."""
+    pairs = urllib.parse.parse_qsl(text, keep_blank_values=True, strict_parsing=bool(text))
+    demand(len({name for name, _ in pairs}) == len(pairs), f"a field twice: {[name for name, _ in pairs]}")
+    return dict(pairs)
+
+
+def demand_exact(given: Dict[str, Any], where: str, **expected: Any) -> None:
+    """Refuses missing, unknown and wrong fields. Expected is a value or a pattern; `None` means any non-empty text."""
+    demand(set(given) == set(expected), f"{where}: has {sorted(given)}, not {sorted(expected)}")
+    for name, value in expected.items():
+        has = given[name]
+        demand(value.fullmatch(has) if isinstance(value, re.Pattern) else has == value if value is not None else
+               isinstance(has, str) and has, f"{where}: {name} is {has!r}")
+
+
+def demand_headers(ask: Ask, **expected: str) -> None:
+    for name, value in expected.items():
+        has = ask.headers.get(name.replace("_", "-"))
+        demand(has == value, f"{ask.path}: header {name} is {has!r}")
+
+
+def json_answer(status: int = 200, **fields: Any) -> Answer:
+    return Answer(status, json.dumps(fields).encode())
+
+
+def oauth_error(name: str, status: int = 400, **fields: Any) -> Answer:
+    return json_answer(status, error=name, error_description=f"The vendor says {name}.", **fields)
+
+
+def web_page(title: str, **links: str) -> Answer:
+    """A page with links, each with its name as id."""
+    body = "".join(f'<p><a id="{name}" href="{url.replace("&", "&amp;")}">{name.title()}</a></p>'
+                   for name, url in links.items())
+    text = f"<!doctype html><html><head><title>{title}</title></head><body><h1>{title}</h1>{body}</body></html>"
+    return Answer(200, text.encode(), "text/html; charset=utf-8")
+
+
+def to_base64url(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).decode().rstrip("=")
+
+
+class FakeLogin:
+    """The log-in servers of one vendor. `routes` maps "METHOD host/path" patterns to methods."""
+
+    provider = client = scope = ""
+    routes: Dict[str, str] = {}
+    shapes = ("access-", "refresh-")
+    lifetime_s = 3600
+    rotates = True
+
+    def __init__(self, world: FakeVendors) -> None:
+        self.world = world
+        self.access = self.refresh = ""
+        self.live: set[str] = set()             # access tokens that the API takes
+        self.steps: List[str] = []              # the methods that ran
+        self.redirect = ""
+
+    def claims(self, ask: Ask) -> bool:
+        """Whether a request to a host that vendors share is for this one."""
+        text = urllib.parse.unquote(f"{ask.query} {ask.body.decode('latin-1')}")
+        return bool(self.client and self.client in text or ask.bearer in self.live)
+
+    def issue(self, **more: Any) -> Dict[str, Any]:
+        """A new access token, and a new refresh token where they rotate; the ones before are void."""
+        self.access = self.new_access()
+        self.live = {self.access}
+        if self.rotates or not self.refresh:
+            self.refresh = self.world.secret(self.shapes[1])
+        return {"token_type": "Bearer", "access_token": self.access, "refresh_token": self.refresh,
+                "expires_in": self.lifetime_s, **more}
+
+    def new_access(self) -> str:
+        return self.world.secret(self.shapes[0])
+
+    def renew(self, given: Any) -> Answer:
+        """The answer to a refresh token. A used one ends what it was for, as RFC 9700 §4.14.2 has it."""
+        if given != self.refresh or not self.refresh:
+            return oauth_error("invalid_grant")
+        return json_answer(**self.issue())
+
+    def log_in(self) -> None:
+        """Somebody has logged in before."""
+        self.issue()
+
+    def stored(self) -> Dict[str, Any]:
+        """What auth.json has to hold after log-in, but for `expires`."""
+        return {"type": "oauth", "access": self.access, "refresh": self.refresh}
+
+    margin_s = 300
+
+    def check_stored(self, entry: Dict[str, Any], began: float) -> None:
+        """The entry has what it should have; `expires` may be early by the vendor's margin."""
+        entry, expected = dict(entry), self.stored()
+        expires = entry.pop("expires")
+        assert type(expires) is int and -1000 <= expires - self.earliest(began) and expires <= self.latest() + 1000
+        for fields in (entry, expected):
+            fields["availableModelIds"] = sorted(fields.get("availableModelIds", ()))
+        assert entry == expected
+
+    def earliest(self, began: float) -> float:
+        return (began + self.lifetime_s - self.margin_s) * 1000
+
+    def latest(self) -> float:
+        return (time.time() + self.lifetime_s - min(self.margin_s, self.lifetime_s / 10)) * 1000
+
+
+class LoopbackLogin(FakeLogin):
+    """Authorisation code with PKCE: the browser comes back to the client's own port."""
+
+    extra: Dict[str, str] = {}                  # fixed fields of the authorize URL
+    redirects: Any = None
+    deny_fields: Dict[str, str] = {"error": "access_denied", "error_description": "The user said no"}
+
+    def __init__(self, world: FakeVendors) -> None:
+        super().__init__(world)
+        self.grants: List[Dict[str, str]] = []
+        self.codes: Dict[str, Dict[str, str]] = {}
+        self.used: set[str] = set()
+
+    def authorize(self, ask: Ask) -> Answer:
+        """The consent page."""
+        demand_exact(ask.query, "authorize URL", client_id=self.client, response_type="code", scope=self.scope,
+                     redirect_uri=self.redirects, code_challenge=re.compile(r"[A-Za-z0-9_-]{43}"),
+                     code_challenge_method="S256", state=re.compile(r"[\x21-\x7e]{16,}"), **self.extra)
+        self.world.demand_new(ask.query["state"])
+        return self.consent_page(ask.query)
+
+    def consent_page(self, grant: Dict[str, str]) -> Answer:
+        self.world.demand_new(grant["code_challenge"])
+        self.grants.append(grant)
+        choose = f"/fake-consent?client_id={urllib.parse.quote(self.client)}&grant={len(self.grants) - 1}&"
+        return web_page(f"Log in to {self.provider}", allow=choose + "allow=1", deny=choose + "allow=0")
+
+    def consent(self, ask: Ask) -> Answer:
+        """A click on the consent page: back to the client."""
+        grant = self.grants[int(ask.query["grant"])]
+        fields = dict(self.deny_fields)
+        if ask.query["allow"] == "1" and self.world.scenario != "deny":
+            code = self.world.secret("code_")
+            self.codes[code] = grant
+            fields = self.callback_fields(code, grant)
+        if "state" in grant:
+            fields["state"] = grant["state"]
+        back = grant.get("redirect_uri") or grant["callback_url"]
+        return Answer(302, headers={"location": f"{back}?{urllib.parse.urlencode(fields)}"})
+
+    def callback_fields(self, code: str, grant: Dict[str, str]) -> Dict[str, str]:
+        return {"code": code}
+
+    def take_code(self, fields: Dict[str, Any]) -> Optional[Dict[str, str]]:
+        """What a code stands for, once; None when nobody issued it."""
+        code, verifier = fields["code"], fields["code_verifier"]
+        self.world.secrets.append(verifier)
+        demand(code not in self.used, "a code for the second time")
+        grant = self.codes.pop(code, None)
+        self.used.add(code)
+        if grant is None or self.world.scenario == "expire":
+            return None
+        demand(re.fullmatch(r"[A-Za-z0-9._~-]{43,128}", verifier), "code_verifier")
+        demand(to_base64url(hashlib.sha256(verifier.encode()).digest()) == grant["code_challenge"], "PKCE")
+        demand(not any(verifier in value for value in grant.values()), "the verifier went through the browser")
+        demand(fields.get("redirect_uri") == grant.get("redirect_uri"), "another redirect_uri than at the start")
+        demand(fields.get("state", grant.get("state")) == grant.get("state"), "another state than at the start")
+        return grant
+
+    def token(self, ask: Ask) -> Answer:
+        """The token endpoint."""
+        fields = self.fields_of(ask)
+        if fields.get("grant_type") == "refresh_token":
+            demand_exact(fields, "refresh", grant_type="refresh_token", client_id=self.client, refresh_token=None,
+                         **self.own_fields)
+            return self.renew(fields["refresh_token"])
+        demand_exact(fields, "exchange", grant_type="authorization_code", client_id=self.client, code=None,
+                     code_verifier=None, redirect_uri=None, **self.own_fields, **self.exchange_fields)
+        if self.take_code(fields) is None:
+            return oauth_error("invalid_grant")
+        return json_answer(**self.issue(**self.told()))
+
+    own_fields: Dict[str, Any] = {}
+    exchange_fields: Dict[str, Any] = {}
+
+    def fields_of(self, ask: Ask) -> Dict[str, Any]:
+        return ask.form
+
+    def told(self) -> Dict[str, Any]:
+        """What else comes with a log-in."""
+        return {"scope": self.scope}
+
+
+class AnthropicLogin(LoopbackLogin):
+    provider, client = "anthropic", "9d1c250a-e61b-44d9-88ed-5944d1962f5e"
+    scope = ("org:create_api_key user:profile user:inference user:sessions:claude_code user:mcp_servers "
+             "user:file_upload")
+    routes = {"GET claude.ai/oauth/authorize": "authorize", "GET claude.ai/fake-consent": "consent",
+              "GET platform.claude.com/oauth/code/callback": "show_code",
+              "POST platform.claude.com/v1/oauth/token": "token"}
+    extra = {"code": "true"}
+    redirects = re.compile("http://localhost:53692/callback|https://platform.claude.com/oauth/code/callback")
+    exchange_fields = {"state": None}
+    shapes = ("sk-ant-oat01-", "sk-ant-ort01-")
+    lifetime_s = 28800
+
+    def show_code(self, ask: Ask) -> Answer:
+        return web_page(f"{ask.query['code']}#{ask.query['state']}")
+
+    def fields_of(self, ask: Ask) -> Dict[str, Any]:
+        demand_headers(ask, accept="application/json")
+        return ask.json
+
+    def told(self) -> Dict[str, Any]:
+        return {"scope": self.scope, "organization": {"uuid": LOGIN_ACCOUNT, "name": "Ada's"},
+                "account": {"uuid": LOGIN_ACCOUNT, "email_address": LOGIN_EMAIL}}
+
+
+class CodexLogin(LoopbackLogin):
+    provider, client = "openai-codex", "app_EMoamEEZ73f0CkXaXp7hrann"
+    scope = "openid profile email offline_access"
+    routes = {"GET auth.openai.com/oauth/authorize": "authorize", "GET auth.openai.com/fake-consent": "consent",
+              "POST auth.openai.com/oauth/token": "token",
+              "POST auth.openai.com/api/accounts/deviceauth/usercode": "device",
+              "POST auth.openai.com/api/accounts/deviceauth/token": "poll",
+              "GET auth.openai.com/codex/device": "enter", "GET auth.openai.com/fake-decision": "decide"}
+    extra = {"id_token_add_organizations": "true", "codex_cli_simplified_flow": "true"}
+    redirects = "http://localhost:1455/auth/callback"
+    device_redirect = "https://auth.openai.com/deviceauth/callback"
+    shapes = ("", "rt_")
+    lifetime_s = 864000
+    margin_s = 0
+
+    def authorize(self, ask: Ask) -> Answer:
+        originator = ask.query.pop("originator", "")
+        demand(re.fullmatch("[a-z_-]+", originator), "originator")
+        return super().authorize(ask)
+
+    def callback_fields(self, code: str, grant: Dict[str, str]) -> Dict[str, str]:
+        return {"code": code, "scope": self.scope}
+
+    def new_access(self) -> str:
+        claims = {"https://api.openai.com/auth": {"chatgpt_account_id": LOGIN_ACCOUNT, "chatgpt_plan_type": "plus"},
+                  "exp": 1, "jti": self.world.secret("jti-"), "odd": "\u00ff\u00fe???"}
+        return self.jwt(claims)
+
+    def jwt(self, claims: Dict[str, Any]) -> str:
+        parts = [json.dumps({"alg": "RS256"}).encode(), json.dumps(claims, ensure_ascii=False).encode(), b"signature"]
+        token = ".".join(map(to_base64url, parts))
+        self.world.secrets.append(token)
+        return token
+
+    def told(self) -> Dict[str, Any]:
+        return {"scope": self.scope, "id_token": self.jwt({"email": LOGIN_EMAIL})}
+
+    def stored(self) -> Dict[str, Any]:
+        return {**super().stored(), "accountId": LOGIN_ACCOUNT}
+
+    # --- the device flow: the vendor makes verifier and code itself
+
+    def device(self, ask: Ask) -> Answer:
+        demand_exact(ask.json, "usercode", client_id=self.client)
+        self.device_grant = DeviceGrant(self.world, self.world.secret("deviceauth_"), "ABCD-12345")
+        return json_answer(device_auth_id=self.device_grant.code, user_code=self.device_grant.user_code, interval="5")
+
+    def poll(self, ask: Ask) -> Answer:
+        grant = self.device_grant
+        demand_exact(ask.json, "poll", device_auth_id=grant.code, user_code=grant.user_code)
+        said = grant.poll()
+        if said == "authorization_pending":
+            return json_answer(403, error={"code": "deviceauth_authorization_pending", "message": "not yet"})
+        if said:
+            return json_answer(429 if said == "slow_down" else 400, error={"code": said, "message": said})
+        verifier, code = self.world.secret("verifier-" + "v" * 34), self.world.secret("code_")
+        challenge = to_base64url(hashlib.sha256(verifier.encode()).digest())
+        self.codes[code] = {"code_challenge": challenge, "redirect_uri": self.device_redirect}
+        return json_answer(authorization_code=code, code_verifier=verifier, code_challenge=challenge)
+
+    def enter(self, ask: Ask) -> Answer:
+        return self.device_grant.page(self)
+
+    def decide(self, ask: Ask) -> Answer:
+        return self.device_grant.decide(ask)
+
+
+class DeviceGrant:
+    """A device code on its way: what its polls hear. Attended, the user decides on the page; else the world's list of
+    answers runs out, which is agreement."""
+
+    def __init__(self, world: FakeVendors, code: str, user_code: str) -> None:
+        self.world, self.code, self.user_code = world, code, user_code
+        self.polls = list(world.polls)
+        self.decision: Optional[str] = None if world.is_attended else ""
+        self.is_used = False
+        self.polled_at = 0.0
+
+    def page(self, vendor: FakeLogin) -> Answer:
+        choose = f"/fake-decision?client_id={vendor.client}&allow="
+        return web_page(f"Enter {self.user_code} for {vendor.provider}?", allow=choose + "1", deny=choose + "0")
+
+    def decide(self, ask: Ask) -> Answer:
+        self.decision = "" if ask.query["allow"] == "1" else "access_denied"
+        return web_page("Thank you. You can close this page.")
+
+    def poll(self) -> str:
+        """The error that a poll hears, "" for none."""
+        demand(not self.is_used, "a device code for the second time")
+        passed_s, self.polled_at = time.monotonic() - self.polled_at, time.monotonic()
+        if self.world.is_attended and passed_s < 0.9:       # unattended, waits are cut short
+            return "slow_down"
+        scripted = {"deny": "access_denied", "expire": "expired_token"}.get(self.world.scenario)
+        said = self.polls.pop(0) if self.polls else scripted or self.decision
+        self.is_used = not said and said is not None
+        return "authorization_pending" if said is None else said
+
+
+class DeviceLogin(FakeLogin):
+    """RFC 8628."""
+
+    device_fields: Dict[str, Any] = {}
+    poll_fields: Dict[str, Any] = {}
+    page_url = ""
+    user_code = "WXYZ-2345"
+    offers: Dict[str, Any] = {"interval": 5, "expires_in": 900}
+    error_status = 400
+
+    def check_device(self, ask: Ask) -> None:
+        """What only this vendor asks for."""
+
+    def device(self, ask: Ask) -> Answer:
+        self.check_device(ask)
+        demand_exact(ask.form, "device", client_id=self.client, **self.device_fields)
+        self.grant = DeviceGrant(self.world, self.world.secret("device_"), self.user_code)
+        return json_answer(device_code=self.grant.code, user_code=self.user_code, **self.pages(), **self.offers)
+
+    def pages(self) -> Dict[str, Any]:
+        return {"verification_uri": self.page_url, "verification_uri_complete":
+                f"{self.page_url}?user_code={self.user_code}"}
+
+    def token(self, ask: Ask) -> Answer:
+        fields = ask.form
+        if fields.get("grant_type") == "refresh_token":
+            demand_exact(fields, "refresh", grant_type="refresh_token", client_id=self.client, refresh_token=None)
+            return self.renew(fields["refresh_token"])
+        return self.poll(ask)
+
+    def poll(self, ask: Ask) -> Answer:
+        self.check_device(ask)
+        demand_exact(ask.form, "poll", client_id=self.client, device_code=self.grant.code,
+                     grant_type=LOGIN_DEVICE_GRANT)
+        said = self.grant.poll()
+        if said:
+            name, _, interval = said.partition(" ")
+            return oauth_error(name, self.error_status, **({"interval": int(interval)} if interval else {}))
+        return json_answer(**self.granted())
+
+    def granted(self) -> Dict[str, Any]:
+        return self.issue()
+
+    def enter(self, ask: Ask) -> Answer:
+        return self.grant.page(self)
+
+    def decide(self, ask: Ask) -> Answer:
+        return self.grant.decide(ask)
+
+
+COPILOT_HEADERS = {"user_agent": "GitHubCopilotChat/0.35.0", "editor_version": "vscode/1.107.0",
+                   "editor_plugin_version": "copilot-chat/0.35.0", "copilot_integration_id": "vscode-chat"}
+
+
+def copilot_model(model_id: str, picker: bool = True, state: str = "enabled", tools: bool = True) -> Dict[str, Any]:
+    return {"id": model_id, "model_picker_enabled": picker, **({"policy": {"state": state}} if state else {}),
+            "capabilities": {"type": "chat", "supports": {"tool_calls": tools}},
+            "supported_endpoints": ["/chat/completions"]}
+
+
+class CopilotLogin(DeviceLogin):
+    provider, client = "github-copilot", "Iv1.b507a08c87ecfe98"
+    domains = f"(github.com|{LOGIN_ENTERPRISE})"
+    bases = f"(api.individual.githubcopilot.com|copilot-api.{LOGIN_ENTERPRISE})"
+    routes = {f"POST {domains}/login/device/code": "device", f"POST {domains}/login/oauth/access_token": "poll",
+              f"GET {domains}/login/device": "enter", f"GET {domains}/fake-decision": "decide",
+              f"GET api.{domains}/copilot_internal/v2/token": "copilot_token", f"GET {bases}/models": "models",
+              f"POST {bases}/models/[^/]+/policy": "policy"}
+    device_fields = {"scope": "read:user"}
+    error_status = 200
+    lifetime_s = 1500
+
+    def __init__(self, world: FakeVendors) -> None:
+        super().__init__(world)
+        self.domain = ""
+        self.offered = [copilot_model("gpt-5.6-luna"), copilot_model("gemini-3.8-flash", state=""),
+                        copilot_model("claude-sonnet-5", state="unconfigured"),
+                        copilot_model("gpt-6-luna", state="disabled"), copilot_model("grok-4.5", tools=False),
+                        copilot_model("kimi-k3", picker=False, state="unconfigured"),
+                        copilot_model("unheard-of-1", state="unconfigured")]
+        self.enabled: List[str] = []
+
+    def check_device(self, ask: Ask) -> None:
+        demand_headers(ask, accept="application/json", user_agent=COPILOT_HEADERS["user_agent"])
+        demand(not self.domain or ask.host == self.domain, "another domain than at the start")
+        self.domain = ask.host
+        self.page_url = f"https://{self.domain}/login/device"
+
+    def pages(self) -> Dict[str, Any]:
+        return {"verification_uri": self.page_url}
+
+    def granted(self) -> Dict[str, Any]:
+        self.refresh = self.world.secret("gho_")
+        return {"access_token": self.refresh, "token_type": "bearer", "scope": "read:user"}
+
+    def copilot_token(self, ask: Ask) -> Answer:
+        demand_headers(ask, **COPILOT_HEADERS)
+        demand(self.world.is_attended or ask.host == "api." + (self.domain or ask.host[4:]), "another domain")
+        if not self.refresh or ask.bearer != self.refresh:
+            return json_answer(401, message="Bad credentials", documentation_url="https://docs.github.com/rest")
+        self.domain = ask.host[4:]
+        expires = self.new_session()
+        return json_answer(token=self.access, expires_at=expires, refresh_in=self.lifetime_s - 300)
+
+    def new_session(self) -> int:
+        """A new Copilot token; when it ends."""
+        proxy = "proxy-ep=proxy.individual.githubcopilot.com;" if self.domain == "github.com" else ""
+        expires = int(time.time()) + self.lifetime_s
+        self.access = f"tid={self.world.secret('tid')};exp={expires};sku=free;{proxy}st=dotcom;8kp=1:0a1b"
+        self.live = {self.access}
+        return expires
+
+    def log_in(self) -> None:
+        self.domain = "github.com"
+        self.granted()
+        self.new_session()
+
+    def models(self, ask: Ask) -> Answer:
+        demand_headers(ask, x_github_api_version="2026-06-01", **COPILOT_HEADERS)
+        if ask.bearer not in self.live:
+            return Answer(401, b"unauthorized: token expired\n", "text/plain")
+        return json_answer(object="list", data=self.offered)
+
+    def policy(self, ask: Ask) -> Answer:
+        demand_headers(ask, openai_intent="chat-policy", x_interaction_type="chat-policy", **COPILOT_HEADERS)
+        demand_exact(ask.json, "policy", state="enabled")
+        demand(ask.bearer in self.live, "another token")
+        self.enabled.append(ask.path.split("/")[2])
+        return json_answer()
+
+    def stored(self) -> Dict[str, Any]:
+        own = {"enterpriseUrl": self.domain} if self.domain not in ("", "github.com") else {}
+        return {**super().stored(), **own, "availableModelIds": ["gpt-5.6-luna", "gemini-3.8-flash", "claude-sonnet-5",
+                                                                 "unheard-of-1"]}
+
+
+GOOGLE_METADATA = {"ideType": "IDE_UNSPECIFIED", "platform": "PLATFORM_UNSPECIFIED", "pluginType": "GEMINI"}
+
+
+class GeminiLogin(LoopbackLogin):
+    provider = "google-gemini-cli"
+    client = "681255809395-oo8ft2oprdrnp9e3aqf6av3hmdib135j.apps.googleusercontent.com"
+    own_fields = {"client_secret": base64.b64decode("R09DU1BYLTR1SGdNUG0tMW83U2stZ2VWNkN1NWNsWEZzeGw=").decode()}
+    scope = " ".join("https://www.googleapis.com/auth/" + name for name in (
+        "cloud-platform", "userinfo.email", "userinfo.profile"))
+    routes = {"GET accounts.google.com/o/oauth2/v2/auth": "authorize",
+              "GET accounts.google.com/fake-consent": "consent", "POST oauth2.googleapis.com/token": "token",
+              "GET www.googleapis.com/oauth2/v[12]/userinfo": "userinfo",
+              "POST cloudcode-pa.googleapis.com/v1internal:loadCodeAssist": "load",
+              "POST cloudcode-pa.googleapis.com/v1internal:onboardUser": "onboard",
+              "GET cloudcode-pa.googleapis.com/v1internal/operations/.*": "operation"}
+    extra = {"access_type": "offline", "prompt": "consent"}
+    redirects = "http://localhost:8085/oauth2callback"
+    shapes = ("ya29.", "1//0")
+    lifetime_s = 3599
+    rotates = False
+    agent = {"user_agent": "google-api-nodejs-client/9.15.1", "x_goog_api_client": "gl-node/22.17.0"}
+
+    def __init__(self, world: FakeVendors) -> None:
+        super().__init__(world)
+        self.project = LOGIN_PROJECT            # of the account
+        self.own_project = ""                   # the one that the user has to name
+        self.loaded: Dict[str, Any] = {"currentTier": {"id": "free-tier"}, "cloudaicompanionProject": LOGIN_PROJECT}
+        self.polls_left = 2
+
+    def callback_fields(self, code: str, grant: Dict[str, str]) -> Dict[str, str]:
+        return {"iss": "https://accounts.google.com", "code": code, "scope": self.scope, "authuser": "0",
+                "prompt": "consent"}
+
+    def renew(self, given: Any) -> Answer:
+        answer = super().renew(given)
+        fields = json.loads(answer.body)
+        fields.pop("refresh_token", None)       # Google says it once, at the first consent
+        return Answer(answer.status, json.dumps(fields).encode())
+
+    def userinfo(self, ask: Ask) -> Answer:
+        demand(ask.query == {"alt": "json"} and ask.bearer == self.access, "userinfo")
+        return json_answer(id="1", email=LOGIN_EMAIL, verified_email=True)
+
+    def check_internal(self, ask: Ask) -> None:
+        demand_headers(ask, content_type="application/json", **self.agent)
+        demand(ask.bearer == self.access, "another token")
+
+    def metadata(self) -> Dict[str, Any]:
+        return {**GOOGLE_METADATA, **({"duetProject": self.own_project} if self.own_project else {})}
+
+    def load(self, ask: Ask) -> Answer:
+        self.check_internal(ask)
+        own = {"cloudaicompanionProject": self.own_project} if self.own_project else {}
+        demand_exact(ask.json, "loadCodeAssist", metadata=self.metadata(), **own)
+        return json_answer(**self.loaded)
+
+    def onboard(self, ask: Ask) -> Answer:
+        self.check_internal(ask)
+        tiers = [tier["id"] for tier in self.loaded.get("allowedTiers", ()) if tier.get("isDefault")]
+        tier = tiers[0] if tiers else "legacy-tier"
+        own = {} if tier == "free-tier" else {"cloudaicompanionProject": self.own_project}
+        metadata = GOOGLE_METADATA if tier == "free-tier" else self.metadata()
+        demand_exact(ask.json, "onboardUser", tierId=tier, metadata=metadata, **own)
+        return json_answer(name="operations/onboard.1", done=False)
+
+    def operation(self, ask: Ask) -> Answer:
+        demand_headers(ask, **self.agent)
+        demand(ask.bearer == self.access and ask.path.endswith("/operations/onboard.1"), "another operation")
+        self.polls_left -= 1
+        if self.polls_left > 0:
+            return json_answer(name="operations/onboard.1")
+        return json_answer(name="operations/onboard.1", done=True, response={
+            "cloudaicompanionProject": {"id": self.project, "name": "p"}})
+
+    def stored(self) -> Dict[str, Any]:
+        return {**super().stored(), "projectId": self.project, "email": LOGIN_EMAIL}
+
+
+class AntigravityLogin(GeminiLogin):
+    provider = "google-antigravity"
+    client = "1071006060591-tmhssin2h21lcre235vtolojh4g403ep.apps.googleusercontent.com"
+    own_fields = {"client_secret": base64.b64decode("R09DU1BYLUs1OEZXUjQ4NkxkTEoxbUxCOHNYQzR6NnFEQWY=").decode()}
+    scope = " ".join([GeminiLogin.scope, *("https://www.googleapis.com/auth/" + name for name in (
+        "cclog", "experimentsandconfigs"))])
+    hosts = "(cloudcode-pa|daily-cloudcode-pa|daily-cloudcode-pa.sandbox).googleapis.com"
+    routes = {**{route: step for route, step in GeminiLogin.routes.items() if "cloudcode" not in route},
+              f"POST {hosts}/v1internal:loadCodeAssist": "load", f"POST {hosts}/v1internal:onboardUser": "onboard"}
+    redirects = "http://localhost:51121/oauth-callback"
+    agent = {"user_agent": "google-api-nodejs-client/9.15.1",
+             "x_goog_api_client": "google-cloud-sdk vscode_cloudshelleditor/0.1"}
+
+    def load(self, ask: Ask) -> Answer:
+        self.check_internal(ask)
+        demand(json.loads(ask.headers["client-metadata"]) == GOOGLE_METADATA, "client-metadata")
+        demand_exact(ask.json, "loadCodeAssist", metadata=GOOGLE_METADATA)
+        return json_answer(**self.loaded)
+
+
+class XaiLogin(DeviceLogin):
+    provider, client = "xai", "b1a00492-073a-47ea-816f-4c329264a828"
+    routes = {"POST auth.x.ai/oauth2/device/code": "device", "POST auth.x.ai/oauth2/token": "token",
+              "GET auth.x.ai/device": "enter", "GET auth.x.ai/fake-decision": "decide"}
+    device_fields = {"scope": "openid profile email offline_access grok-cli:access api:access",
+                     "referrer": re.compile("[a-z]+")}
+    page_url = "https://auth.x.ai/device"
+    offers = {"expires_in": 1800}                # without an interval
+    shapes = ("xai-oauth-", "xai-refresh-")
+    lifetime_s = 21600
+
+
+class KimiLogin(DeviceLogin):
+    provider, client = "kimi-coding", "17e5f671-d194-4dfb-9706-5516cb48c098"
+    routes = {"POST auth.kimi.com/api/oauth/device_authorization": "device",
+              "POST auth.kimi.com/api/oauth/token": "token", "GET auth.kimi.com/device": "enter",
+              "GET auth.kimi.com/fake-decision": "decide"}
+    page_url = "https://auth.kimi.com/device"
+    shapes = ("kimi-access-", "kimi-refresh-")
+    lifetime_s = 7200
+    margin_s = 0
+
+
+class MetaLogin(DeviceLogin):
+    provider, client = "meta", "1031625952748946"
+    routes = {"POST auth.meta.com/oidc/device/authorization/": "device",
+              "POST auth.meta.com/oidc/device/token/": "poll", "GET auth.meta.com/device": "enter",
+              "GET auth.meta.com/fake-decision": "decide",
+              "POST api.meta.ai/muse-code/key": "mint"}
+    page_url = "https://auth.meta.com/device"
+    lifetime_s = 86400
+    margin_s = 0
+
+    def granted(self) -> Dict[str, Any]:
+        self.refresh = self.world.secret("meta-identity-")
+        return {"access_token": self.refresh, "token_type": "bearer", "expires_in": 5184000}
+
+    def mint(self, ask: Ask) -> Answer:
+        demand_headers(ask, accept="application/json", x_api_version="1.0.0")
+        demand_exact(ask.json, "mint")
+        if not self.refresh or ask.bearer != self.refresh:
+            return json_answer(401, message="The identity token is not valid")
+        self.new_key()
+        return json_answer(api_key=self.access)
+
+    def new_key(self) -> None:
+        self.access = self.world.secret("LLM|meta-")
+        self.live = {self.access}
+
+    def log_in(self) -> None:
+        self.granted()
+        self.new_key()
+
+
+class OpenRouterLogin(LoopbackLogin):
+    provider = "openrouter"
+    routes = {"GET openrouter.ai/auth": "authorize", "GET openrouter.ai/fake-consent": "consent",
+              "POST openrouter.ai/api/v1/auth/keys": "key"}
+    redirects = re.compile(r"http://(localhost|127\.0\.0\.1):\d+/oauth/callback/[A-Za-z0-9_-]{16,}")
+
+    def authorize(self, ask: Ask) -> Answer:
+        demand_exact(ask.query, "authorize URL", callback_url=self.redirects, code_challenge_method="S256",
+                     code_challenge=re.compile(r"[A-Za-z0-9_-]{43}"))
+        self.world.demand_new(ask.query["callback_url"].rpartition("/")[2])
+        return self.consent_page(ask.query)
+
+    def key(self, ask: Ask) -> Answer:
+        demand_exact(ask.json, "keys", code=None, code_verifier=None, code_challenge_method="S256")
+        if self.take_code(ask.json) is None:
+            return json_answer(403, error={"code": 403, "message": "Invalid code or code_verifier"})
+        self.log_in()
+        return json_answer(key=self.access, user_id=self.world.secret("user_"))
+
+    def log_in(self) -> None:
+        self.access = self.world.secret("sk-or-v1-")
+        self.live = {self.access}
+
+    def earliest(self, began: float) -> float:
+        return 9007199254740991
+
+    def latest(self) -> float:
+        return 9007199254740991
+
+
+class LoginCodeAssistFake(GridCodeAssistFake):
+    """Antigravity's side of Cloud Code Assist."""
+
+    def read(self, body: Dict[str, Any]) -> GridSeen:
+        demand(body.pop("requestType", "agent") == "agent", "requestType")
+        return super().read(body)
+
+
+LOGIN_VENDORS = (AnthropicLogin, CodexLogin, CopilotLogin, GeminiLogin, AntigravityLogin, XaiLogin, KimiLogin,
+                 MetaLogin, OpenRouterLogin)
+
+
+class LoginApi(NamedTuple):
+    """Where a provider answers requests, and as what."""
+
+    fake: Any
+    host: str
+    path: str
+    model: str
+
+
+LOGIN_APIS: Dict[str, LoginApi] = {
+    "anthropic": LoginApi(GridAnthropicFake, "api.anthropic.com", "/v1/messages", "claude-sonnet-4-5"),
+    "openai-codex": LoginApi(GridCodexFake, "chatgpt.com", "/backend-api/codex/responses", "gpt-5.6-luna"),
+    "github-copilot": LoginApi(GridChatFake, "api.individual.githubcopilot.com", "/chat/completions",
+                               "gemini-3.8-flash"),
+    "google-gemini-cli": LoginApi(GridCodeAssistFake, "cloudcode-pa.googleapis.com", GridCodeAssistFake.path,
+                                  "gemini-3.1-pro-preview"),
+    "google-antigravity": LoginApi(LoginCodeAssistFake, "daily-cloudcode-pa.googleapis.com", GridCodeAssistFake.path,
+                                   "gemini-3.1-pro-low"),
+    "xai": LoginApi(GridResponsesFake, "api.x.ai", "/v1/responses", "grok-4.5"),
+    "kimi-coding": LoginApi(GridChatFake, "api.kimi.com", "/coding/v1/chat/completions", "kimi-for-coding"),
+    "meta": LoginApi(GridResponsesFake, "api.meta.ai", "/v1/responses", "muse-spark-1.2"),
+    "openrouter": LoginApi(GridChatFake, "openrouter.ai", "/api/v1/chat/completions", "openai/gpt-6-luna"),
+}
+
+
+class FakeVendors:
+    """All vendors behind one proxy. By (provider, step), `instead` has answers that come in place of a step's own, used
+    up in turn, or functions of the request that may return None; and `fields` changes a good answer's fields. `faults`
+    is what clients did wrong."""
+
+    def __init__(self, folder: str, is_attended: bool = False) -> None:
+        self.is_attended = is_attended          # whether somebody sits before the pages
+        self._issued = 0
+        self._once: set[str] = set()
+        self.reset()
+        hosts = sorted({host for vendor in LOGIN_VENDORS for route in vendor.routes
+                        for host in spelt_out(route.partition(" ")[2].partition("/")[0])} |
+                       {api.host for api in LOGIN_APIS.values()})
+        authority, certificate = make_grid_certificates(folder, hosts)
+        self.hosts = {host: HostOfVendors(self, host) for host in hosts}
+        self.proxy = GridProxy(certificate, self.hosts)
+        world = self
+
+        class Handler(self.proxy.server.RequestHandlerClass):   # type: ignore[name-defined,misc]
+            def do_GET(self) -> None:
+                if not self.tunnel:             # to the proxy itself: what the one who drives a real browser wants
+                    give_grid_answer(self, world.control(self.path))
+                    return
+                if "content-length" not in self.headers:
+                    self.headers["content-length"] = "0"
+                self.do_POST()
+
+            def do_POST(self) -> None:
+                try:
+                    super().do_POST()
+                except OSError:                 # a client that gave up
+                    self.close_connection = True
+
+        self.proxy.server.RequestHandlerClass = Handler
+        self.proxy.server.socket.listen(64)     # many clients at once must not wait for a second SYN
+        self.environ = {"HTTPS_PROXY": self.proxy.url, "https_proxy": self.proxy.url, "SSL_CERT_FILE": authority}
+
+    def reset(self) -> None:
+        """New vendors, who know of nothing."""
+        self.scenario = ""
+        self.polls: List[str] = [] if self.is_attended else ["authorization_pending"]
+        self.secrets: List[str] = [LOGIN_EMAIL, LOGIN_ACCOUNT]
+        self.faults: List[str] = []
+        self.instead: Dict[Tuple[str, str], List[Any]] = {}
+        self.fields: Dict[Tuple[str, str], Dict[str, Any]] = {}
+        self.asked: List[str] = []              # "METHOD host/path" of every request
+        self.used_tokens: List[str] = []        # of the API calls that were answered
+        self.refuses = False                    # whether the APIs take no token at all
+        self.on_api_call: Callable[[], None] = lambda: None
+        self.vendors: Dict[str, Any] = {vendor.provider: vendor(self) for vendor in LOGIN_VENDORS}
+        self.apis: Dict[str, GridFake] = {}
+        for provider, api in LOGIN_APIS.items():
+            fake = self.apis[provider] = api.fake()
+            fake.path, fake.model, fake.headers = api.path, api.model, {}
+
+    def secret(self, prefix: str) -> str:
+        """A text that nobody else has, and that must not be shown."""
+        self._issued += 1
+        text = prefix + hashlib.sha256(f"{prefix}{self._issued}".encode()).hexdigest()[:32]
+        self.secrets.append(text)
+        return text
+
+    def demand_new(self, text: str) -> None:
+        demand(text not in self._once, "a state, challenge or path that was used before")
+        self._once.add(text)
+
+    def answer(self, host: str, received: Received) -> Answer:
+        split = urllib.parse.urlsplit(received.path)
+        address = f"{received.method} {host}{split.path}"
+        if split.path == "/favicon.ico":        # a real browser's own wish
+            return json_answer(404)
+        self.asked.append(address)
+        try:
+            ask = Ask(received.method, host, split.path, demand_once(split.query), received.headers, received.body)
+            found = [(vendor, step) for vendor in self.vendors.values() for route, step in vendor.routes.items()
+                     if re.fullmatch(route, address)]
+            if not found:
+                return self.api_answer(ask, received)
+            vendor, step = next((pair for pair in found if pair[0].claims(ask)), found[0])
+            vendor.steps.append(step)
+            return self.step_answer(vendor, step, ask)
+        except (GridFault, ValueError, KeyError, IndexError, AttributeError) as fault:
+            self.faults.append(f"{address}: {type(fault).__name__}: {fault}")
+            return oauth_error("invalid_request", error_hint=str(fault))
+
+    def step_answer(self, vendor: FakeLogin, step: str, ask: Ask) -> Answer:
+        waiting = self.instead.get((vendor.provider, step))
+        other = waiting.pop(0) if waiting else None
+        other = other(ask) if callable(other) else other
+        if other is None and self.scenario == "down" and ask.method == "POST":
+            other = Answer(503, b"<html><body>Service Unavailable</body></html>", "text/html")
+        return self.changed(getattr(vendor, step)(ask), vendor.provider, step) if other is None else other
+
+    def changed(self, answer: Answer, provider: str, step: str) -> Answer:
+        changes = self.fields.get((provider, step), {})
+        if not changes or answer.status != 200 or b'"error"' in answer.body:
+            return answer
+        fields = {**json.loads(answer.body), **changes}
+        body = {name: value for name, value in fields.items() if value is not ABSENT}
+        return answer._replace(body=json.dumps(body).encode())
+
+    def api_answer(self, ask: Ask, received: Received) -> Answer:
+        """A provider's answer to a request with one of its tokens."""
+        provider = next((name for name, api in LOGIN_APIS.items() if api.host == ask.host), "")
+        demand(provider, "no such address")
+        vendor, fake = self.vendors[provider], self.apis[provider]
+        if ask.method == "GET":
+            return json_answer(404)
+        self.on_api_call()
+        if ask.bearer not in vendor.live or self.refuses:
+            vendor.steps.append("refused")
+            return json_answer(401, error={"message": "Invalid credentials", "type": "authentication_error"})
+        demand("x-api-key" not in ask.headers, "a key beside the token")
+        if provider == "anthropic":
+            demand("oauth-2025-04-20" in ask.headers.get("anthropic-beta", ""), "anthropic-beta")
+            demand(ask.json["system"][0]["text"] == pg.OAUTH_IDENTITY, "system")
+        if provider == "openai-codex":
+            demand_headers(ask, chatgpt_account_id=LOGIN_ACCOUNT)
+        self.used_tokens.append(ask.bearer)
+        answer = fake.answer(received)
+        self.faults.extend(fake.faults)
+        return answer
+
+    def control(self, path: str) -> Answer:
+        """GET /scenario/NAME, /faults and /asked of the proxy itself."""
+        what, _, name = path.strip("/").partition("/")
+        if what == "scenario" and name in LOGIN_SCENARIOS:
+            self.scenario = name
+            self.polls = ["slow_down"] if name == "slow_down" else []
+        return json_answer(scenario=self.scenario, faults=self.faults, asked=self.asked)
+
+    def fetch(self, url: str) -> Tuple[int, Dict[str, str], str]:
+        """What a browser gets: status, headers, text. Vendors are asked without the network, which saves its time."""
+        split = urllib.parse.urlsplit(url)
+        path = urllib.parse.urlunsplit(("", "", split.path, split.query, ""))
+        if split.hostname in self.hosts:
+            answer = self.answer(split.hostname, Received("GET", path, {}, b""))
+            return answer.status, answer.headers, answer.body.decode("utf-8")
+        connection = http.client.HTTPConnection(split.hostname or "", split.port, timeout=10)
+        try:
+            connection.request("GET", path)
+            response = connection.getresponse()
+            return (response.status, {name.lower(): value for name, value in response.getheaders()},
+                    response.read().decode("utf-8"))
+        finally:
+            connection.close()
+
+    def click(self, url: str, link: str = "allow") -> str:
+        """Opens a page and follows a link on it; the address that it leads to, unless that is a page as well."""
+        status, _, text = self.fetch(url)
+        assert status == 200, (status, text)
+        found = re.search(f'id="{link}" href="([^"]+)"', text)
+        assert found, text
+        target = urllib.parse.urljoin(url, found.group(1).replace("&amp;", "&"))
+        return self.fetch(target)[1].get("location", "")
+
+    def close(self) -> None:
+        self.proxy.close()
+
+
+def spelt_out(pattern: str) -> List[str]:
+    """The hosts that a route's pattern stands for: alternatives in brackets."""
+    before, bracket, rest = pattern.partition("(")
+    if not bracket:
+        return [pattern]
+    choices, _, after = rest.partition(")")
+    return [before + choice + more for choice in choices.split("|") for more in spelt_out(after)]
+
+
+class HostOfVendors(NamedTuple):
+    """One host name of the world."""
+
+    world: FakeVendors
+    host: str
+
+    def answer(self, received: Received) -> Answer:
+        return self.world.answer(self.host, received)
+
+
+# --- The user ---------------------------------------------------------------------------------------------------------
+
+
+class LoginBrowser:
+    """The user before a browser. `act` is what happens with the page that the gateway opens."""
+
+    def __init__(self, world: FakeVendors) -> None:
+        self.world = world
+        self.urls: List[str] = []
+        self.pages: List[Tuple[int, Dict[str, str], str]] = []      # what the gateway's own page said
+        self.act: Callable[[LoginBrowser, str], None] = click_allow
+        self.is_awaited = False                 # by the gateway
+        self.lock = threading.Lock()
+        self._threads: List[threading.Thread] = []
+        self._failures: List[BaseException] = []
+
+    def open(self, url: str, *_: Any, **__: Any) -> bool:
+        self.urls.append(url)
+        self._threads.append(threading.Thread(target=self._run, args=(url,), daemon=True))
+        self._threads[-1].start()
+        return True
+
+    def _run(self, url: str) -> None:
+        try:
+            self.act(self, url)
+        except BaseException as failure:        # to be raised in the test's own thread, which waits in vain
+            self._failures.append(failure)
+            with self.lock:
+                if self.is_awaited:
+                    _thread.interrupt_main()
+
+    def come_back(self, url: str) -> int:
+        self.pages.append(self.world.fetch(url))
+        return self.pages[-1][0]
+
+    def join(self) -> None:
+        for thread in self._threads:
+            thread.join(10)
+            assert not thread.is_alive(), "the browser still waits"
+        for failure in self._failures:
+            raise failure
+
+
+def click_allow(browser: LoginBrowser, url: str) -> None:
+    assert browser.come_back(browser.world.click(url)) == 200
+
+
+def click_deny(browser: LoginBrowser, url: str) -> None:
+    assert browser.come_back(browser.world.click(url, "deny")) in (200, 400)
+
+
+def with_query(url: str, **fields: Optional[str]) -> str:
+    """The URL with query fields set, those that are None taken out."""
+    split = urllib.parse.urlsplit(url)
+    query = {**dict(urllib.parse.parse_qsl(split.query)), **fields}
+    return urllib.parse.urlunsplit(split._replace(query=urllib.parse.urlencode({
+        name: value for name, value in query.items() if value is not None})))
+
+
+def click_after_strays(browser: LoginBrowser, url: str) -> None:
+    """What else comes to the port before the one request that is meant: other pages, an idle connection as browsers
+    make them in advance, and answers that are not to this question."""
+    back = browser.world.click(url)
+    split = urllib.parse.urlsplit(back)
+    strays = [(split._replace(path="/favicon.ico").geturl(), 404), (with_query(back, code=None), 400)]
+    if "state" in urllib.parse.parse_qs(split.query):
+        strays += [(with_query(back, state=state), 400) for state in ("0" * 32, "", None)]
+        strays += [(with_query(back, state="0" * 32, code=None, error="access_denied"), 400)]
+    else:
+        strays += [(split._replace(path=split.path[:-4] + "0000").geturl(), 404)]
+    if sys.platform == "linux":                 # elsewhere this machine has one loopback address only
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.2", split.port or 0), 5)
+    with socket.create_connection(("127.0.0.1", split.port or 0)), \
+            socket.create_connection(("127.0.0.1", split.port or 0)) as rude:
+        rude.sendall(b"\x16\x03\x01 no HTTP at all\r\n\r\n")
+        for stray, status in strays:
+            assert browser.come_back(stray) == status, stray
+        assert browser.come_back(back) == 200
+
+
+# What is in auth.json already, and has to stay: order, unknown fields and other letters included.
+LOGIN_OTHERS: Dict[str, Any] = {
+    "zeta": {"type": "api_key", "key": "sk-zeta-0123456789abcdef", "env": {"A": "b"}, "note": "caf\u00e9 \u2603"},
+    "radius": {"type": "oauth", "access": "a", "refresh": "r", "expires": 1, "scope": "s", "x": [1.5, None, {"y": {}}]},
+    "alpha": {"type": "api_key"}}
+
+
+class LoginScreen(io.StringIO):
+    """Standard output, which tells the desk of each address that stands on a line of its own."""
+
+    def __init__(self, desk: LoginDesk) -> None:
+        super().__init__()
+        self.desk = desk
+
+    def isatty(self) -> bool:
+        return self.desk.keyboard is not None
+
+    def write(self, text: str) -> int:
+        for url in re.findall(r"^\s*(https://\S+)\s*$", text, re.MULTILINE):
+            self.desk.urls.append(url)
+            if self.desk.keyboard:
+                self.desk.keyboard.type(self.desk.types(url) + "\n")
+        return super().write(text)
+
+
+class LoginKeyboard(io.StringIO):
+    """Standard input with somebody who types."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._ends = os.pipe()
+
+    def isatty(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._ends[0]
+
+    def type(self, text: str) -> None:
+        os.write(self._ends[1], text.encode())
+
+    def hang_up(self) -> None:
+        for end in self._ends[::-1]:
+            os.close(end)
+
+
+class LoginDesk:
+    """Runs the log-in commands in this process, without a terminal unless `keyboard` is set, and sees to what they
+    leave behind."""
+
+    def __init__(self, world: FakeVendors, folder: Any, monkeypatch: Any) -> None:
+        world.reset()
+        self.world, self.monkeypatch = world, monkeypatch
+        self.browser = LoginBrowser(world)
+        self.keyboard: Optional[LoginKeyboard] = None
+        self.types: Callable[[str], str] = lambda url: ""       # what is typed when that address is shown
+        self.urls: List[str] = []
+        self.waits: List[float] = []
+        self.home = str(folder)
+        self.folder = write_agent_files(folder)
+        self.path = os.path.join(self.folder, "auth.json")
+        self.environ = {"HOME": self.home, "USERPROFILE": self.home, "BROWSER": "stub", **world.environ}
+        for name in LOGIN_VARIABLES:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in self.environ.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr("webbrowser.open", self.browser.open)
+        monkeypatch.setattr(pg, "AUTH_PAUSE_S", 0.0)
+        monkeypatch.setattr(pg.Terminal, "wait", lambda *given: self.waits.append(given[-1]))
+
+    def write(self, entries: Any) -> None:
+        with open(self.path, "w", encoding="utf-8") as file:
+            file.write(entries if isinstance(entries, str) else json.dumps(entries, indent=2, ensure_ascii=False))
+        os.chmod(self.path, 0o600)
+
+    @property
+    def raw(self) -> Optional[bytes]:
+        if not os.path.exists(self.path):
+            return None
+        with open(self.path, "rb") as file:
+            return file.read()
+
+    def run(self, *argv: str, status: int = 0) -> Tuple[str, str]:
+        """(stdout, stderr) of a command that has to end with that status."""
+        before, self.began = self.raw, time.time()
+        out, err = LoginScreen(self), io.StringIO()
+        with self.monkeypatch.context() as patch:
+            for name, stream in (("stdin", self.keyboard or io.StringIO()), ("stdout", out), ("stderr", err)):
+                patch.setattr(sys, name, stream)
+            ended = self.run_interruptibly(argv)
+        self.browser.join()
+        shown = out.getvalue(), err.getvalue()
+        assert ended == status, (ended, *shown)
+        self.check(*shown)
+        if not status:
+            assert self.world.faults == []
+        else:
+            assert self.raw == before, "a failure changed auth.json"
+            assert re.fullmatch(r"\n?pigateway: [\x20-\x7e\u2026]+\n", shown[1]), shown[1]
+        return shown
+
+    def run_interruptibly(self, argv: Sequence[str]) -> int:
+        """The exit status of a command. A browser that fails ends the wait for it with SIGINT, which a test run in the
+        background ignores by default."""
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            self.browser.is_awaited = True
+            try:
+                return pg.main(list(argv))
+            finally:
+                with self.browser.lock:
+                    self.browser.is_awaited = False
+        except KeyboardInterrupt:
+            return 130
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def check(self, *shown: str) -> None:
+        """What holds after every command."""
+        said = urllib.parse.unquote("\n".join([*shown, *self.browser.urls]))
+        for secret in ["Traceback", *self.world.secrets]:
+            assert secret not in said, f"shows {secret}"
+        assert set(os.listdir(self.folder)) <= {"auth.json"}, "something is left over"
+        if os.name != "nt" and self.raw is not None:
+            assert os.stat(self.path).st_mode & 0o777 == 0o600
+
+    def check_entry(self, provider: str, others: Dict[str, Any] = LOGIN_OTHERS) -> Dict[str, Any]:
+        """auth.json holds the others as they were, and the new log-in where the one before was, or last."""
+        vendor = self.world.vendors[provider]
+        text = (self.raw or b"").decode("utf-8")
+        entries = json.loads(text)
+        assert list(entries) == list({**others, provider: 0})
+        assert text == json.dumps({**others, provider: entries[provider]}, indent=2, ensure_ascii=False)
+        vendor.check_stored(entries[provider], self.began)
+        return dict(entries[provider])
+
+
+LOGIN_VARIABLES = ("PI_CODING_AGENT_DIR", "GOOGLE_CLOUD_PROJECT", "GOOGLE_CLOUD_PROJECT_ID", "SSL_CERT_DIR",
+                   "REQUESTS_CA_BUNDLE", "COPILOT_GITHUB_TOKEN", "PI_OAUTH_CALLBACK_HOST")
+
+
+@pytest.fixture(scope="module")
+def vendors(tmp_path_factory: Any) -> Iterator[FakeVendors]:
+    """All vendors, behind one proxy."""
+    if not shutil.which("openssl"):
+        pytest.skip("needs the openssl program")
+    world = FakeVendors(str(tmp_path_factory.mktemp("vendors")))
+    yield world
+    world.close()
+
+
+@pytest.fixture
+def desk(vendors: FakeVendors, tmp_path: Any, monkeypatch: Any) -> LoginDesk:
+    """A place to log in from, with an auth.json of others."""
+    made = LoginDesk(vendors, tmp_path, monkeypatch)
+    made.write(LOGIN_OTHERS)
+    return made
+
+
+class DirectConnection:
+    """Stands where an answer's connection would, after all of it has come."""
+
+    def receive(self, *_: Any) -> bytes:
+        return b""
+
+    def release(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def direct(vendors: FakeVendors, monkeypatch: Any) -> None:
+    """Vendors are called without sockets, where it matters what they say and not how it travels."""
+    def open_directly(transport: pg.Transport, call: pg.Call, scope: pg.Scope) -> pg.Response:
+        split = urllib.parse.urlsplit(call.url)
+        headers = {name.lower(): value for name, value in call.headers.items()}
+        path = urllib.parse.urlunsplit(("", "", split.path, split.query, ""))
+        answer = vendors.answer(split.hostname or "", Received(call.method, path, headers, call.body))
+        headers = {"content-length": str(len(answer.body)), **answer.headers}
+        gone: Any = DirectConnection()
+        return pg.Response(answer.status, headers, gone, answer.body, scope, 1.0)
+
+    monkeypatch.setattr(pg.Transport, "open", open_directly)
+
+
+DIRECT = pytest.mark.usefixtures("direct")
+
+
+# --- Every flow, and what goes wrong in it ----------------------------------------------------------------------------
+
+
+class LoginCase(NamedTuple):
+    """A way to log in: the command, and the vendor's steps in order, those of the pages apart."""
+
+    argv: Tuple[str, ...]
+    steps: Tuple[str, ...]
+    host: str = ""              # of the address that is shown
+
+    @property
+    def provider(self) -> str:
+        return self.argv[0]
+
+    @property
+    def is_device(self) -> bool:
+        return "poll" in self.steps or self.provider in ("xai", "kimi-coding")
+
+    def run(self, desk: LoginDesk, status: int = 0) -> Tuple[str, str]:
+        return desk.run("login", *self.argv, status=status)
+
+
+LOGIN_CASES: Dict[str, LoginCase] = {
+    "anthropic": LoginCase(("anthropic", "--yes"), ("token",), "claude.ai"),
+    "openai-codex": LoginCase(("openai-codex", "--yes"), ("token",), "auth.openai.com"),
+    "openai-codex device": LoginCase(("openai-codex", "--yes", "--device"), ("device", "poll", "poll", "token"),
+                                     "auth.openai.com"),
+    "github-copilot": LoginCase(("github-copilot", "--yes"),
+                                ("device", "poll", "poll", "copilot_token", "models", "policy"), "github.com"),
+    "github enterprise": LoginCase(("github-copilot", "--yes", "--enterprise", f"https://{LOGIN_ENTERPRISE}/login"),
+                                   ("device", "poll", "poll", "copilot_token", "models", "policy"), LOGIN_ENTERPRISE),
+    "google-gemini-cli": LoginCase(("google-gemini-cli", "--yes"), ("token", "load", "userinfo"),
+                                   "accounts.google.com"),
+    "google-antigravity": LoginCase(("google-antigravity", "--yes"), ("token", "load", "userinfo"),
+                                    "accounts.google.com"),
+    "xai": LoginCase(("xai",), ("device", "token", "token"), "auth.x.ai"),
+    "kimi-coding": LoginCase(("kimi-coding",), ("device", "token", "token"), "auth.kimi.com"),
+    "meta": LoginCase(("meta",), ("device", "poll", "poll", "mint"), "auth.meta.com"),
+    "openrouter": LoginCase(("openrouter",), ("key",), "openrouter.ai"),
+}
+LOGIN_LOOPBACK = [name for name, case in LOGIN_CASES.items() if not case.is_device]
+LOGIN_DEVICE = [name for name, case in LOGIN_CASES.items() if case.is_device]
+LOGIN_RESTRICTED = ["anthropic", "openai-codex", "github-copilot", "google-gemini-cli", "google-antigravity"]
+LOGIN_PORTS = {"anthropic": 53692, "openai-codex": 1455, "google-gemini-cli": 8085, "google-antigravity": 51121}
+
+
+def steps_of(desk: LoginDesk, provider: str) -> List[str]:
+    """What a vendor was asked, without the pages that the browser saw."""
+    return [step for step in desk.world.vendors[provider].steps if step not in ("authorize", "consent")]
+
+
+@pytest.mark.parametrize("name", LOGIN_CASES)
+def test_log_in(desk: LoginDesk, name: str) -> None:
+    case = LOGIN_CASES[name]
+    out, err = case.run(desk)
+    assert not err
+    assert sorted(set(steps_of(desk, case.provider))) == sorted(set(case.steps))
+    assert steps_of(desk, case.provider)[:2] == list(case.steps[:2])
+    desk.check_entry(case.provider)
+    assert len(desk.urls) == 1 and urllib.parse.urlsplit(desk.urls[0]).hostname == case.host
+    if case.is_device:
+        vendor = desk.world.vendors[case.provider]
+        assert (vendor.device_grant if name == "openai-codex device" else vendor.grant).user_code in out
+        assert desk.waits and all(5 <= wait <= 7 for wait in desk.waits)
+    else:
+        assert desk.browser.urls == desk.urls and desk.waits == []
+        status, headers, text = desk.browser.pages[-1]
+        assert headers["content-type"].startswith("text/html") and "no-store" in headers["cache-control"]
+        assert not any(secret in text for secret in desk.world.secrets)
+
+
+def test_log_in_makes_the_file(desk: LoginDesk) -> None:
+    shutil.rmtree(os.path.join(desk.home, ".pi"))
+    LOGIN_CASES["xai"].run(desk)
+    desk.check_entry("xai", {})
+    if os.name != "nt":
+        folders = (desk.folder, os.path.dirname(desk.folder))
+        assert [os.stat(folder).st_mode & 0o777 for folder in folders] == [0o700, 0o700]
+
+
+def test_log_in_again_replaces_the_one_before(desk: LoginDesk) -> None:
+    others = {"anthropic": {"type": "api_key", "key": "old"}, **LOGIN_OTHERS}
+    desk.write(others)
+    for _ in range(2):
+        LOGIN_CASES["anthropic"].run(desk)
+        desk.check_entry("anthropic", others)
+
+
+def test_log_in_into_another_folder(desk: LoginDesk, tmp_path: Any) -> None:
+    before = desk.raw
+    desk.run("login", "xai", "--auth-dir", str(tmp_path / "other"))
+    assert desk.raw == before
+    desk.path = str(tmp_path / "other" / "auth.json")
+    desk.check_entry("xai", {})
+
+
+@pytest.mark.parametrize("name", LOGIN_LOOPBACK)
+def test_log_in_goes_on_after_strays(desk: LoginDesk, name: str) -> None:
+    desk.browser.act = click_after_strays
+    LOGIN_CASES[name].run(desk)
+    desk.check_entry(LOGIN_CASES[name].provider)
+
+
+@pytest.mark.parametrize("name", LOGIN_CASES)
+def test_log_in_denied(desk: LoginDesk, name: str) -> None:
+    case = LOGIN_CASES[name]
+    desk.world.scenario, desk.browser.act = "deny", click_deny
+    _, err = case.run(desk, status=1)
+    assert re.search("denied|refused", err)
+    assert steps_of(desk, case.provider) == [step for step in case.steps if step in ("device", "poll", "token") and
+                                             case.is_device][:3]
+
+
+@pytest.mark.parametrize("name", LOGIN_CASES)
+def test_log_in_expired(desk: LoginDesk, name: str) -> None:
+    desk.world.scenario = "expire"
+    _, err = LOGIN_CASES[name].run(desk, status=1)
+    assert re.search("expired|no longer valid|invalid", err.lower())
+
+
+@DIRECT
+@pytest.mark.parametrize("name", LOGIN_DEVICE)
+def test_log_in_slow_down(desk: LoginDesk, name: str) -> None:
+    desk.world.polls = ["authorization_pending", "slow_down", "authorization_pending", "slow_down"]
+    LOGIN_CASES[name].run(desk)
+    desk.check_entry(LOGIN_CASES[name].provider)
+    waits = desk.waits[:5] if name != "openai-codex device" else [5, *desk.waits[:4]]
+    assert len(waits) == 5 and waits[0] <= waits[1] < 8
+    assert waits[2] >= waits[1] + 5 and waits[3] >= waits[2] and waits[4] >= waits[3] + 5
+
+
+@DIRECT
+def test_log_in_slow_down_as_told(desk: LoginDesk) -> None:
+    desk.world.polls = ["slow_down 17", "authorization_pending", "slow_down 3"]
+    LOGIN_CASES["github-copilot"].run(desk)
+    assert [17 <= wait <= 25 for wait in desk.waits[1:3]] == [True] * 2 and 3 <= desk.waits[3] < 17
+
+
+@DIRECT
+@pytest.mark.parametrize("name", LOGIN_DEVICE)
+def test_log_in_never_answered(desk: LoginDesk, name: str) -> None:
+    desk.world.polls = ["authorization_pending"] * 1000
+    desk.world.fields[LOGIN_CASES[name].provider, "device"] = {"interval": 60, "expires_in": 290}
+    _, err = LOGIN_CASES[name].run(desk, status=1)
+    assert "expired" in err and sum(desk.waits) <= 900
+
+
+@pytest.mark.parametrize("provider", LOGIN_PORTS)
+def test_log_in_port_in_use(desk: LoginDesk, provider: str) -> None:
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(("127.0.0.1", LOGIN_PORTS[provider]))
+        other.listen()
+        _, err = LOGIN_CASES[provider].run(desk, status=1)
+    assert str(LOGIN_PORTS[provider]) in err and "--no-browser" in err
+    assert desk.browser.urls == [] and desk.world.asked == []
+
+
+@pytest.mark.parametrize("how, words", [("no proxy", "refused|connection"), ("no such host", "403"),
+                                        ("no trust", "certificate")])
+@pytest.mark.parametrize("name, host", [("anthropic", "platform.claude.com"), ("xai", "auth.x.ai")])
+def test_log_in_without_network(desk: LoginDesk, monkeypatch: Any, name: str, host: str, how: str, words: str) -> None:
+    if how == "no trust":
+        monkeypatch.delenv("SSL_CERT_FILE")
+    elif how == "no such host":
+        monkeypatch.delitem(desk.world.hosts, host)
+    else:
+        for variable in ("HTTPS_PROXY", "https_proxy"):
+            monkeypatch.setenv(variable, f"http://127.0.0.1:{closed_port()}")
+    _, err = LOGIN_CASES[name].run(desk, status=1)
+    assert re.search(words, err)
+
+
+def spoilt(ask: Ask) -> Iterator[Tuple[str, Ask]]:
+    """A request with one thing wrong: a field or a header missing, a field changed, one too many."""
+    is_json = ask.body[:1] == b"{"
+    fields = ask.query if ask.method == "GET" else json.loads(ask.body) if is_json else ask.form
+    changes: List[Tuple[str, Dict[str, Any]]] = [("one more", {**fields, "surprise": "1"})]
+    for name in fields:
+        changes.append((f"no {name}", {other: fields[other] for other in fields if other != name}))
+        changes.append((f"another {name}", {**fields, name: "x" + str(fields[name])}))
+    for what, changed in changes:
+        body = json.dumps(changed) if is_json else urllib.parse.urlencode(changed)
+        yield what, ask._replace(query=changed) if ask.method == "GET" else ask._replace(body=body.encode())
+    for name in set(ask.headers) - {"host", "content-length", "connection"}:
+        yield f"no {name}", ask._replace(headers={other: ask.headers[other] for other in ask.headers if other != name})
+
+
+# What vendors do not look at.
+LOGIN_UNSEEN = {("authorize", "another state"), ("authorize", "another code_challenge"), ("device", "another referrer"),
+                ("authorize", "another originator"), *((step, "one more") for step in ("models", "copilot_token"))}
+LOGIN_UNSEEN_HEADERS = {"no user-agent", "no accept", *("no " + name.replace("_", "-") for name in COPILOT_HEADERS)}
+
+
+@DIRECT
+@pytest.mark.parametrize("name", LOGIN_CASES)
+def test_log_in_vendors_see_faults(desk: LoginDesk, monkeypatch: Any, name: str) -> None:
+    world, answer = desk.world, desk.world.step_answer
+    unseen: List[Tuple[str, str]] = []
+
+    def probe(vendor: FakeLogin, step: str, ask: Ask) -> Answer:
+        once = world._once
+        for what, wrong in spoilt(ask) if step != "consent" else ():
+            world._once = set(once)
+            trial = copy.deepcopy(vendor, {id(world): world})
+            try:
+                reply = getattr(trial, step)(wrong)
+                if reply.status < 400 and b'"error"' not in reply.body:
+                    unseen.append((step, what))
+            except (GridFault, ValueError, KeyError, IndexError, AttributeError):
+                pass
+        world._once = once
+        return answer(vendor, step, ask)
+
+    world.polls = []
+    monkeypatch.setattr(world, "step_answer", probe)
+    LOGIN_CASES[name].run(desk)
+    assert [pair for pair in unseen if pair not in LOGIN_UNSEEN and pair[1] not in LOGIN_UNSEEN_HEADERS] == []
+
+
+# What a log-in server may answer instead of what it should.
+LOGIN_BAD_ANSWERS: Dict[str, Any] = {
+    "400": oauth_error("invalid_request"), "401": json_answer(401, message="Unauthorized"),
+    "429": Answer(429, b'{"error": {"type": "rate_limit_error", "message": "Wait."}}', headers={"retry-after": "7"}),
+    "503": Answer(503, b"<html>\x1b]0;owned\x07\xff</html>", "text/html"),
+    "no JSON": Answer(200, b"<html>Log in to the airport's network</html>", "text/html"),
+    "a list": Answer(200, b"[1]"), "null": Answer(200, b"null"), "nothing": Answer(200, b""), "empty": json_answer(),
+    "other": json_answer(surprise=True), "deep": Answer(200, b"[" * 5000),
+    "cut": Answer(200, b'{"access_token": "', headers={"content-length": "100"}),
+    "redirect": Answer(302, headers={"location": "https://evil.example/"}),
+    "escapes": json_answer(400, error="invalid_grant", error_description="\x1b[2J\x9b\r\nlogged in\u202e" * 200),
+    "echo": lambda ask: json_answer(400, error="invalid_grant", error_description=(
+        f"Not valid: {ask.bearer} {urllib.parse.unquote(ask.body.decode())}")),
+}
+LOGIN_VITAL = [("anthropic", "token"), ("openai-codex", "token"), ("openai-codex device", "device"),
+               ("openai-codex device", "poll"), ("openai-codex device", "token"), ("github-copilot", "device"),
+               ("github-copilot", "poll"), ("github-copilot", "copilot_token"), ("google-gemini-cli", "token"),
+               ("google-gemini-cli", "load"), ("xai", "device"), ("xai", "token"), ("kimi-coding", "token"),
+               ("meta", "device"), ("meta", "poll"), ("meta", "mint"), ("openrouter", "key")]
+
+
+@DIRECT
+@pytest.mark.parametrize("turn", range(len(LOGIN_VITAL)), ids=["-".join(pair) for pair in LOGIN_VITAL])
+def test_log_in_bad_answers(desk: LoginDesk, turn: int) -> None:
+    name, step = LOGIN_VITAL[turn]
+    case = LOGIN_CASES[name]
+    for kind in [*list(LOGIN_BAD_ANSWERS)[turn % 5::5], ("escapes", "echo")[turn % 2]]:
+        desk.world.instead[case.provider, step] = [LOGIN_BAD_ANSWERS[kind]] * 5
+        case.run(desk, status=1)
+        desk.world.reset()
+
+
+# Fields that a log-in cannot do without.
+LOGIN_FIELDS = [("anthropic", "token", "access_token refresh_token"),
+                ("openai-codex", "token", "access_token refresh_token"),
+                ("openai-codex device", "device", "device_auth_id user_code"),
+                ("openai-codex device", "poll", "authorization_code code_verifier"),
+                ("github-copilot", "device", "device_code user_code verification_uri"),
+                ("github-copilot", "poll", "access_token"), ("github-copilot", "copilot_token", "token expires_at"),
+                ("google-gemini-cli", "token", "access_token refresh_token"),
+                ("xai", "device", "device_code user_code"), ("xai", "token", "access_token refresh_token"),
+                ("kimi-coding", "token", "access_token refresh_token"), ("meta", "device", "device_code user_code"),
+                ("meta", "poll", "access_token"), ("meta", "mint", "api_key"), ("openrouter", "key", "key")]
+
+
+@DIRECT
+@pytest.mark.parametrize("name, step, fields", LOGIN_FIELDS, ids=[f"{row[0]}-{row[1]}" for row in LOGIN_FIELDS])
+def test_log_in_fields_missing(desk: LoginDesk, name: str, step: str, fields: str) -> None:
+    case = LOGIN_CASES[name]
+    for number, field in enumerate(fields.split()):
+        for value in (ABSENT, [[{}], ""][number]) if number < 2 else (None,):
+            desk.world.fields[case.provider, step] = {field: value}
+            case.run(desk, status=1)
+            desk.world.reset()
+
+
+@DIRECT
+@pytest.mark.parametrize("life", [ABSENT, None, 0, -5, "soon", [], True, 1e400, float("nan"), 1e300, "1800", 1800.5])
+def test_log_in_strange_life(desk: LoginDesk, life: Any) -> None:
+    interval = 7.5 if life in ("1800", 1800.5) else life
+    desk.world.fields["xai", "device"] = {"expires_in": life, "interval": interval}
+    desk.world.fields["xai", "token"] = {"expires_in": life}
+    LOGIN_CASES["xai"].run(desk)
+    expires = json.loads(desk.raw or b"")["xai"]["expires"]
+    assert type(expires) is int and 0 <= expires / 1000 - time.time() <= 3600
+    assert all(1 <= wait <= 10 for wait in desk.waits)
+
+
+@DIRECT
+@pytest.mark.parametrize("token", [
+    "no-jwt", "a.!!!.c", "..", f"h.{to_base64url(b'[]')}.s", *(
+        f"h.{to_base64url(json.dumps({'https://api.openai.com/auth': claim}).encode())}.s"
+        for claim in (None, {}, {"chatgpt_account_id": ""}, {"chatgpt_account_id": 7}))])
+def test_log_in_codex_without_account(desk: LoginDesk, token: str) -> None:
+    desk.world.fields["openai-codex", "token"] = {"access_token": token}
+    LOGIN_CASES["openai-codex"].run(desk, status=1)
+
+
+@DIRECT
+@pytest.mark.parametrize("field, text", [
+    ("verification_uri", "javascript:alert(1)"), ("verification_uri", "file:///etc/passwd"),
+    ("verification_uri", "https://auth.meta.com/\x1b[2J"), ("verification_uri", "https://a\r\nLogged in."),
+    ("user_code", "\x1b]0;owned\x07"), ("user_code", "A\u202eB")])
+def test_log_in_shows_no_strange_page(desk: LoginDesk, field: str, text: str) -> None:
+    desk.world.fields["meta", "device"] = {"verification_uri_complete": ABSENT, field: text}
+    out, _ = LOGIN_CASES["meta"].run(desk, status=1)
+    assert text not in out and desk.browser.urls == []
+
+
+# --- Google's projects ------------------------------------------------------------------------------------------------
+
+
+class ProjectCase(NamedTuple):
+    """What Google knows of an account, and what comes of it: a project, or a word of the message."""
+
+    loaded: Dict[str, Any]
+    project: str = ""
+    words: str = ""
+    own: str = ""               # GOOGLE_CLOUD_PROJECT
+    instead: Dict[str, List[Answer]] = {}
+    steps: str = "load"
+    waits: int = 0
+
+
+GOOGLE_FREE = {"allowedTiers": [{"id": "standard-tier"}, {"id": "free-tier", "isDefault": True}]}
+GOOGLE_STANDARD = {"allowedTiers": [{"id": "standard-tier", "isDefault": True}]}
+GOOGLE_POLICY = json_answer(403, error={"code": 403, "message": "Request is prohibited by organization's policy",
+                                        "details": [{"reason": "SECURITY_POLICY_VIOLATED"}]})
+PROJECT_CASES = {
+    "own tier": ProjectCase({"currentTier": {"id": "free-tier"}, "cloudaicompanionProject": "kept-1"}, "kept-1"),
+    "tier without project": ProjectCase({"currentTier": {"id": "standard-tier"}}, words="GOOGLE_CLOUD_PROJECT"),
+    "tier, named project": ProjectCase({"currentTier": {"id": "standard-tier"}}, "mine-1", own="mine-1"),
+    "new and free": ProjectCase(GOOGLE_FREE, LOGIN_PROJECT, steps="load onboard operation operation", waits=1),
+    "new, free, named project": ProjectCase(GOOGLE_FREE, LOGIN_PROJECT, own="mine-1",
+                                            steps="load onboard operation operation", waits=1),
+    "done at once": ProjectCase(GOOGLE_FREE, "made-1", instead={"onboard": [json_answer(
+        done=True, response={"cloudaicompanionProject": {"id": "made-1"}})]}, steps="load onboard"),
+    "done without project": ProjectCase(GOOGLE_FREE, words="GOOGLE_CLOUD_PROJECT", instead={"onboard": [json_answer(
+        done=True, response={})]}, steps="load onboard"),
+    "new and standard": ProjectCase(GOOGLE_STANDARD, words="GOOGLE_CLOUD_PROJECT"),
+    "new, standard, named": ProjectCase(GOOGLE_STANDARD, LOGIN_PROJECT, own="mine-1",
+                                        steps="load onboard operation operation", waits=1),
+    "no tiers": ProjectCase({}, words="GOOGLE_CLOUD_PROJECT"),
+    "no tiers, named": ProjectCase({}, LOGIN_PROJECT, own="mine-1", steps="load onboard operation operation", waits=1),
+    "policy": ProjectCase({}, words="GOOGLE_CLOUD_PROJECT", instead={"load": [GOOGLE_POLICY]}),
+    "policy, named": ProjectCase({}, "mine-1", own="mine-1", instead={"load": [GOOGLE_POLICY]}),
+    "refused": ProjectCase({}, words="", instead={"load": [json_answer(403, error={"message": "No."})]}),
+    "onboarding fails": ProjectCase(GOOGLE_FREE, instead={"onboard": [Answer(500, b"")]}, steps="load onboard"),
+    "waiting fails": ProjectCase(GOOGLE_FREE, instead={"operation": [Answer(500, b"")]},
+                                 steps="load onboard operation"),
+}
+
+
+@DIRECT
+@pytest.mark.parametrize("variable", ["GOOGLE_CLOUD_PROJECT", "GOOGLE_CLOUD_PROJECT_ID"])
+@pytest.mark.parametrize("name", PROJECT_CASES)
+def test_log_in_gemini_project(desk: LoginDesk, monkeypatch: Any, name: str, variable: str) -> None:
+    case, vendor = PROJECT_CASES[name], desk.world.vendors["google-gemini-cli"]
+    if variable != "GOOGLE_CLOUD_PROJECT" and not case.own:
+        return                                  # nothing to name
+    if case.own:
+        monkeypatch.setenv(variable, case.own)
+    vendor.loaded, vendor.own_project, vendor.project = case.loaded, case.own, case.project or vendor.project
+    desk.world.instead = {("google-gemini-cli", step): list(answers) for step, answers in case.instead.items()}
+    _, err = LOGIN_CASES["google-gemini-cli"].run(desk, status=0 if case.project else 1)
+    assert case.words in err
+    steps = [step for step in steps_of(desk, "google-gemini-cli") if step not in ("token", "userinfo")]
+    assert steps == case.steps.split() and desk.waits == [5] * case.waits
+    if case.project:
+        desk.check_entry("google-gemini-cli")
+
+
+@DIRECT
+def test_log_in_gemini_onboarding_that_never_ends(desk: LoginDesk) -> None:
+    vendor = desk.world.vendors["google-gemini-cli"]
+    vendor.loaded, vendor.polls_left = GOOGLE_FREE, 10_000
+    LOGIN_CASES["google-gemini-cli"].run(desk, status=1)
+    assert set(desk.waits) == {5} and 60 <= sum(desk.waits) <= 900
+
+
+@DIRECT
+@pytest.mark.parametrize("answers, project", [
+    ([json_answer(cloudaicompanionProject={"id": "own-7"})], "own-7"),
+    ([json_answer(cloudaicompanionProject="own-8")], "own-8"),
+    ([Answer(500, b""), json_answer(cloudaicompanionProject="own-9")], "own-9"),
+    ([Answer(200, b"[]"), json_answer(cloudaicompanionProject="own-9")], "own-9"),
+    ([Answer(500, b"")] * 2, "rising-fact-p41fc"), ([json_answer()] * 2, "rising-fact-p41fc"),
+    ([GOOGLE_POLICY] * 2, "rising-fact-p41fc"), ([Answer(200, b"[" * 5000)] * 2, "rising-fact-p41fc"),
+    ([json_answer(cloudaicompanionProject=7)] * 2, "rising-fact-p41fc"),
+    ([Answer(200, b"{", headers={"content-length": "9"})] * 2, "rising-fact-p41fc")])
+def test_log_in_antigravity_project(desk: LoginDesk, answers: List[Answer], project: str) -> None:
+    desk.world.vendors["google-antigravity"].project = project
+    desk.world.instead["google-antigravity", "load"] = list(answers)
+    LOGIN_CASES["google-antigravity"].run(desk)
+    desk.check_entry("google-antigravity")
+
+
+@DIRECT
+@pytest.mark.parametrize("provider, answer", [
+    ("google-gemini-cli", Answer(500, b"")), ("google-antigravity", json_answer()),
+    ("google-antigravity", Answer(200, b"no")),
+    ("google-gemini-cli", Answer(200, b"{", headers={"content-length": "9"}))])
+def test_log_in_at_google_without_an_address(desk: LoginDesk, provider: str, answer: Answer) -> None:
+    desk.world.instead[provider, "userinfo"] = [answer]
+    LOGIN_CASES[provider].run(desk)
+    entry = json.loads(desk.raw or b"")[provider]
+    assert entry["projectId"] == LOGIN_PROJECT and isinstance(entry.get("email", ""), str)
+
+
+# --- Copilot's models -------------------------------------------------------------------------------------------------
+
+
+def copilot_ids(desk: LoginDesk) -> Any:
+    LOGIN_CASES["github-copilot"].run(desk)
+    return json.loads(desk.raw or b"")["github-copilot"].get("availableModelIds")
+
+
+@DIRECT
+def test_copilot_models_are_switched_on(desk: LoginDesk) -> None:
+    ids = copilot_ids(desk)
+    assert sorted(ids) == sorted(desk.world.vendors["github-copilot"].stored()["availableModelIds"])
+    assert "claude-sonnet-5" in desk.world.vendors["github-copilot"].enabled
+    assert set(desk.world.vendors["github-copilot"].enabled) <= {"claude-sonnet-5", "unheard-of-1"}
+
+
+@DIRECT
+@pytest.mark.parametrize("answers", [[Answer(500, b"")] * 2, [json_answer(429)] * 9, [Answer(200, b"")],
+                                     [Answer(200, b"{", headers={"content-length": "9"})]])
+def test_copilot_models_that_stay_off(desk: LoginDesk, answers: List[Answer]) -> None:
+    desk.world.instead["github-copilot", "policy"] = list(answers)
+    assert {"gpt-5.6-luna", "gemini-3.8-flash"} <= set(copilot_ids(desk))
+
+
+@DIRECT
+def test_copilot_without_a_picker(desk: LoginDesk) -> None:
+    vendor = desk.world.vendors["github-copilot"]
+    vendor.offered = [copilot_model("gpt-5.6-luna", picker=False),
+                      copilot_model("claude-sonnet-5", picker=False, state="unconfigured"),
+                      copilot_model("gpt-6-luna", False, "disabled")]
+    assert sorted(copilot_ids(desk)) == ["claude-sonnet-5", "gpt-5.6-luna"]
+
+
+@DIRECT
+@pytest.mark.parametrize("answer", [Answer(500, b""), Answer(200, b"no"), json_answer(), json_answer(data=7),
+                                    json_answer(data=[7, {}, {"id": 7}, None]), Answer(200, b"[" * 5000),
+                                    Answer(200, b"{", headers={"content-length": "9"})])
+def test_copilot_without_a_list(desk: LoginDesk, answer: Answer) -> None:
+    desk.world.instead["github-copilot", "models"] = [answer]
+    assert copilot_ids(desk) is None            # an empty list would hide every model from pi
+
+
+# --- auth.json --------------------------------------------------------------------------------------------------------
+
+
+def lock_of(desk: LoginDesk) -> str:
+    return desk.path + ".lock"
+
+
+def test_log_in_waits_for_the_lock_and_keeps_what_came_meanwhile(desk: LoginDesk) -> None:
+    others = {**LOGIN_OTHERS, "xai": {"type": "api_key", "key": "$XAI"}}
+
+    def somebody_writes(browser: LoginBrowser, url: str) -> None:
+        os.mkdir(lock_of(desk))
+        click_allow(browser, url)
+        until(lambda: "token" in desk.world.vendors["anthropic"].steps)
+        time.sleep(0.05)                        # a log-in that does not wait would have written by now
+        assert "anthropic" not in json.loads(desk.raw or b"")
+        desk.write(others)
+        os.rmdir(lock_of(desk))
+
+    desk.browser.act = somebody_writes
+    LOGIN_CASES["anthropic"].run(desk)
+    desk.check_entry("anthropic", others)
+
+
+def test_log_in_steals_a_dead_lock(desk: LoginDesk) -> None:
+    os.mkdir(lock_of(desk))
+    os.utime(lock_of(desk), (1, 1))
+    assert pg.main(["login", "xai"]) == 0
+    desk.began = time.time()
+    assert not os.path.exists(lock_of(desk)) and "xai" in json.loads(desk.raw or b"")
+
+
+@pytest.mark.parametrize("text", ['{"a": ', "[]", '"x"', '{"a": {"type": "api_key"}}}', "\x00\x01"])
+def test_log_in_leaves_a_broken_file_alone(desk: LoginDesk, text: str) -> None:
+    desk.write(text)
+    LOGIN_CASES["xai"].run(desk, status=1)
+    assert desk.world.asked == [], "better before a log-in than after it"
+
+
+@DIRECT
+@pytest.mark.parametrize("text, others", [("", {}), (" \n", {}), ("{}", {}), ('\ufeff{"b": {"k": "\\ud800"}, "a": 1}', {
+    "b": {"k": "\ud800"}, "a": 1})])
+def test_log_in_takes_unusual_files(desk: LoginDesk, text: str, others: Dict[str, Any]) -> None:
+    desk.write(text)
+    LOGIN_CASES["xai"].run(desk)
+    entries = json.loads(desk.raw or b"")
+    assert {**others, "xai": entries["xai"]} == entries and list(entries) == [*others, "xai"]
+
+
+@DIRECT
+@POSIX
+def test_log_in_follows_a_link(desk: LoginDesk, tmp_path: Any) -> None:
+    target = tmp_path / "real.json"
+    os.rename(desk.path, str(target))
+    os.symlink(str(target), desk.path)
+    LOGIN_CASES["xai"].run(desk)
+    assert os.path.islink(desk.path)
+    desk.check_entry("xai")
+    assert sorted(os.listdir(str(tmp_path))) == [".pi", "real.json"]
+
+
+@DIRECT
+@POSIX
+def test_log_in_makes_a_readable_file_private(desk: LoginDesk) -> None:
+    os.chmod(desk.path, 0o644)
+    LOGIN_CASES["xai"].run(desk)
+    desk.check_entry("xai")
+
+
+@DIRECT
+def test_log_in_replaces_the_file_at_once(desk: LoginDesk) -> None:
+    before = os.stat(desk.path).st_ino
+    LOGIN_CASES["xai"].run(desk)
+    assert os.name == "nt" or os.stat(desk.path).st_ino != before
+
+
+# --- The command line -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("argv, words", [
+    (("login",), "which|terminal"), (("login", "antropic", "--yes"), "anthropic"), (("login", "groq"), "groq"),
+    (("login", ""), ""), (("login", "openai-codex", "--no-browser", "--yes"), "terminal"),
+    (("login", "openrouter", "--no-browser"), "terminal"), (("login", "xai", "--device=1"), ""),
+    (("login", "anthropic", "--device", "--yes"), "device"),
+    (("login", "xai", "--enterprise", "ghe.example.com"), "enterprise"),
+    (("login", "github-copilot", "--yes", "--enterprise", "https://"), "enterprise"),
+    (("login", "github-copilot", "--yes", "--enterprise", "a b/../c@d:x"), "enterprise"),
+    (("login", "xai", "meta"), ""), (("login", "xai", "--token", "secret"), ""),
+    (("logout",), "which"), (("logout", "anthropic"), "anthropic"), (("logout", "zeta"), "zeta"),
+    (("accounts", "xai"), ""), (("accounts", "--yes"), "yes"), (("models", "--no-browser"), "browser"),
+    *((("login", name), "--yes") for name in LOGIN_RESTRICTED)])
+def test_log_in_usage(desk: LoginDesk, argv: Tuple[str, ...], words: str) -> None:
+    _, err = desk.run(*argv, status=2)
+    assert words in err or re.search(words, err)
+    assert desk.world.asked == [] and desk.browser.urls == []
+
+
+@DIRECT
+def test_log_in_over_a_key(desk: LoginDesk) -> None:
+    others = {"xai": {"type": "api_key", "key": "sk-own-0123456789"}, **LOGIN_OTHERS}
+    desk.write(others)
+    _, err = desk.run("login", "xai", status=2)
+    assert "--yes" in err and desk.world.asked == []
+    desk.run("login", "xai", "--yes")
+    desk.check_entry("xai", others)
+
+
+@DIRECT
+def test_log_in_accounts_and_logout(desk: LoginDesk) -> None:
+    assert "radius" in desk.run("accounts")[0]
+    for name in ("anthropic", "openai-codex", "google-gemini-cli", "openrouter"):
+        LOGIN_CASES[name].run(desk)
+    out, err = desk.run("accounts")
+    assert not err and [line.split()[0] for line in out.splitlines()] == [
+        "radius", "anthropic", "openai-codex", "google-gemini-cli", "openrouter"]
+    rows = json.loads(desk.run("accounts", "--json")[0])
+    assert [row["provider"] for row in rows] == [line.split()[0] for line in out.splitlines()]
+    desk.run("logout", "anthropic")
+    text = (desk.raw or b"").decode("utf-8")
+    entries = json.loads(text)
+    assert list(entries) == [*LOGIN_OTHERS, "openai-codex", "google-gemini-cli", "openrouter"]
+    assert text == json.dumps(entries, indent=2, ensure_ascii=False)
+    desk.run("logout", "zeta", status=2)
+    for name in ("radius", "openai-codex", "google-gemini-cli", "openrouter"):
+        desk.run("logout", name)
+    assert json.loads(desk.raw or b"") == {name: entry for name, entry in LOGIN_OTHERS.items() if name != "radius"}
+
+
+def test_log_in_accounts_without_a_file(desk: LoginDesk) -> None:
+    os.remove(desk.path)
+    desk.run("accounts")
+    assert json.loads(desk.run("accounts", "--json")[0]) == []
+    assert desk.raw is None
+
+
+# --- What is typed ----------------------------------------------------------------------------------------------------
+
+# What becomes of the address that the browser ended at when it is pasted, and whether the log-in succeeds.
+LOGIN_PASTES: Dict[str, Tuple[Callable[[str], str], int]] = {
+    "address": (lambda back: back, 0), "blanks around": (lambda back: f"  \t{back} ", 0),
+    "after empty lines": (lambda back: f"\n \n{back}", 0),
+    "code#state": (lambda back: "#".join(with_code(back)), 0), "code": (lambda back: with_code(back)[0], 0),
+    "query": (lambda back: back.partition("?")[2], 0), "question mark and query": (
+        lambda back: "?" + back.partition("?")[2], 0),
+    "no state": (lambda back: with_query(back, state=None), 0),
+    "wrong state": (lambda back: with_query(back, state="0" * 32), 1),
+    "code#wrong": (lambda back: with_code(back)[0] + "#" + "0" * 32, 1),
+    "wrong query": (lambda back: with_query(back, state="0" * 32).partition("?")[2], 1),
+    "refusal": (lambda back: with_query(back, code=None, error="access_denied"), 1),
+    "no code": (lambda back: with_query(back, code=None), 1), "the wrong code": (lambda back: "code_invented", 1),
+    "letters": (lambda back: "\u00e9\x01\x7f", 1), "long": (lambda back: "x" * 3000, 1),
+}
+
+
+def with_code(back: str) -> Tuple[str, str]:
+    query = dict(urllib.parse.parse_qsl(urllib.parse.urlsplit(back).query))
+    return query["code"], query.get("state", "")
+
+
+@pytest.fixture
+def keyboard(desk: LoginDesk) -> Iterator[LoginKeyboard]:
+    """Somebody at the terminal who opens the address elsewhere and pastes what comes of it."""
+    desk.keyboard = LoginKeyboard()
+    yield desk.keyboard
+    desk.keyboard.hang_up()
+
+
+@DIRECT
+@POSIX
+@pytest.mark.parametrize("name, paste", [*(("anthropic", paste) for paste in LOGIN_PASTES), *(
+    ("openai-codex", paste) for paste in ("address", "code#state", "query", "code#wrong", "refusal"))])
+def test_log_in_paste(desk: LoginDesk, keyboard: LoginKeyboard, name: str, paste: str) -> None:
+    change, status = LOGIN_PASTES[paste]
+    desk.types = lambda url: change(desk.world.click(url))
+    provider = LOGIN_CASES[name].provider
+    desk.run("login", provider, "--yes", "--no-browser", status=status)
+    assert desk.browser.urls == []
+    if not status:
+        desk.check_entry(provider)
+    elif paste not in ("the wrong code", "letters", "long"):
+        assert "token" not in desk.world.vendors[provider].steps
+
+
+@DIRECT
+@POSIX
+@pytest.mark.parametrize("no_browser", [True, False])
+@pytest.mark.parametrize("name", ["google-gemini-cli", "google-antigravity", "openrouter"])
+def test_log_in_paste_at_others(desk: LoginDesk, keyboard: LoginKeyboard, name: str, no_browser: bool) -> None:
+    desk.types = lambda url: desk.world.click(url)
+    desk.browser.act = lambda browser, url: None
+    desk.run("login", name, "--yes", *(["--no-browser"] if no_browser else []))
+    desk.check_entry(name)
+    assert len(desk.browser.urls) == (0 if no_browser else 1)
+
+
+@POSIX
+def test_log_in_paste_with_the_port_in_use(desk: LoginDesk, keyboard: LoginKeyboard) -> None:
+    desk.types = lambda url: desk.world.click(url)
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(("127.0.0.1", LOGIN_PORTS["anthropic"]))
+        other.listen()
+        desk.run("login", "anthropic", "--yes", "--no-browser")
+    desk.check_entry("anthropic")
+
+
+@POSIX
+def test_log_in_browser_before_the_paste(desk: LoginDesk, keyboard: LoginKeyboard) -> None:
+    LOGIN_CASES["anthropic"].run(desk)          # an empty line is typed meanwhile
+    desk.check_entry("anthropic")
+
+
+# --- With a terminal --------------------------------------------------------------------------------------------------
+
+# Imports the module once, then runs each command in a fork with a terminal of its own. An order is
+# {"argv": [...], "environ": {...}, "pace": factor of waits}; the answers are the terminal and, at the end, the status.
+LOGIN_FORKER = r"""
+import json, os, pty, signal, socket, sys, time, traceback, webbrowser
+import pigateway
+link = socket.socket(fileno=int(sys.argv[1]))
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+while True:
+    order = json.loads(link.recv(1 << 20) or b"null")
+    if order is None:
+        break
+    child, terminal = pty.fork()
+    if not child:
+        link.close()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.environ.clear()
+        os.environ.update(order["environ"])
+        sys.stdin, sys.stdout = open(0), open(1, "w", buffering=1)
+        sys.stderr = open(2, "w", buffering=1)
+        webbrowser.open = lambda *_, **__: True
+        if order["pace"] < 1:
+            pigateway.Terminal.wait = lambda *given: time.sleep(given[-1] * order["pace"])
+        status = 99
+        try:
+            status = pigateway.main(order["argv"])
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(status)
+    socket.send_fds(link, [b"t"], [terminal])
+    os.close(terminal)
+    link.sendall(json.dumps(os.waitpid(child, 0)[1]).encode())
+"""
+
+
+class LoginForker:
+    """The process that the forks come from."""
+
+    def __init__(self) -> None:
+        self.link, other = socket.socketpair()
+        self.link.settimeout(20)
+        with other:
+            self.process = subprocess.Popen([sys.executable, "-c", LOGIN_FORKER, str(other.fileno())], cwd=HERE,
+                                            pass_fds=[other.fileno()], stdin=subprocess.DEVNULL)
+
+    def close(self) -> None:
+        self.link.close()
+        self.process.wait(10)
+
+
+@pytest.fixture(scope="module")
+def forker() -> Iterator[LoginForker]:
+    pytest.importorskip("pty", reason="needs pseudo-terminals")
+    made = LoginForker()
+    yield made
+    made.close()
+
+
+class LoginTerminal:
+    """A command in a terminal, and the user who reads and types. For `with`, which ends the command in any case."""
+
+    def __init__(self, forker: LoginForker, desk: LoginDesk, *argv: str, pace: float = 0.001) -> None:
+        order = {"argv": argv, "environ": {**os.environ, **desk.environ}, "pace": pace}
+        forker.link.sendall(json.dumps(order).encode())
+        self.desk, self.link, self.text, self.place = desk, forker.link, "", 0
+        self.before = desk.raw
+        _, (self.terminal,), _, _ = socket.recv_fds(self.link, 1, 1)
+        self.status: Optional[int] = None
+
+    def __enter__(self) -> LoginTerminal:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.status is None:
+            self.close()
+
+    def expect(self, pattern: str) -> str:
+        """Reads until the pattern has come, behind what was expected before; what it matched."""
+        deadline = time.monotonic() + 10
+        while True:
+            match = re.compile(pattern).search(self.text, self.place)
+            if match:
+                self.place = match.end()
+                return match.group(0)
+            assert self.read(deadline), f"no {pattern!r} in {self.text!r}"
+
+    def read(self, deadline: float) -> bool:
+        """Takes what has come; False when the other side is closed or nothing comes."""
+        if not select.select([self.terminal], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            return False
+        try:
+            data = os.read(self.terminal, 65536)
+        except OSError:                         # how Linux says that the last one has closed it
+            return False
+        self.text += data.decode("utf-8").replace("\r\n", "\n")
+        return bool(data)
+
+    def type(self, text: str) -> None:
+        os.write(self.terminal, text.encode())
+
+    def paste(self) -> None:
+        """Opens the address that is shown in a browser elsewhere, and brings back what comes of it."""
+        url = self.expect(r"https://\S+(?=\n)")
+        self.expect("> ")
+        self.type(self.desk.world.click(url) + "\n")
+
+    def close(self) -> None:
+        os.close(self.terminal)
+        ended = json.loads(self.link.recv(100))
+        self.status = os.WEXITSTATUS(ended) if os.WIFEXITED(ended) else -os.WTERMSIG(ended)
+
+    def end(self, status: int, left: Tuple[str, ...] = ("auth.json",)) -> str:
+        """Reads to the end, which has to come with that status and leave these files; all that was shown."""
+        deadline = time.monotonic() + 10
+        while self.read(deadline):
+            pass
+        self.close()
+        assert self.status == status, (self.status, self.text)
+        assert "Traceback" not in self.text and "Error" not in self.text, self.text
+        assert sorted(os.listdir(self.desk.folder)) == sorted(left)
+        if status:
+            assert self.desk.raw == self.before
+        return self.text
+
+
+def test_log_in_terminal_paste(desk: LoginDesk, forker: LoginForker) -> None:
+    with LoginTerminal(forker, desk, "login", "openrouter") as terminal:
+        desk.began = time.time()
+        terminal.paste()
+        terminal.end(0)
+    desk.check_entry("openrouter")
+    assert desk.world.faults == []
+
+
+def test_log_in_terminal_callback_while_it_waits_for_a_paste(desk: LoginDesk, forker: LoginForker) -> None:
+    with LoginTerminal(forker, desk, "login", "anthropic", "--yes") as terminal:
+        desk.began = time.time()
+        url = terminal.expect(r"https://\S+(?=\n)")
+        terminal.expect("> ")
+        terminal.type("half of an addr")
+        click_allow(desk.browser, url)
+        terminal.end(0)
+    desk.check_entry("anthropic")
+
+
+def test_log_in_terminal_paste_of_another_log_in(desk: LoginDesk, forker: LoginForker) -> None:
+    with LoginTerminal(forker, desk, "login", "anthropic", "--yes", "--no-browser") as terminal:
+        url = terminal.expect(r"https://\S+(?=\n)")
+        terminal.type(with_query(desk.world.click(url), state="0" * 32) + "\n")
+        terminal.end(1)
+    assert steps_of(desk, "anthropic") == []
+
+
+def test_log_in_terminal_device(desk: LoginDesk, forker: LoginForker) -> None:
+    with LoginTerminal(forker, desk, "login", "xai") as terminal:
+        desk.began = time.time()
+        terminal.expect(re.escape(desk.world.vendors["xai"].user_code))
+        terminal.end(0)
+    desk.check_entry("xai")
+
+
+@pytest.mark.parametrize("provider, answer", [*((provider, "n\n") for provider in LOGIN_RESTRICTED), *(
+    ("anthropic", answer) for answer in ("\n", "maybe\n", "\x04"))])
+def test_log_in_terminal_no_to_the_question(desk: LoginDesk, forker: LoginForker, provider: str, answer: str) -> None:
+    with LoginTerminal(forker, desk, "login", provider) as terminal:
+        terminal.expect(r"\?.*$")
+        terminal.type(answer)
+        text = terminal.end(1)
+    assert "https://" not in text and desk.world.asked == []
+    assert len(text.partition("?")[0].splitlines()) == 3, "two lines and the question"
+
+
+@pytest.mark.parametrize("answer", ["y\n", "YES\n"])
+def test_log_in_terminal_yes_to_the_question(desk: LoginDesk, forker: LoginForker, answer: str) -> None:
+    with LoginTerminal(forker, desk, "login", "anthropic") as terminal:
+        desk.began = time.time()
+        terminal.expect(r"\?.*$")
+        terminal.type(answer)
+        terminal.paste()
+        terminal.end(0)
+    desk.check_entry("anthropic")
+
+
+@pytest.mark.parametrize("answer, status", [("y\n", 0), ("n\n", 1)])
+def test_log_in_terminal_over_a_key(desk: LoginDesk, forker: LoginForker, answer: str, status: int) -> None:
+    desk.write({"xai": {"type": "api_key", "key": "sk-own-0123456789"}})
+    with LoginTerminal(forker, desk, "login", "xai") as terminal:
+        terminal.expect(r"\?.*$")
+        terminal.type(answer)
+        terminal.end(status)
+    assert json.loads(desk.raw or b"")["xai"]["type"] == ("api_key" if status else "oauth")
+
+
+def test_log_in_terminal_picker(desk: LoginDesk, forker: LoginForker) -> None:
+    with LoginTerminal(forker, desk, "login") as terminal:
+        number = terminal.expect(r"\d+(?=\s.*\bkimi-coding\n)")
+        terminal.expect(r"\?.*$")
+        for case in LOGIN_CASES.values():
+            assert re.search(fr"\d+\s.*\b{case.provider}\n", terminal.text)
+        desk.began = time.time()
+        terminal.type(number + "\n")
+        terminal.end(0)
+    desk.check_entry("kimi-coding")
+
+
+@pytest.mark.parametrize("answer, status", [("xai\n", 0), ("0\n", 2), ("99\n", 2), ("groq\n", 2), ("\x04", 1)])
+def test_log_in_terminal_picker_answers(desk: LoginDesk, forker: LoginForker, answer: str, status: int) -> None:
+    with LoginTerminal(forker, desk, "login") as terminal:
+        terminal.expect(r"\?.*$")
+        terminal.type(answer)
+        terminal.end(status)
+
+
+def hang(desk: LoginDesk, provider: str, step: str) -> Tuple[threading.Event, threading.Event]:
+    """The vendor lets that step wait: (it has begun, it may end)."""
+    reached, released = threading.Event(), threading.Event()
+
+    def wait(ask: Ask) -> None:
+        reached.set()
+        released.wait(10)
+
+    desk.world.instead[provider, step] = [wait]
+    return reached, released
+
+
+# Where the user gives up: the command, what is typed before, and what shows that it has come so far (a pattern, or a
+# step of the vendor that hangs).
+LOGIN_INTERRUPTIONS = {
+    "picker": (("login",), r"\?.*$", ""), "question": (("login", "anthropic"), r"\?.*$", ""),
+    "paste": (("login", "openrouter", "--no-browser"), "> $", ""), "browser": (("login", "openrouter"), "> $", ""),
+    "device wait": (("login", "xai"), "WXYZ-2345[^>]*$", ""), "device code": (("login", "xai"), "", "device"),
+    "device poll": (("login", "meta"), "", "poll"), "key": (("login", "meta"), "", "mint"),
+    "exchange": (("login", "openrouter"), "", "key"),
+    "copilot": (("login", "github-copilot", "--yes"), "", "models"),
+}
+
+
+@pytest.mark.parametrize("name", LOGIN_INTERRUPTIONS)
+def test_log_in_terminal_interrupted(desk: LoginDesk, forker: LoginForker, name: str) -> None:
+    argv, pattern, step = LOGIN_INTERRUPTIONS[name]
+    reached, released = hang(desk, argv[1], step) if step else (None, None)
+    with LoginTerminal(forker, desk, *argv, pace=1 if name == "device wait" else 0.001) as terminal:
+        if step == "key":
+            terminal.paste()
+        if reached and released:
+            assert reached.wait(10)
+        else:
+            terminal.expect(pattern)
+        terminal.type("\x03")
+        terminal.end(130)
+        if released:
+            released.set()
+
+
+def test_log_in_terminal_interrupted_at_the_lock(desk: LoginDesk, forker: LoginForker) -> None:
+    reached, released = hang(desk, "meta", "mint")
+    with LoginTerminal(forker, desk, "login", "meta") as terminal:
+        assert reached.wait(10)
+        os.mkdir(lock_of(desk))
+        before = os.stat(lock_of(desk)).st_mtime_ns
+        released.set()
+        until(lambda: desk.world.vendors["meta"].access)
+        time.sleep(0.1)
+        terminal.type("\x03")
+        terminal.end(130, ("auth.json", "auth.json.lock"))
+    assert os.stat(lock_of(desk)).st_mtime_ns == before, "it is the lock of somebody else"
+
+
+# What BROWSER names in the test below.
+LOGIN_CLICKER = r"""
+import re, sys, urllib.parse, urllib.request
+page = urllib.request.urlopen(sys.argv[1]).read().decode()
+link = re.search('id="allow" href="([^"]+)"', page).group(1).replace("&amp;", "&")
+urllib.request.urlopen(urllib.parse.urljoin(sys.argv[1], link))
+"""
+
+
+@POSIX
+def test_log_in_as_shipped(desk: LoginDesk, tmp_path: Any) -> None:
+    browser = tmp_path / "browser"
+    browser.write_text(f"#!{sys.executable}\n{LOGIN_CLICKER}")
+    browser.chmod(0o700)
+    desk.began = time.time()
+    done = subprocess.run([sys.executable, MODULE, "login", "openrouter"], timeout=20, stdin=subprocess.DEVNULL,
+                          env={**os.environ, **desk.environ, "BROWSER": str(browser)}, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, encoding="utf-8", check=False)
+    assert (done.returncode, done.stderr) == (0, ""), done
+    desk.check(done.stdout)
+    desk.check_entry("openrouter")
+    assert desk.world.faults == []
+
+
+# --- Refresh ----------------------------------------------------------------------------------------------------------
+
+# The step that a refresh is, by provider.
+REFRESH_STEPS = {"anthropic": "token", "openai-codex": "token", "github-copilot": "copilot_token",
+                 "google-gemini-cli": "token", "google-antigravity": "token", "xai": "token", "kimi-coding": "token",
+                 "meta": "mint"}
+REFRESH_AFTER = {"omega": {"type": "api_key", "key": "sk-omega-0123456789"}}
+
+
+def keep_login(desk: LoginDesk, provider: str, lasts_s: float) -> None:
+    """Puts a log-in into auth.json, among others, whose token lasts so much longer."""
+    vendor = desk.world.vendors[provider]
+    vendor.log_in()
+    entry = {**vendor.stored(), "expires": int((time.time() + lasts_s) * 1000)}
+    desk.write({**LOGIN_OTHERS, provider: entry, **REFRESH_AFTER})
+    desk.began = time.time()
+
+
+@contextlib.contextmanager
+def login_gateway(desk: LoginDesk) -> Iterator[str]:
+    """A gateway with the log-ins of the desk."""
+    serve = pg.Server.serve_forever
+    with pytest.MonkeyPatch.context() as patch:
+        # a server that is stopped notices at its next look
+        patch.setattr(pg.Server, "serve_forever", lambda server, *_: serve(server, 0.005))
+        with running(desk.home, {name: value for name, value in desk.environ.items() if name != "HOME"}) as handle:
+            yield handle.url
+
+
+def refresh_steps(desk: LoginDesk, provider: str) -> List[str]:
+    """What the vendor was asked, apart from the model list that a gateway asks for anyway."""
+    return [step for step in desk.world.vendors[provider].steps if step != "models"]
+
+
+def ask_model(url: str, provider: str, stream: bool = False) -> Result:
+    body = {"model": f"{provider}/{LOGIN_APIS[provider].model}", "stream": stream,
+            "messages": [{"role": "user", "content": "Please. scenario: text."}]}
+    return call(url, "/v1/chat/completions", body)
+
+
+def check_said(result: Result, stream: bool = False) -> None:
+    assert result.status == 200, result.body
+    said = "".join(event["choices"][0]["delta"].get("content") or "" for event in result.events[:-1]) if stream else (
+        result.json["choices"][0]["message"]["content"])
+    assert said == GRID_FACTS["text"].text
+
+
+def check_renewed(desk: LoginDesk, provider: str) -> None:
+    """The new log-in stands where the old one was, complete, and all others are as they were."""
+    text = (desk.raw or b"").decode("utf-8")
+    entries = json.loads(text)
+    expected = {**LOGIN_OTHERS, provider: entries[provider], **REFRESH_AFTER}
+    assert text == json.dumps(expected, indent=2, ensure_ascii=False)
+    desk.world.vendors[provider].check_stored(entries[provider], desk.began)
+
+
+def check_quiet(desk: LoginDesk, lines: LogLines, *results: Result) -> None:
+    """No secret in the log, an answer or another file, no fault seen by a vendor, no lock left."""
+    shown = "".join(pg.JsonFormatter().format(record) for record in lines.records)
+    shown += "".join(f"{result.headers}{result.body!r}" for result in results)
+    for name in set(os.listdir(desk.folder)) - {"auth.json"}:
+        with open(os.path.join(desk.folder, name), encoding="utf-8") as file:
+            shown += file.read()
+    for secret in desk.world.secrets:
+        assert secret not in shown
+    assert desk.world.faults == []
+    assert set(os.listdir(desk.folder)) <= {"auth.json", "pigateway-renewals.json"}
+
+
+@pytest.mark.parametrize("provider", REFRESH_STEPS)
+def test_refresh(desk: LoginDesk, lines: LogLines, provider: str) -> None:
+    keep_login(desk, provider, -60)
+    vendor, step = desk.world.vendors[provider], REFRESH_STEPS[provider]
+    saved: List[bool] = []
+    desk.world.on_api_call = lambda: saved.append(vendor.access.encode() in (desk.raw or b""))
+    with login_gateway(desk) as url:
+        results = [ask_model(url, provider) for _ in range(2)]
+        # a token that rotates and is not kept is a log-in lost
+        assert saved == [True, True] and desk.world.used_tokens == [vendor.access] * 2
+        assert refresh_steps(desk, provider) == [step]
+        check_renewed(desk, provider)
+        vendor.live.clear()                     # the provider revokes it before its time
+        results.append(ask_model(url, provider))
+        assert refresh_steps(desk, provider) == [step, "refused", step], desk.world.asked
+        check_renewed(desk, provider)
+    for result in results:
+        check_said(result)
+    check_quiet(desk, lines, *results)
+
+
+def test_good_tokens_are_not_refreshed(desk: LoginDesk, lines: LogLines) -> None:
+    entries = dict(LOGIN_OTHERS)
+    for provider in LOGIN_APIS:
+        keep_login(desk, provider, 3600)
+        entries[provider] = json.loads(desk.raw or b"")[provider]
+    desk.write(entries)
+    before = desk.raw
+    with login_gateway(desk) as url:
+        results = [ask_model(url, provider) for provider in LOGIN_APIS]
+    for result in results:
+        check_said(result)
+    assert desk.raw == before and len(desk.world.used_tokens) == len(LOGIN_APIS)
+    assert not any(REFRESH_STEPS.get(name) in vendor.steps for name, vendor in desk.world.vendors.items())
+    check_quiet(desk, lines, *results)
+
+
+@pytest.mark.parametrize("gateways", [1, 2])
+@pytest.mark.parametrize("provider", ["anthropic", "github-copilot"])
+def test_one_refresh_for_all_who_wait(desk: LoginDesk, lines: LogLines, provider: str, gateways: int) -> None:
+    keep_login(desk, provider, -60)
+    vendor = desk.world.vendors[provider]
+    results: List[Result] = []
+    with contextlib.ExitStack() as stack:
+        urls = [stack.enter_context(login_gateway(desk)) for _ in range(gateways)]
+        threads = [threading.Thread(target=lambda url=url: results.append(ask_model(url, provider)), daemon=True)
+                   for url in urls * (8 // gateways)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(10)
+    assert len(results) == 8
+    for result in results:
+        check_said(result)
+    assert refresh_steps(desk, provider) == [REFRESH_STEPS[provider]] and set(desk.world.used_tokens) == {vendor.access}
+    check_renewed(desk, provider)
+    check_quiet(desk, lines, *results)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("provider", ["anthropic", "openai-codex", "meta"])
+def test_refused_token_is_renewed_and_tried_once(desk: LoginDesk, lines: LogLines, provider: str, stream: bool) -> None:
+    keep_login(desk, provider, 3600)
+    vendor, step = desk.world.vendors[provider], REFRESH_STEPS[provider]
+    vendor.live.clear()
+    with login_gateway(desk) as url:
+        result = ask_model(url, provider, stream)
+    check_said(result, stream)
+    assert refresh_steps(desk, provider) == ["refused", step]
+    check_renewed(desk, provider)
+    check_quiet(desk, lines, result)
+
+
+@pytest.mark.parametrize("provider", ["anthropic", "github-copilot", "openrouter"])
+def test_token_that_is_refused_for_good(desk: LoginDesk, lines: LogLines, provider: str) -> None:
+    keep_login(desk, provider, 3600)
+    desk.world.refuses = True
+    with login_gateway(desk) as url:
+        results = [ask_model(url, provider) for _ in range(2)]
+    for result in results:
+        assert result.status in (401, 403, 502), result.body
+    again = [REFRESH_STEPS[provider], "refused"] if provider in REFRESH_STEPS else []
+    assert refresh_steps(desk, provider) == ["refused", *again, "refused"]      # and no more renewals for a while
+    check_quiet(desk, lines, *results)
+
+
+REFRESH_REFUSALS = {
+    "invalid_grant": oauth_error("invalid_grant"), "401": json_answer(401, message="Unauthorized"),
+    "reused": json_answer(401, error={"message": "Your refresh token has already been used.", "type":
+                                      "invalid_request_error", "code": "refresh_token_reused"}),
+    "echo": LOGIN_BAD_ANSWERS["echo"], "escapes": LOGIN_BAD_ANSWERS["escapes"]}
+
+
+@pytest.mark.parametrize("provider", REFRESH_STEPS)
+def test_refresh_token_that_is_void(desk: LoginDesk, lines: LogLines, provider: str) -> None:
+    keep_login(desk, provider, -60)
+    vendor, before = desk.world.vendors[provider], desk.raw
+    vendor.refresh = "another"
+    with login_gateway(desk) as url:
+        results = [ask_model(url, provider) for _ in range(2)]
+        assert refresh_steps(desk, provider) == [REFRESH_STEPS[provider]] and desk.raw == before
+        for result in results:
+            assert result.status == 401 and f"login {provider}" in result.json["error"]["message"]
+        vendor.log_in()                         # the user does what the message says
+        keep_login(desk, provider, 3600)
+        results.append(ask_model(url, provider))
+        check_said(results[-1])
+    check_quiet(desk, lines, *results)
+
+
+@pytest.mark.parametrize("kind", REFRESH_REFUSALS)
+def test_refusals_of_a_refresh(desk: LoginDesk, lines: LogLines, kind: str) -> None:
+    keep_login(desk, "openai-codex", -60)
+    before = desk.raw
+    desk.world.instead["openai-codex", "token"] = [REFRESH_REFUSALS[kind]]
+    with login_gateway(desk) as url:
+        result = ask_model(url, "openai-codex")
+    assert result.status == 401 and "login openai-codex" in result.json["error"]["message"]
+    assert desk.raw == before
+    check_quiet(desk, lines, result)
+
+
+@pytest.mark.parametrize("kind", ["503", "429", "no JSON", "other", "cut", "redirect", "echo 500"])
+def test_refresh_that_fails_for_now(desk: LoginDesk, lines: LogLines, kind: str) -> None:
+    """The vendor is down: that is no reason to log in again, and the log-in stays."""
+    keep_login(desk, "anthropic", -60)
+    before = desk.raw
+    answer = LOGIN_BAD_ANSWERS[kind] if kind != "echo 500" else lambda ask: Answer(500, ask.body)
+    desk.world.instead["anthropic", "token"] = [answer] * 9
+    with login_gateway(desk) as url:
+        result = ask_model(url, "anthropic")
+    assert result.status >= 500 or result.status == 429
+    assert desk.raw == before and "login anthropic" not in result.json["error"]["message"]
+    check_quiet(desk, lines, result)
