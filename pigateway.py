@@ -10546,6 +10546,7 @@ class Exchange:
     responder: HttpResponder
     query: str = ""
     is_last: bool = True                        # no other model stands behind this one
+    account: str = ""                           # which one was called, as a hash
     answer_headers: Dict[str, str] = field(default_factory=dict)
     log: Dict[str, Any] = field(default_factory=dict)
 
@@ -10717,7 +10718,7 @@ class Gateway:
         passed = [model for model in candidates if self._takes_passed(self.catalogue.providers[model.provider])]
         candidates = [model for model in candidates if model not in passed[1:]]
         now = self.clock()
-        candidates.sort(key=lambda model: bool(self.cooling.get(model.full_id, now)))    # stable: rested ones first
+        candidates.sort(key=lambda model: self._rests(model, now))      # stable: in their order otherwise
         for model in candidates:
             exchange.is_last = model is candidates[-1]
             headers = dict(exchange.answer_headers)
@@ -10738,7 +10739,17 @@ class Gateway:
             f"{passed['model']}: {passed['reason']}" for passed in exchange.log["fallbacks"]))
         if reason != "too_long":                # that is the request's fault, not the model's
             rest_s = min(max(error.retry_after or 0.0, COOL_DOWN_S), 3600.0)
-            self.cooling.put(model.full_id, reason, self.clock() + rest_s - self.cooling.ttl_s)
+            self.cooling.put(model.full_id, exchange.account, self.clock() + rest_s - self.cooling.ttl_s)
+
+    def _rests(self, model: Model, now: float) -> bool:
+        """Whether a model failed not long ago, with the account that it would be called with now."""
+        account = self.cooling.get(model.full_id, now)
+        if account is None:
+            return False
+        try:
+            return account == self.credentials.get(self.catalogue.providers[model.provider], model).account
+        except GatewayError:
+            return True
 
     def _complete_on(self, model: Model, request: Request, exchange: Exchange) -> None:
         """Answers a completion request with this model."""
@@ -10812,6 +10823,7 @@ class Gateway:
             self._check_exposure(provider, self._is_hidden(provider))
             credential = self.credentials.get(provider, model)
             self._check_exposure(provider, credential.kind == "oauth" and not self.config.exposes_subscriptions)
+        exchange.account = credential.account
         base_url = credential.parts.get("endpoint") or self.credentials.fill(model.base_url, provider)
         return replace(model, base_url=base_url, headers={}), credential
 

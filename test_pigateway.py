@@ -13333,12 +13333,17 @@ def test_next_model_of_a_chain_has_its_turn(tmp_path: Any, quick: Any, answer: A
 
 
 def test_model_that_failed_rests(tmp_path: Any) -> None:
-    with served(tmp_path, failing(429, retry_after="60"), ANTH_FINE, model_map=CHAIN) as (url, fake):
+    with served(tmp_path, failing(429, retry_after="60"), ANTH_FINE, ANTH_FINE, ANTH_FINE, ANTH_FINE, FINE, model_map=CHAIN,
+                ) as (url, fake):
         for _ in range(3):
             assert call(url, "/v1/chat/completions", {**ASK, "model": "both"}).status == 200
         assert [received.path for received in fake.received] == ["/v1/chat/completions"] + ["/v1/messages"] * 3
         assert call(url, "/v1/chat/completions", {**ASK, "model": "one"}).headers["x-pigateway-model"] == "anth/m1"
         assert call(url, "/v1/chat/completions", {**ASK, "model": "gone"}).status == 404
+        write_agent_files(tmp_path, auth={"chat": {"type": "api_key", "key": "sk-another-account"}})
+        before = len(fake.received)             # another account has not failed
+        assert call(url, "/v1/chat/completions", {**ASK, "model": "both"}).status == 200
+        assert [received.path for received in fake.received[before:]] == ["/v1/chat/completions"]
 
 
 def test_last_model_of_a_chain_is_tried_again_as_any_other(tmp_path: Any, quick: Any) -> None:
