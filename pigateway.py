@@ -9880,6 +9880,7 @@ class Scope:
         self.on_beat = on_beat
         self._cancelled: Optional[GatewayError] = None
         self._upstream: Optional[socket.socket] = None
+        self._upstream_lock = threading.Lock()
         self._poller: Optional[Poller] = None
         self._client_spoke = False
         self._beat_at = 0.0
@@ -9894,16 +9895,19 @@ class Scope:
         self._upstream = upstream
         self.check()
 
+    def detach(self) -> None:
+        """The socket is another request's from now on."""
+        with self._upstream_lock:
+            self._upstream = None
+
     def cancel(self, error: GatewayError) -> None:
         """Ends the request's current and later waits with `error`."""
         self._cancelled = error
-        upstream = self._upstream
-        if upstream is not None:
-            try:
-                # not SSLSocket.shutdown, which takes the TLS layer away under the thread that reads
-                socket.socket.shutdown(upstream, socket.SHUT_RDWR)
-            except OSError:
-                pass
+        with self._upstream_lock:
+            if self._upstream is not None:
+                with contextlib.suppress(OSError):
+                    # not SSLSocket.shutdown, which takes the TLS layer away under the thread that reads
+                    socket.socket.shutdown(self._upstream, socket.SHUT_RDWR)
 
     def check(self) -> None:
         """Raises what `cancel` was given."""
@@ -10068,7 +10072,7 @@ class Response:
 
     def close(self) -> None:
         """Gives the connection back if the answer was read to its end, or its end is already here; else closes it."""
-        connection, self._scope = self._connection, Scope()
+        connection, scope, self._scope = self._connection, self._scope, Scope()
         if not self._complete and self._length != -1:
             try:
                 for _ in range(2):              # behind the last event: the empty chunk that ends the body
@@ -10079,6 +10083,7 @@ class Response:
                         break
             except (GatewayError, OSError):
                 pass
+        scope.detach()
         connection.release(self._complete and self.headers.get("connection", "").lower() != "close")
 
 
@@ -10868,7 +10873,10 @@ class Gateway:
     def _renew_token(self, error: GatewayError, attempt: Attempt) -> bool:
         """A token that the provider refused is renewed, once."""
         credential = attempt.credential
-        if not (isinstance(error, CredentialRefused) and attempt.may_renew and credential.kind == "oauth"):
+        if not isinstance(error, CredentialRefused) or credential.kind != "oauth":
+            return False
+        if not attempt.may_renew:
+            error.message += f" ({log_in_advice(attempt.lane.model.provider)}, if that stays)"
             return False
         attempt.may_renew = False
         if credential.is_passed or not self.credentials.logins.replace_refused(attempt.lane.model.provider, credential.token):
@@ -12047,7 +12055,7 @@ class LogIn:
                 return None
             raise LogInFailed(f"cannot listen on port {split.port}, where the browser comes back to: {describe(error)}. "
                               "End what uses it (another log-in?), or log in with --no-browser") from None
-        threading.Thread(target=server.serve_forever, args=(0.1,), name="callback", daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), name="callback", daemon=True).start()
         return server
 
     def _authorize_url(self, redirect: str, state: str, challenge: str) -> str:

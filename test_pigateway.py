@@ -24,9 +24,9 @@ def run_half(number: int) -> int:
         """A plugin for pytest that leaves out what belongs to the other half."""
 
         def pytest_collection_modifyitems(self, items: List[Any]) -> None:
-            # log-ins come back to fixed ports, so all of them are in one half
-            items[:] = [item for item in items if number == (
-                0 if item.originalname.startswith("test_log_in") else zlib.crc32(item.originalname.encode()) % 2)]
+            # log-ins come back to fixed ports, so all of them are in one half, which gets less of the rest
+            items[:] = [item for item in items if number == (item.originalname.startswith("test_log_in")
+                                                             or zlib.crc32(item.originalname.encode()) % 7 < 3)]
 
     return pytest.main(["-q", "-p", "no:cacheprovider", os.path.abspath(__file__)], [Half()])
 
@@ -13855,6 +13855,21 @@ def test_model_inside_the_conversation_is_nobody_s_business() -> None:
 # `login` runs as shipped. HTTPS_PROXY leads it to `FakeVendors`, which refuses what the vendors would refuse: another
 # client, redirect or scope, a verifier that does not fit, a code or a refresh token for the second time.
 
+def reserve_port(port: int) -> Optional[socket.socket]:
+    """Keeps the system from giving a port, which vendors know by its number, to somebody else meanwhile: bound, but not
+    listened on, it is free for those who ask for it by number."""
+    sock = socket.socket()
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(("127.0.0.1", port))
+        return sock
+    except OSError:
+        sock.close()
+        return None
+
+
+RESERVED = [reserve_port(port) for port in (53692, 1455, 8085, 51121)] if sys.platform == "linux" else []
+
 LOGIN_DEVICE_GRANT = "urn:ietf:params:oauth:grant-type:device_code"
 LOGIN_ENTERPRISE = "ghe.example.com"
 LOGIN_EMAIL, LOGIN_ACCOUNT = "ada.lovelace@mail.example", "0f6f4c1e-5a7b-4a0e-9d5c-8f2b7c3d1e90"
@@ -14883,6 +14898,8 @@ class LoginDesk:
         for name, value in self.environ.items():
             monkeypatch.setenv(name, value)
         monkeypatch.setattr("webbrowser.open", self.browser.open)
+        serve = pg.CallbackServer.serve_forever     # which notices at its next look that it is to end
+        monkeypatch.setattr(pg.CallbackServer, "serve_forever", lambda server, *_: serve(server, 0.005))
         monkeypatch.setattr(pg, "AUTH_PAUSE_S", 0.0)
         monkeypatch.setattr(pg.Terminal, "wait", lambda *given: self.waits.append(given[-1]))
 
@@ -16163,3 +16180,17 @@ def test_refresh_that_fails_for_now(desk: LoginDesk, lines: LogLines, kind: str)
     assert result.status >= 500 or result.status == 429
     assert desk.raw == before and "login anthropic" not in result.json["error"]["message"]
     check_quiet(desk, lines, result)
+
+
+def test_scope_that_is_over_leaves_its_connection_to_the_next(tmp_path: Any) -> None:
+    """As the discovery of models cancels all its scopes, also those that are answered."""
+    over = pg.Scope()
+    transport = pg.Transport(pg.Limits(1, 5, 5), proxies={})
+    with fake_upstream(Answer(200, b"list"), Answer(200, [0.2, b"answer"])) as fake:
+        response = transport.open(pg.Call("GET", fake.url + "/models", {}), over)
+        assert response.read(100) == b"list"
+        response.close()
+        threading.Timer(0.05, over.cancel, [pg.UpstreamTimeout("no list in time")]).start()
+        response = transport.open(pg.Call("POST", fake.url + "/v1/messages", {}, b"{}"), pg.Scope())
+        assert response.read(100) == b"answer" and [got.method for got in fake.received] == ["GET", "POST"]
+        assert fake.connections == 1
