@@ -103,6 +103,7 @@ MAX_ERROR_BYTES = 64 * KIB        # a provider's error body; more is cut
 MAX_MESSAGE_CHARS = 4000          # a provider's error text as shown to a client
 BACKLOG = 1024                    # the default of 5 drops connections when a few hundred clients start at once
 
+FRESH_S = 1.0                     # a connection made just before the end has so long to send its request
 KEEP_ALIVE_S = 75.0               # an idle client connection is closed after this
 HEAD_TIMEOUT_S = 30.0             # from the first byte of a request to the end of its head
 POOL_IDLE_S = 55.0                # below the 60 s after which common servers close an idle connection
@@ -8198,9 +8199,11 @@ def replace_file(temporary: str, target: str) -> None:
 VENDOR_LIMIT_S = 15.0               # one call to a vendor, from its first byte to its last: the lock is held meanwhile
 VENDOR_CONNECT_S = 5.0
 REFRESH_EARLY_S = 300.0             # a token is renewed so long before it ends, or a tenth of its life if that is less
-REFRESH_FAILED_S = 30.0             # a failure is told again for so long before the vendor is asked again
+REFRESH_FAILED_S = 15.0             # a failure is told again for so long before the vendor is asked again
 REFRESH_OVER_S = 300.0              # and a log-in that is over, unless its entry changes
 REFRESH_FORCED_S = 60.0             # a token that the provider refused is renewed no more often than this
+HANGING_S = 2.0                     # a failure that took longer keeps other processes from asking, too
+HANGING_WAIT_S = 30.0
 FAILURES_FILE = "pigateway-renewals.json"   # beside auth.json: the last renewal that failed, for other processes
 SAVE_AGAIN_S = 5.0                  # until auth.json can be written again
 NEVER_MS = 2 ** 53 - 1              # how pi writes "does not expire"
@@ -8820,10 +8823,12 @@ class Logins:
             if self._closing.is_set():
                 raise ShuttingDown("the gateway is stopping")
             self._check_failures(name, renewal.access)
+            began = time.monotonic()
             try:
                 fields = row.renew(entry, self._vendor)
             except UpstreamError as error:
-                self._note_failure(name, renewal.access, error)
+                if time.monotonic() - began > HANGING_S:
+                    self._note_failure(name, renewal.access, error)
                 raise
             except LogInOver:
                 # A tool that takes no lock may have renewed it in these moments.
@@ -8843,8 +8848,8 @@ class Logins:
         that hangs, it holds the lock that all log-ins need."""
         known = as_dict(self._failures().get(name))
         age_s, message = self._vendor.clock() - number_of(known.get("at")), known.get("message")
-        if known.get("token") == _digest(access) and 0 <= age_s < REFRESH_FAILED_S and isinstance(message, str):
-            raise UpstreamError(message, retry_after=REFRESH_FAILED_S)
+        if known.get("token") == _digest(access) and 0 <= age_s < HANGING_WAIT_S and isinstance(message, str):
+            raise UpstreamError(message, retry_after=HANGING_WAIT_S - age_s)
 
     def _failures(self) -> Dict[str, Any]:
         try:
@@ -11370,7 +11375,7 @@ class Handler(socketserver.BaseRequestHandler):
             self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self.request.setblocking(False)
             self._poller = Poller(self.request)
-            while not self.server.is_stopping and self._serve_one():
+            while self._serve_one() and not self.server.is_stopping:
                 pass
         except (OSError, ClientGone):
             pass
@@ -11393,6 +11398,7 @@ class Handler(socketserver.BaseRequestHandler):
         if head is None:
             return False
         with self.server.busy():
+            self.server.settle(self.request)
             return self._answer(head, stamp)
 
     def _common(self, stamp: Stamp) -> Dict[str, str]:
@@ -11684,6 +11690,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.started_at = gateway.clock()
         self.is_stopping = False
         self._sockets: set[socket.socket] = set()
+        self._fresh: set[socket.socket] = set()     # connections whose first request has not come yet
         self._active = 0
         self._changed = threading.Condition()
         if ":" in config.bind_address:
@@ -11727,6 +11734,8 @@ class Server(http.server.ThreadingHTTPServer):
         """Starts a connection's thread. `threading.Thread.start` waits for the thread to run, which stalls accepting
         when many clients connect at once; this does not."""
         import _thread
+        with self._changed:
+            self._fresh.add(request)
         try:
             _thread.start_new_thread(self.process_request_thread, (request, client_address))
         except RuntimeError:
@@ -11743,6 +11752,14 @@ class Server(http.server.ThreadingHTTPServer):
         """Keeps the set of open connections."""
         with self._changed:
             (self._sockets.add if is_open else self._sockets.discard)(sock)
+        if not is_open:
+            self.settle(sock)
+
+    def settle(self, sock: socket.socket) -> None:
+        """The connection's first request is here, or will not come."""
+        with self._changed:
+            self._fresh.discard(sock)
+            self._changed.notify_all()
 
     @contextlib.contextmanager
     def busy(self) -> Iterator[None]:
@@ -11761,7 +11778,10 @@ class Server(http.server.ThreadingHTTPServer):
         client can read."""
         self.is_stopping = True
         self.shutdown()
+        self._accept_rest()
         self.server_close()
+        with self._changed:                     # a proxy that has just been let in is about to send its request
+            self._changed.wait_for(lambda: not self._fresh, min(FRESH_S, grace_s))
         if not self._wait_idle(grace_s):
             self.gateway.stop(ShuttingDown("the gateway is stopping"))
             self._wait_idle(2.0)
@@ -11772,6 +11792,13 @@ class Server(http.server.ThreadingHTTPServer):
                 except OSError:
                     pass
         self.gateway.transport.close()
+
+    def _accept_rest(self) -> None:
+        """Takes those whom the system has let in already: closing the listener would reset them."""
+        self.socket.setblocking(False)
+        with contextlib.suppress(OSError):
+            for _ in range(BACKLOG):
+                self.process_request(*socketserver.TCPServer.get_request(self))
 
     def _wait_idle(self, limit_s: float) -> bool:
         with self._changed:

@@ -13771,7 +13771,8 @@ def test_client_s_own_credential_is_not_shown_to_the_next_of_a_chain(tmp_path: A
                 assert result.status == 401 and [got for got in second.received if got.method == "POST"] == []
 
 
-def test_vendor_that_hangs_is_asked_by_one_process_in_a_while(tmp_path: Any) -> None:
+def test_vendor_that_hangs_is_asked_by_one_process_in_a_while(tmp_path: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(pg, "HANGING_S", -1.0)
     first, second = FakeVendor(), FakeVendor()
     first.failure = pg.VendorReply(500, {"error_description": "down, a0"})
     for vendor in (first, second):
