@@ -42,6 +42,7 @@ from __future__ import annotations
 import argparse
 import base64
 import binascii
+import codecs
 import configparser
 import contextlib
 import datetime
@@ -248,9 +249,10 @@ class Unauthorized(GatewayError):
 
 
 class LogInOver(Unauthorized):
-    """A subscription's log-in is missing, expired or revoked: only its owner can help."""
+    """A subscription's log-in is missing, expired or revoked: only its owner can help. `reason` is the vendor's."""
 
     code = "no_credentials"
+    reason = ""
 
 
 class Forbidden(GatewayError):
@@ -388,7 +390,12 @@ def redact_body(body: bytes, secret_values: Sequence[str]) -> bytes:
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: level, ts (ISO 8601, UTC), msg, then the record's own `fields`."""
+    """One JSON object a line: level, ts (ISO 8601, UTC), msg, then the record's own `fields`; `secret_values` are blanked
+    out wherever they stand."""
+
+    def __init__(self, secret_values: Sequence[str] = ()) -> None:
+        super().__init__()
+        self._secret_values = [form for value in secret_values for form in (value, json.dumps(value)[1:-1])]
 
     def format(self, record: logging.LogRecord) -> str:
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
@@ -397,7 +404,7 @@ class JsonFormatter(logging.Formatter):
         line.update(getattr(record, "fields", {}))
         if record.exc_info:
             line["trace"] = self.formatException(record.exc_info)
-        return redact(json.dumps(line, default=str))
+        return redact(json.dumps(line, default=str), self._secret_values)
 
 
 # ======================================================================================================================
@@ -1145,6 +1152,8 @@ def normalise(request: Request, model: Model, upstream: UpstreamProtocol, names:
     dropped = [*request.lost, *(name for name in request.extra if name not in upstream.forwards), *(names.get(name, name) for name in missing)]
     request = replace(request, **{name: () if name == "stop" else None for name in missing})
     request = fit_history(request, model, upstream)
+    if not request.messages and not request.system:
+        raise BadRequest("messages: there is nothing in them", param="messages")
     return replace(request, max_tokens=fit_max_tokens(request.max_tokens, model)), dropped
 
 
@@ -1223,6 +1232,7 @@ def unique_calls(messages: Iterable[Message]) -> List[Message]:
     """Paired messages in which no two calls have the same id: weak models and some hosts number them anew in each turn,
     and Claude demands that ids are unique in the whole conversation."""
     seen: set[str] = set()
+    numbers: Dict[str, int] = {}                # the last one behind an id that came more than once
     names: Dict[str, str] = {}
     out = []
     for message in messages:
@@ -1231,9 +1241,10 @@ def unique_calls(messages: Iterable[Message]) -> List[Message]:
         parts: List[Part] = []
         for part in message.parts:
             if isinstance(part, ToolCall):
-                fresh, number = part.id, 2
+                fresh = part.id
                 while fresh in seen:
-                    fresh, number = f"{part.id}_{number}", number + 1
+                    numbers[part.id] = numbers.get(part.id, 1) + 1
+                    fresh = f"{part.id}_{numbers[part.id]}"
                 seen.add(fresh)
                 names[part.id] = fresh
                 part = part if fresh == part.id else replace(part, id=fresh)
@@ -3401,6 +3412,8 @@ class AnthropicMessages(UpstreamProtocol):
         system = [{"type": "text", "text": text.text} for text in request.system]
         if not messages:                        # a system prompt alone: the API needs a user turn
             messages, system = [{"role": "user", "content": system}], []
+            if not messages[0]["content"]:
+                raise BadRequest("messages: there is nothing but blanks in them", param="messages")
         if credential.kind == "oauth":
             system.insert(0, {"type": "text", "text": OAUTH_IDENTITY})
         max_tokens = request.max_tokens or model.max_tokens or DEFAULT_MAX_TOKENS
@@ -3575,6 +3588,7 @@ def splice_model(body: bytes, data: Mapping[str, Any], model_id: str) -> bytes:
     """The JSON bytes `body` with the value of its top-level "model" replaced, every other byte as it was.
 
     The first "model" in the text may be a nested one, so each is tried until the result parses to what is wanted."""
+    body = body[len(codecs.BOM_UTF8):] if body.startswith(codecs.BOM_UTF8) else body    # no JSON for everybody
     if data.get("model") == model_id:
         return body
     wanted = {**data, "model": model_id}
@@ -8360,7 +8374,9 @@ class Subscription:
 
     def over(self, reason: str) -> LogInOver:
         """The error that only a new log-in helps against."""
-        return LogInOver(f'the log-in for "{self.provider}" is no longer valid ({reason}); {log_in_advice(self.provider)}')
+        error = LogInOver(f'the log-in for "{self.provider}" is no longer valid ({reason}); {log_in_advice(self.provider)}')
+        error.reason = reason
+        return error
 
     def accept(self, reply: VendorReply) -> Dict[str, Any]:
         """The fields of an answer that is good. Raises what a bad one means."""
@@ -11257,8 +11273,9 @@ class Head(NamedTuple):
 _BARE_LF = re.compile(rb"(?<!\r)\n")
 _REQUEST_LINE = re.compile(r"([A-Z]{1,20}) (\S+) HTTP/1\.([01])")
 # A browser page may not reach this server unless listed, but applications with an embedded browser may.
+_HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^\[\]:]+?)\.?(?::\d*)?")
 _LOCAL_ORIGIN = re.compile(r"(?:https?://(?:localhost|127\.0\.0\.1|\[::1\])(?::\d+)?|"
-                           r"(?:app|tauri|vscode-webview|vscode-file|capacitor|file|electron|obsidian)://.*)")
+                           r"(?:app|tauri|vscode-webview|vscode-file|capacitor|file|electron|obsidian)://[^\s,]*)")
 _CORS_HEADERS = {"access-control-allow-methods": "GET, POST, HEAD, OPTIONS", "access-control-max-age": "600",
                  "access-control-allow-headers": "authorization, content-type, accept, openai-beta, x-api-key, "
                  "x-goog-api-key, anthropic-version, anthropic-beta, anthropic-dangerous-direct-browser-access, "
@@ -11532,7 +11549,7 @@ class Handler(socketserver.BaseRequestHandler):
         if not log.isEnabledFor(logging.INFO):
             return
         fields = {"kind": "access", "id": exchange.stamp.request_id, "method": head.method,
-                  "url": redact(head.target.partition("?")[0][:400])[:200],
+                  "url": redact(urllib.parse.unquote(head.target.partition("?")[0][:400], errors="replace"))[:200],
                   "status": 499 if exchange.log.pop("gone", False) else responder.status,
                   "durationMs": round((time.monotonic() - started) * 1000, 1), **exchange.log,
                   "safeHeaders": {name: redact(head.headers[name][:400])[:200] for name in LOGGED_HEADERS
@@ -11809,8 +11826,8 @@ class Server(http.server.ThreadingHTTPServer):
         host = head.headers.get("host")
         if host is None or not self.config.is_loopback:
             return
-        name = re.sub(r":\d*$", "", host.strip()).rstrip(".").lower().strip("[]")
-        if name not in LOOPBACK_HOSTS:
+        match = _HOST.fullmatch(host.strip().lower())
+        if not match or match.group(1).strip("[]") not in LOOPBACK_HOSTS:
             raise Forbidden("the Host header does not name this machine's loopback address", code="invalid_host")
 
     def check_origin(self, head: Head) -> None:
@@ -12008,6 +12025,8 @@ class LogIn:
         """The new entry. Raises `LogInFailed`, `GatewayError`."""
         try:
             return self._run()
+        except LogInOver as error:
+            raise LogInFailed(f"{self.row.title} refused the log-in: {error.reason or error.message}") from None
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
             log.debug("where it happened", exc_info=True)
             raise LogInFailed(f"{self.row.title}: the log-in server's answer makes no sense "
@@ -12890,7 +12909,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             print(NAME, VERSION)
             return EXIT_OK
         config = load_config(os.environ, read_flags(arguments), arguments.config)
-        attach_log(config.log_level)
+        attach_log(config.log_level, [config.api_key] if config.api_key else [])
         if arguments.command == "models":
             return print_models(build_gateway(config, os.environ), arguments.json)
         if arguments.command in LIFECYCLE_COMMANDS:
@@ -13092,10 +13111,10 @@ def own_arguments(argv: Sequence[str], command: str) -> List[str]:
     return rest
 
 
-def attach_log(level: str) -> None:
+def attach_log(level: str, secret_values: Sequence[str] = ()) -> None:
     """Sends log lines of that level and above to standard error."""
     handler = logging.StreamHandler()
-    handler.setFormatter(JsonFormatter())
+    handler.setFormatter(JsonFormatter(secret_values))
     for earlier in [handler for handler in log.handlers if isinstance(handler.formatter, JsonFormatter)]:
         log.removeHandler(earlier)
     log.addHandler(handler)
@@ -13310,7 +13329,8 @@ class Reloader:
         catalogue = build_catalogue(config, os.environ)
         catalogue.adopt(gateway.catalogue)
         gateway.catalogue, gateway.config, server.config = catalogue, config, config
-        log.setLevel(config.log_level.upper())
+        if any(isinstance(handler.formatter, JsonFormatter) for handler in log.handlers):
+            attach_log(config.log_level, [config.api_key] if config.api_key else [])
         self._handle.discovery.ask_again()
         log.info("the configuration has been read again")
 
