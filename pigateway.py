@@ -948,8 +948,8 @@ class Dechunker:
             self._expect = "size"
         elif line:
             self._trailers += 1
-            if self._trailers > MAX_HEADERS:
-                raise ValueError("too many trailers")
+            if self._trailers > MAX_HEADERS or not _HEADER_LINE.fullmatch(line):
+                raise ValueError("malformed or too many trailers")
         else:
             self.done = True
 
@@ -11284,6 +11284,15 @@ _CORS_HEADERS = {"access-control-allow-methods": "GET, POST, HEAD, OPTIONS", "ac
                  "x-stainless-runtime-version, x-stainless-timeout"}
 
 
+def origin_form(target: str, headers: Dict[str, str]) -> Tuple[str, Dict[str, str]]:
+    """The path of a target in absolute form, as clients write it for proxies, and the headers with its host in place of
+    theirs (RFC 9112 §3.2.2). Raises ValueError for any other target."""
+    match = re.fullmatch(r"(?i)http://((?:\[[0-9a-f:.]+\]|[^\[\]:/?#@]+)(?::\d*)?)(/[^#]*)?", target)
+    if not match:
+        raise ValueError("malformed request target")
+    return match.group(2) or "/", {**headers, "host": match.group(1)}
+
+
 def parse_request_head(data: bytes) -> Head:
     """The head of a request. Raises ValueError for anything that is not strict HTTP/1.1 (RFC 9112)."""
     start, headers = parse_head(data)
@@ -11295,6 +11304,8 @@ def parse_request_head(data: bytes) -> Head:
         raise ValueError("no Host header")
     if "transfer-encoding" in headers and minor == 0:
         raise ValueError("Transfer-Encoding in HTTP/1.0")
+    if not target.startswith("/") and not (target == "*" and method == "OPTIONS"):
+        target, headers = origin_form(target, headers)
     split = urllib.parse.urlsplit(re.sub(r"^/{2,}", "/", target))
     path = urllib.parse.unquote(split.path, errors="replace").replace("//", "/").rstrip("/")
     while path.startswith("/v1/") or path == "/v1":        # also /v1/v1: base URLs get pasted with and without it
@@ -11433,6 +11444,7 @@ class Handler(socketserver.BaseRequestHandler):
     def _read_head(self) -> Optional[Head]:
         """The next request's head, None when the client is done or idle for too long."""
         deadline = time.monotonic() + (HEAD_TIMEOUT_S if self._buffer else KEEP_ALIVE_S)
+        has_begun = bool(self._buffer)
         while True:
             self._buffer = self._buffer.lstrip(b"\r\n") if self._buffer[:1] in (b"\r", b"\n") else self._buffer
             end = self._buffer.find(b"\r\n\r\n")
@@ -11447,8 +11459,8 @@ class Handler(socketserver.BaseRequestHandler):
                 return None
             if not data:
                 return None
-            if not started:
-                deadline = time.monotonic() + HEAD_TIMEOUT_S
+            if not has_begun:                   # once: line ends before a request do not make time
+                deadline, has_begun = time.monotonic() + HEAD_TIMEOUT_S, True
             self._buffer += data
             if b"\r\n\r\n" not in self._buffer and _BARE_LF.search(self._buffer.lstrip(b"\r\n")):
                 raise BadRequest("malformed HTTP request: lines must end in CRLF", code="invalid_http")
@@ -11515,6 +11527,8 @@ class Handler(socketserver.BaseRequestHandler):
             log.debug("where it happened", exc_info=True)
             self._send_error(GatewayError("internal error; the gateway's log names it"), exchange)
         self._log_access(head, exchange, responder, started)
+        if (body_length(head.headers) or 0) > LARGE_BODY_BYTES:
+            server.trim_memory()
         if self._has_unread_body:
             self._linger()
         return responder.keep_alive and not self._has_unread_body
@@ -11694,6 +11708,26 @@ def anthropic_model_page(models: Sequence[Model], created: float, query: Mapping
             "first_id": page[0].full_id if page else None, "last_id": page[-1].full_id if page else None}
 
 
+LARGE_BODY_BYTES = 256 * KIB
+TRIM_S = 0.25
+
+
+def find_trim() -> Optional[Callable[[int], Any]]:
+    """glibc's malloc_trim, None elsewhere. Fewer arenas, too: each may keep what its thread once needed."""
+    if sys.platform != "linux":
+        return None
+    import ctypes                               # only here
+    try:
+        library = ctypes.CDLL(None)
+        library.mallopt(-8, 2)                  # M_ARENA_MAX
+        return library.malloc_trim
+    except (OSError, AttributeError):           # musl
+        return None
+
+
+TRIM: Optional[Callable[[int], Any]] = None     # set when a server runs: importing this file changes nothing
+
+
 class Server(http.server.ThreadingHTTPServer):
     """Listens and gives each connection a thread. `with server.busy()` counts the requests under way."""
 
@@ -11702,11 +11736,14 @@ class Server(http.server.ThreadingHTTPServer):
     request_queue_size = BACKLOG
 
     def __init__(self, config: Config, gateway: Gateway, listener: Optional[socket.socket] = None) -> None:
+        global TRIM
+        TRIM = TRIM or find_trim()
         self.config = config
         self.gateway = gateway
         self.started_at = gateway.clock()
         self.is_stopping = False
         self._sockets: set[socket.socket] = set()
+        self._trimmed_at = 0.0
         self._fresh: set[socket.socket] = set()     # connections whose first request has not come yet
         self._active = 0
         self._changed = threading.Condition()
@@ -11809,6 +11846,14 @@ class Server(http.server.ThreadingHTTPServer):
                 except OSError:
                     pass
         self.gateway.transport.close()
+
+    def trim_memory(self) -> None:
+        """Gives the memory of large requests back to the system, where the C library keeps it for each thread."""
+        now = time.monotonic()
+        if TRIM is None or now < self._trimmed_at + TRIM_S:
+            return
+        self._trimmed_at = now
+        TRIM(0)
 
     def _accept_rest(self) -> None:
         """Takes those whom the system has let in already: closing the listener would reset them."""
