@@ -4714,7 +4714,8 @@ class GoogleGenerativeAI(UpstreamProtocol):
 
 
 def _may_join(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
-    kinds = [any("functionResponse" in part for part in content["parts"]) for content in (before, after)]
+    # the last part of what has been joined is enough: it was let in by the same rule
+    kinds = [any("functionResponse" in part for part in parts) for parts in (before["parts"][-1:], after["parts"])]
     return before["role"] == after["role"] and (kinds[0] == kinds[1] or not after["parts"])
 
 
@@ -7285,9 +7286,12 @@ def example_value(schema: Any, root: Mapping[str, Any], depth: int = 0) -> Any:
             return example_value(schema[name][0], root, depth + 1)
     kind = schema.get("type") or ("object" if "properties" in schema else "string")
     kind = kind[0] if isinstance(kind, list) else kind
+    if not isinstance(kind, str):
+        return "demo"
     if kind == "object":
         properties = as_dict(schema.get("properties"))
-        names = schema.get("required") or list(properties)
+        required = schema.get("required")
+        names = [name for name in required if isinstance(name, str)] if isinstance(required, list) and required else properties
         return {name: example_value(properties.get(name, {}), root, depth + 1) for name in names}
     if kind == "array":
         items = schema.get("items", {})
@@ -11720,6 +11724,7 @@ def find_trim() -> Optional[Callable[[int], Any]]:
     try:
         library = ctypes.CDLL(None)
         library.mallopt(-8, 2)                  # M_ARENA_MAX
+        library.mallopt(-3, LARGE_BODY_BYTES)   # M_MMAP_THRESHOLD: what is large goes back when it is freed
         return library.malloc_trim
     except (OSError, AttributeError):           # musl
         return None
@@ -12715,6 +12720,8 @@ class AlreadyRunning(Exception):
 class PidFile:
     """The lock that pi-gateway takes too: a file with the owner's pid, created exclusively, removed by its owner."""
 
+    _held: set[str] = set()                     # the files that this process holds
+
     def __init__(self, path: str) -> None:
         self.path = path
 
@@ -12734,13 +12741,20 @@ class PidFile:
 
     def claim(self) -> None:
         """Takes the lock. Raises `AlreadyRunning`, OSError."""
-        make_private_folder(os.path.dirname(os.path.abspath(self.path)))
+        folder = os.path.dirname(os.path.abspath(self.path))
+        make_private_folder(folder)
+        with one_at_a_time(folder):
+            self._claim()
+
+    def _claim(self) -> None:
         for attempt in (1, 2):
             try:
                 descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
             except FileExistsError:
                 pid = self.owner()
-                if attempt == 2 or (pid and is_gateway_process(pid)):
+                # our own number that we did not write: a container has begun again, and counts from the same one
+                is_old = pid == os.getpid() and self.path not in self._held
+                if attempt == 2 or (pid and not is_old and is_gateway_process(pid)):
                     raise AlreadyRunning(pid or 0, self.path) from None
                 try:
                     os.unlink(self.path)
@@ -12750,6 +12764,7 @@ class PidFile:
             with os.fdopen(descriptor, "w") as file:
                 file.write(f"{os.getpid()}\n")
             if self.owner() == os.getpid():     # another one that found the same stale file may have removed ours
+                self._held.add(self.path)
                 return
         raise AlreadyRunning(self.owner() or 0, self.path)
 
@@ -12772,10 +12787,27 @@ class PidFile:
 
     def release(self, pid: int = 0) -> None:
         """Gives the lock back, if it is still ours, or that of a process that has ended."""
+        self._held.discard(self.path)
         if self.owner() == (pid or os.getpid()):
             for path in (self.path + ".json", self.path):
                 with contextlib.suppress(OSError):
                     os.unlink(path)
+
+
+@contextlib.contextmanager
+def one_at_a_time(folder: str) -> Iterator[None]:
+    """For `with`: no other process is inside for the same folder, where the system can see to that."""
+    descriptor = -1
+    try:
+        if os.name == "posix":
+            import fcntl                        # not on Windows
+            with contextlib.suppress(OSError):
+                descriptor = os.open(folder, os.O_RDONLY)
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        if descriptor >= 0:
+            os.close(descriptor)
 
 
 def is_gateway_process(pid: int) -> bool:

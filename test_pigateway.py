@@ -16286,3 +16286,49 @@ def test_line_ends_before_a_request_do_not_make_time(tmp_path: Any, monkeypatch:
                 sock.sendall(b"\r\n")
                 time.sleep(0.02)
         assert time.monotonic() - started < 2
+
+
+def test_many_turns_of_gemini_take_no_longer_than_others() -> None:
+    asked = gemini_request(*(user_turn("x") for _ in range(20_000)))
+    spent = time.thread_time()
+    body = GEMINI.body(asked, gemini_model("gemini-3-flash"))
+    assert len(body["contents"]) == 1 and time.thread_time() - spent < 5
+
+
+@pytest.mark.parametrize("schema", [{"properties": {"a": {"type": {"text": "x"}}}}, {"properties": {"a": {"type": [[]]}}},
+                                    {"type": "object", "required": [[]]}, {"type": "object", "required": 5}, {"type": 5}])
+def test_demo_model_survives_odd_schemas(schema: Any) -> None:
+    json.dumps(pg.example_value(schema, schema))
+
+
+def test_lock_of_our_own_number_is_from_before_the_container_began_again(tmp_path: Any) -> None:
+    path = tmp_path / "gateway.pid"
+    path.write_text(str(os.getpid()))
+    lock = pg.PidFile(str(path))
+    lock.claim()
+    assert lock.owner() == os.getpid()
+    lock.release()
+    assert not path.exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_stale_lock_has_one_heir(tmp_path: Any) -> None:
+    path = str(tmp_path / "gateway.pid")
+    for _ in range(5):
+        with open(path, "w", encoding="ascii") as file:
+            file.write("4194999")               # nobody
+        children = []
+        for _ in range(6):
+            child = os.fork()
+            if not child:
+                try:
+                    pg.is_gateway_process = lambda pid: pid != 4194999
+                    pg.PidFile(path).claim()
+                    os._exit(0)
+                except pg.AlreadyRunning:
+                    os._exit(3)
+                finally:
+                    os._exit(9)
+            children.append(child)
+        statuses = sorted(os.WEXITSTATUS(os.waitpid(child, 0)[1]) for child in children)
+        assert statuses == [0, 3, 3, 3, 3, 3], statuses
