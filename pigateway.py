@@ -10196,6 +10196,20 @@ class Pool:
             connections.append(connection)
             return True
 
+    def reap(self) -> None:
+        """Closes what has been idle for too long, or was closed by its other side."""
+        dead: List[Connection] = []
+        now = time.monotonic()
+        with self._lock:
+            for key, connections in list(self._idle.items()):
+                kept = [one for one in connections if now - one.idle_since < POOL_IDLE_S and not one.is_stale()]
+                dead.extend(one for one in connections if one not in kept)
+                self._idle[key] = kept
+                if not kept:
+                    del self._idle[key]
+        for connection in dead:
+            connection.close()
+
     def close(self) -> None:
         """Closes what is idle, and everything that comes back later."""
         with self._lock:
@@ -10410,6 +10424,10 @@ class Transport:
         """Whether calls to this URL go through a proxy of the environment."""
         split = urllib.parse.urlsplit(url)
         return split.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(split.netloc)
+
+    def reap(self) -> None:
+        """Closes idle connections that are of no more use."""
+        self._handler.pool.reap()
 
     def close(self) -> None:
         """Closes idle connections; those in use close when they come back."""
@@ -11713,7 +11731,7 @@ def anthropic_model_page(models: Sequence[Model], created: float, query: Mapping
 
 
 LARGE_BODY_BYTES = 256 * KIB
-TRIM_S = 0.25
+TRIM_S, REAP_S = 0.25, 5.0
 
 
 def find_trim() -> Optional[Callable[[int], Any]]:
@@ -11748,7 +11766,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.started_at = gateway.clock()
         self.is_stopping = False
         self._sockets: set[socket.socket] = set()
-        self._trimmed_at = 0.0
+        self._trimmed_at = self._reaped_at = 0.0
         self._fresh: set[socket.socket] = set()     # connections whose first request has not come yet
         self._active = 0
         self._changed = threading.Condition()
@@ -11851,6 +11869,13 @@ class Server(http.server.ThreadingHTTPServer):
                 except OSError:
                     pass
         self.gateway.transport.close()
+
+    def service_actions(self) -> None:
+        """Looks after what nobody is waiting for; the accept loop calls it several times a second."""
+        now = time.monotonic()
+        if now > self._reaped_at + REAP_S:
+            self._reaped_at = now
+            self.gateway.transport.reap()
 
     def trim_memory(self) -> None:
         """Gives the memory of large requests back to the system, where the C library keeps it for each thread."""

@@ -16332,3 +16332,16 @@ def test_stale_lock_has_one_heir(tmp_path: Any) -> None:
             children.append(child)
         statuses = sorted(os.WEXITSTATUS(os.waitpid(child, 0)[1]) for child in children)
         assert statuses == [0, 3, 3, 3, 3, 3], statuses
+
+
+def test_connections_that_a_provider_has_closed_do_not_stay(tmp_path: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(pg, "REAP_S", 0.02)
+    with served(tmp_path, Answer(200, FINE.body)) as (url, fake):
+        assert call(url, "/v1/chat/completions", ASK).status == 200
+        transport = RUNNING[-1].gateway.transport
+        until(lambda: transport._handler.pool._idle)
+        fake.server.shutdown()
+        fake.server.server_close()
+        idle = next(iter(transport._handler.pool._idle.values()))[0]
+        idle.idle_since -= pg.POOL_IDLE_S
+        until(lambda: not transport._handler.pool._idle)
