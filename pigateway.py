@@ -145,7 +145,7 @@ log.addHandler(logging.NullHandler())
 #
 #   GatewayError            500   message, code, param, retry_after (seconds)
 #   ├─ BadRequest           400   ← ContextOverflow 400, ModelNotFound 404, RouteNotFound 404, MethodNotAllowed 405,
-#   │                               Conflict 409, BodyTooLarge 413, HeadTooLarge 431
+#   │                               RequestTimeout 408, Conflict 409, BodyTooLarge 413, HeadTooLarge 431
 #   ├─ Unauthorized         401   the client's key for us, or no key of ours for the provider ← LogInOver 401
 #   ├─ Forbidden            403   a host, an origin or a subscription that may not be used; a provider's own 403
 #   ├─ ShuttingDown         503   this process is stopping
@@ -222,6 +222,12 @@ class MethodNotAllowed(BadRequest):
     """The path exists, the method does not."""
 
     status, code = 405, "method_not_allowed"
+
+
+class RequestTimeout(BadRequest):
+    """The client took too long to send its request."""
+
+    status, code = 408, "request_timeout"
 
 
 class Conflict(BadRequest):
@@ -2539,6 +2545,12 @@ class Mender:
         return clean_text(text)
 
 
+def is_empty(stop_reason: str, usage: Usage, has_content: bool) -> bool:
+    """Whether an answer that claims success holds nothing. A model may have nothing to add, and that counts tokens; an
+    answer without any is a fault of the host's."""
+    return not has_content and not usage.output and stop_reason in ("stop", "end_turn", "")
+
+
 # What code that walks JSON of the wrong shape raises.
 MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError)
 
@@ -2549,7 +2561,7 @@ class Settled:
 
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
-        self._has_call = False
+        self._has_call = self._has_part = False
         self._mender = Mender()
         self.finished = False
 
@@ -2588,9 +2600,12 @@ class Settled:
                     if text:
                         out.append(event if text is event.text else PartDelta(event.index, text))
                     continue
-                if kind is PartStart and isinstance(event.part, ToolCall):
-                    self._has_call = True
+                if kind is PartStart:
+                    self._has_part = True
+                    self._has_call = self._has_call or isinstance(event.part, ToolCall)
                 elif kind is Done:
+                    if is_empty(event.stop_reason, event.usage, self._has_part):
+                        raise EmptyAnswer("the provider's answer is empty")
                     if event.stop_reason == "stop" and self._has_call:
                         event = event._replace(stop_reason="tool_use")
                     return out + self._finish(event)
@@ -3162,6 +3177,8 @@ class ChatReader(Reader):
                 raise stream_error(body)
             raise UpstreamProtocolError("the provider's answer has no choices")
         choice = choices[0]
+        if not isinstance(choice["message"], dict):
+            raise UpstreamProtocolError("the provider's answer has no message")
         message = dict(choice["message"])
         calls = message.get("tool_calls") or []
         if message.get("function_call"):
@@ -3219,7 +3236,7 @@ class ChatReader(Reader):
         if isinstance(content, list):           # Mistral's shape
             content = join_text_parts(content)
         if content:
-            yield from self._write(Text, content)
+            yield from self._write(Text, content + "")      # a TypeError, if it is no text
         if delta.get("refusal"):
             self._refused = True
             yield from self._write(Text, delta["refusal"])
@@ -6893,6 +6910,8 @@ class AnthropicLane(NativeLane):
         """See `NativeLane.relay_event`."""
         data = loads(text)
         name = name or data["type"]             # SDKs skip events without a name
+        if not isinstance(name, str) or not isinstance(data.get("type", ""), str):
+            raise UpstreamProtocolError("the provider sent an event whose type is no text")
         opening = b""
         if name == "content_block_start" and not self._opened:      # see AnthropicReader
             opening = MESSAGES.writer(self.request, self.stamp).write([Start()])
@@ -6914,8 +6933,10 @@ class AnthropicLane(NativeLane):
             self.usage = Usage(*(new or old for new, old in zip(later, self.usage)))
             self.stop_reason = as_dict(data.get("delta")).get("stop_reason") or ""
         elif name == "message_stop":
+            if is_empty(self.stop_reason, self.usage, self.started):
+                raise EmptyAnswer("the provider's answer is empty")
             self.finished = True
-        if name not in ("message_start", "ping"):
+        if name not in ("message_start", "message_delta", "ping"):
             self.started = True
         lines = "".join(f"data: {line}\n" for line in text.split("\n"))
         return opening + f"event: {name}\n{lines}\n".encode("utf-8")
@@ -6925,9 +6946,13 @@ class AnthropicLane(NativeLane):
         if not isinstance(data.get("content"), list):
             raise stream_error(data) if data.get("error") else UpstreamProtocolError(
                 "the provider's answer has no content")
-        self.started = self.finished = True
+        if data.get("type") != "message" or not all(isinstance(as_dict(block).get("type"), str) for block in data["content"]):
+            raise UpstreamProtocolError("the provider's answer is no message")
         self.usage = read_anthropic_usage(as_dict(data.get("usage")))
         self.stop_reason = data.get("stop_reason") or ""
+        if is_empty(self.stop_reason, self.usage, bool(data["content"])):
+            raise EmptyAnswer("the provider's answer is empty")
+        self.started = self.finished = True
         if any([self._read_block(as_dict(block)) for block in data["content"]]):
             return dumps({**data, "model": self.request.model}).encode("ascii")
         return splice_model(body, data, self.request.model)
@@ -7048,7 +7073,7 @@ class ChatLane(NativeLane):
         if reason in CHAT_FAILURES:
             raise UpstreamError(f"the provider stopped: {reason}")
         self._mend_delta(index, delta)
-        has_content = any(value not in (None, "", []) for name, value in delta.items() if name != "role")
+        has_content = has_words(delta)
         if index in self._finished_choices:
             choice["finish_reason"] = None
             return has_content
@@ -7057,7 +7082,7 @@ class ChatLane(NativeLane):
             if reason == "stop" and any(place == index for place, _ in self._calls):
                 choice["finish_reason"] = "tool_calls"
             self.stop_reason = choice["finish_reason"]
-        self.started = self.started or bool(reason) or has_content
+        self.started = self.started or has_content or bool(reason) and reason != "stop"
         if index not in self._roles:
             self._roles.add(index)
             choice["delta"] = {"role": "assistant", "content": "", **present(**delta)}
@@ -7121,6 +7146,10 @@ class ChatLane(NativeLane):
     def _finish(self) -> bytes:
         if not self._envelope:
             raise UpstreamProtocolError("the provider's answer is empty")
+        if self._raw_usage is not None:
+            self.usage = read_chat_usage(self._raw_usage)
+        if is_empty(self.stop_reason, self.usage, self.started):
+            raise EmptyAnswer("the provider's answer is empty")
         self.started = self.finished = True
         out = b""
         if not self._finished_choices:
@@ -7128,7 +7157,6 @@ class ChatLane(NativeLane):
             choice = {"index": 0, "delta": {}, "logprobs": None, "finish_reason": self.stop_reason}
             out = self._event({**self._envelope, "choices": [choice]}, None)
         if self._raw_usage is not None:
-            self.usage = read_chat_usage(self._raw_usage)
             if self.request.include_usage:
                 out += self._event({**self._envelope, "choices": []}, self._raw_usage)
         return out + b"data: [DONE]\n\n"
@@ -7147,8 +7175,10 @@ class ChatLane(NativeLane):
         data.update(id=chat_id(data.get("id") or "", self.stamp), object="chat.completion", model=self.request.model,
                     created=data.get("created") or self.stamp.created, usage=usage or chat_usage(Usage()),
                     system_fingerprint=data.get("system_fingerprint") or FINGERPRINT)
-        self.started = self.finished = True
         self.usage, self.stop_reason = read_chat_usage(usage), choices[0]["finish_reason"]
+        if is_empty(self.stop_reason, self.usage, any(has_words(choice["message"]) for choice in choices)):
+            raise EmptyAnswer("the provider's answer is empty")
+        self.started = self.finished = True
         return dumps(clean_strings(data)).encode("ascii")
 
     def _mend_message(self, choice: Dict[str, Any]) -> None:
@@ -7160,6 +7190,8 @@ class ChatLane(NativeLane):
         self.issued.extend(seal for detail in message.get("reasoning_details") or () for seal in detail_seals(detail))
         if isinstance(message["content"], list):
             message["content"] = join_text_parts(message["content"])
+        if not isinstance(message["content"], (str, type(None))):
+            raise UpstreamProtocolError("the provider's answer has content that is no text")
         if not message.get("tool_calls"):
             message.pop("tool_calls", None)
             message["content"] = message["content"] or ""
@@ -7180,6 +7212,11 @@ def without_details(message: Dict[str, Any], foreign: FrozenSet[str]) -> Dict[st
             if not any(seal in foreign or seal.startswith(_SEAL) for seal in detail_seals(detail))]
     message = {name: value for name, value in message.items() if name != "reasoning_details"}
     return {**message, "reasoning_details": kept} if kept else message
+
+
+def has_words(message: Mapping[str, Any]) -> bool:
+    """Whether a chat message or delta says anything beside its role."""
+    return any(value not in (None, "", []) for name, value in message.items() if name != "role")
 
 
 def rename_reasoning(delta: Dict[str, Any]) -> None:
@@ -11477,7 +11514,7 @@ class Handler(socketserver.BaseRequestHandler):
                 data = self._receive(deadline)
             except socket.timeout:
                 if started:
-                    raise BadRequest("the request's head took too long", code="request_timeout") from None
+                    raise RequestTimeout("the request's head took too long") from None
                 return None
             if not data:
                 return None
@@ -11523,7 +11560,7 @@ class Handler(socketserver.BaseRequestHandler):
             try:
                 data = self._receive(deadline)
             except socket.timeout:
-                raise BadRequest("the request's body took too long", code="request_timeout") from None
+                raise RequestTimeout("the request's body took too long") from None
             if not data:
                 raise ClientGone
 

@@ -1709,6 +1709,7 @@ ERRORS: List[Tuple[Any, Tuple[int, str, str], Tuple[int, str]]] = [
     (pg.ModelNotFound, (404, "invalid_request_error", "model_not_found"), (404, "not_found_error")),
     (pg.RouteNotFound, (404, "invalid_request_error", "endpoint_not_found"), (404, "not_found_error")),
     (pg.MethodNotAllowed, (405, "invalid_request_error", "method_not_allowed"), (405, "invalid_request_error")),
+    (pg.RequestTimeout, (408, "invalid_request_error", "request_timeout"), (408, "invalid_request_error")),
     (pg.Conflict, (409, "invalid_request_error", "conflict"), (409, "conflict_error")),
     (pg.BodyTooLarge, (413, "invalid_request_error", "request_body_too_large"), (413, "request_too_large")),
     (pg.HeadTooLarge, (431, "invalid_request_error", "headers_too_large"), (431, "invalid_request_error")),
@@ -2319,9 +2320,63 @@ def test_anthropic_lane_failures(name: str) -> None:
 
 
 def test_anthropic_lane_whole_is_spliced() -> None:
-    body = b' {"model" : "claude-m", "id":"msg_1","content":[{"type":"text","text":"\xc3\xa9"}],"usage":{"input_tokens":3}}\n'
+    body = (b' {"type":"message","model" : "claude-m", "id":"msg_1","content":[{"type":"text","text":"\xc3\xa9"}],'
+            b'"usage":{"input_tokens":3}}\n')
     lane = pg.AnthropicLane(MESSAGES, ANTHROPIC, messages_request(), model("anthropic-messages"), STAMP)
     assert lane.whole(body) == body.replace(b"claude-m", b"p/m1") and lane.usage.input == 3
+
+
+# An answer that claims success and holds nothing, or nothing that its protocol knows: (protocol, whole answer, the error)
+NOTHING_SAID: List[Tuple[str, Dict[str, Any], Any]] = [
+    ("openai-completions", {"choices": [{"message": {"content": ""}, "finish_reason": "stop"}]}, pg.EmptyAnswer),
+    ("openai-completions", {"choices": [{"message": {}}], "usage": {"completion_tokens": 0}}, pg.EmptyAnswer),
+    ("openai-completions", {"choices": [{"message": {"content": None, "tool_calls": []}}]}, pg.EmptyAnswer),
+    ("openai-completions", {"choices": [{"message": []}]}, pg.UpstreamProtocolError),
+    ("openai-completions", {"choices": [{"message": {"content": {"text": "x"}}}]}, pg.UpstreamProtocolError),
+    ("anthropic-messages", {"type": "message", "content": [], "stop_reason": "end_turn", "usage": {}}, pg.EmptyAnswer),
+    ("anthropic-messages", {"type": "message", "content": [None]}, pg.UpstreamProtocolError),
+    ("anthropic-messages", {"type": "message", "content": [{"type": []}], "usage": []}, pg.UpstreamProtocolError),
+    ("openai-responses", {"id": "r", "status": "completed", "output": []}, pg.EmptyAnswer),
+    ("bedrock-converse-stream", {"output": {"message": {"content": []}}, "stopReason": "end_turn"}, pg.EmptyAnswer),
+]
+
+
+@pytest.mark.parametrize("client", [CHAT, MESSAGES], ids=["chat", "messages"])
+@pytest.mark.parametrize("protocol, answer, kind", NOTHING_SAID)
+def test_an_answer_of_nothing_is_an_error(protocol: str, answer: Any, kind: Any, client: Any) -> None:
+    upstream, request = pg.UPSTREAM_PROTOCOLS[protocol], chat_request() if client is CHAT else messages_request()
+    for lane_type in {pg.choose_lane(client, upstream, request), pg.TranslatedLane}:
+        lane = lane_type(client, upstream, request, model(protocol), STAMP)
+        try:
+            lane.whole(json.dumps(answer).encode())
+        except pg.GatewayError as error:
+            lane.error = error
+        assert type(lane.error) is kind and not lane.started
+
+
+@pytest.mark.parametrize("client, protocol, wire", [
+    (CHAT, "openai-completions", sse([chunk({"role": "assistant", "content": ""}), chunk({}, "stop")], end="[DONE]")),
+    (MESSAGES, "anthropic-messages", sse([
+        {"type": "message_start", "message": {"id": "m", "type": "message", "content": []}},
+        {"type": "message_delta", "delta": {"stop_reason": "end_turn"}}, {"type": "message_stop"}], named=True))])
+def test_a_stream_of_nothing_is_an_error(client: Any, protocol: str, wire: bytes) -> None:
+    upstream, request = pg.UPSTREAM_PROTOCOLS[protocol], client_request(client)
+    for lane_type in {pg.choose_lane(client, upstream, request), pg.TranslatedLane}:
+        lane = lane_type(client, upstream, request, model(protocol), STAMP)
+        lane.feed(wire)
+        lane.end()
+        assert type(lane.error) is pg.EmptyAnswer and not lane.started
+        counted = lane.again()                  # the model had nothing to add, and that is an answer
+        out = counted.feed(wire.replace(b'"message_delta"', b'"message_delta", "usage": {"output_tokens": 2}').replace(
+            b'"finish_reason": "stop"}]', b'"finish_reason": "stop"}], "usage": {"completion_tokens": 2}'))
+        assert counted.finished and counted.error is None and out
+
+
+def test_events_whose_type_is_no_text_are_malformed() -> None:
+    for event in ({"type": []}, {"type": {"a": 1}}):
+        lane = pg.AnthropicLane(MESSAGES, ANTHROPIC, client_request(MESSAGES), model("anthropic-messages"), STAMP)
+        lane.feed(b"data: " + json.dumps(event).encode() + b"\n\n")
+        assert type(lane.error) is pg.UpstreamProtocolError
 
 
 def native(client: Any, request: pg.Request, target: pg.Model,
@@ -6975,8 +7030,8 @@ def test_azure_seals_hidden_reasoning_in_its_place() -> None:
      "refusal"),
     ([{"type": "response.output_text.delta", "output_index": 0, "delta": "\ud83d"},
       {"type": "response.output_text.delta", "output_index": 0, "delta": "\ude00"}], [pg.Text("\U0001f600")], "stop"),
-    ([{"type": "response.brand_new", "x": 1}, {"type": "response.output_text.delta", "output_index": 9, "delta": "?"}],
-     [], "stop"),
+    ([{"type": "response.brand_new", "x": 1}, {"type": "response.output_text.delta", "output_index": 9, "delta": "?"},
+      {"type": "response.output_text.delta", "output_index": 0, "delta": "!"}], [pg.Text("!")], "stop"),
 ])
 def test_responses_message(events: List[Any], wanted: List[Any], stop: str) -> None:
     done = responses_read(responses_frames({"type": "response.output_item.added", "output_index": 0,
@@ -9275,8 +9330,8 @@ def test_bedrock_converse_whole() -> None:
     ("end_turn", "stop"), ("stop_sequence", "stop_sequence"), ("max_tokens", "length"), ("content_filtered", "refusal"),
     ("model_context_window_exceeded", "overflow"), ("guardrail_intervened", "refusal"), ("new", "stop")])
 def test_bedrock_converse_stop_reasons(reason: str, stop: str) -> None:
-    wire = bedrock_stream(("messageStop", {"stopReason": reason}), ("metadata", {}))
-    assert provider_events(BEDROCK.reader(bedrock_model(), STAMP), [wire])[-1] == pg.Done(stop)
+    wire = bedrock_stream(("messageStop", {"stopReason": reason}), ("metadata", {"usage": {"outputTokens": 1}}))
+    assert provider_events(BEDROCK.reader(bedrock_model(), STAMP), [wire])[-1] == pg.Done(stop, pg.Usage(0, 1))
 
 
 @pytest.mark.parametrize("status, kind, body, error", [
