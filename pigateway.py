@@ -843,9 +843,9 @@ def repair_json_object(text: str) -> Optional[Dict[str, Any]]:
         return {}
     fenced = _FENCE.fullmatch(text.strip())
     candidate = fenced.group(1) if fenced else text
-    for attempt in (candidate, _BAD_ESCAPE.sub(r"\\\\", candidate)):
+    for mend in (str, lambda broken: _BAD_ESCAPE.sub(r"\\\\", broken)):
         try:
-            value = _lenient_decoder.decode(attempt)
+            value = _lenient_decoder.decode(mend(candidate))
         except (ValueError, RecursionError):
             continue
         return value if isinstance(value, dict) else None
@@ -3610,14 +3610,15 @@ def splice_model(body: bytes, data: Mapping[str, Any], model_id: str) -> bytes:
         return body
     wanted = {**data, "model": model_id}
     value = json_text(model_id).encode("utf-8")
-    tries = 0
-    for match in _MODEL_VALUE.finditer(body):
-        if match.end(1) - match.start(1) > 4096 or json.loads(match.group(1)) != data.get("model"):
+    tries, match = 0, _MODEL_VALUE.search(body)         # not `finditer`, which leaves what `Opener` tells of
+    while match:
+        found, match = match, _MODEL_VALUE.search(body, match.end())
+        if found.end(1) - found.start(1) > 4096 or json.loads(found.group(1)) != data.get("model"):
             continue
         tries += 1
         if tries > 4:                           # each try parses the whole body
             break
-        candidate = body[:match.start(1)] + value + body[match.end(1):]
+        candidate = body[:found.start(1)] + value + body[found.end(1):]
         if clean_strings(json.loads(candidate.decode("utf-8-sig"))) == wanted:
             return candidate
     return dumps(wanted).encode("ascii")
@@ -10386,6 +10387,14 @@ class ScopedRequest(urllib.request.Request):
     scope: Scope
 
 
+class Opener(urllib.request.OpenerDirector):
+    """The stock opener makes up the names of handlers' methods anew for each request, and the interpreter's method cache
+    keeps such strings: one made while a large request is under way would hold a whole arena of its memory."""
+
+    def _call_chain(self, chain: Any, kind: str, meth_name: str, *args: Any) -> Any:
+        return super()._call_chain(chain, kind, sys.intern(meth_name), *args)   # type: ignore[misc]
+
+
 class DemoHandler(urllib.request.BaseHandler):
     """The built-in model behind the URL scheme demo:, so that it is reached like every other provider."""
 
@@ -10433,7 +10442,7 @@ class Transport:
                  connect: Callable[..., socket.socket] = socket.create_connection) -> None:
         self._limits = limits
         self._handler = PooledHandler(limits, ca_bundle, keep, connect)
-        self._opener = urllib.request.OpenerDirector()
+        self._opener = Opener()
         for handler in (urllib.request.ProxyHandler(proxies), self._handler, DemoHandler(demo_delay_s)):
             self._opener.add_handler(handler)
 
