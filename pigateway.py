@@ -10639,6 +10639,7 @@ class Exchange:
     headers: Mapping[str, str]
     responder: HttpResponder
     query: str = ""
+    size: int = 0                               # of the body, in bytes
     is_last: bool = True                        # no other model stands behind this one
     account: str = ""                           # which one was called, as a hash
     answer_headers: Dict[str, str] = field(default_factory=dict)
@@ -11451,6 +11452,10 @@ class HttpResponder:
         if head or self._chunked:
             self._send(head + (b"0\r\n\r\n" if self._chunked else b""))
 
+    def forget(self) -> None:
+        """Lets go of the scope, which leads back here: a ring of objects would wait for the collector."""
+        self._scope = None
+
     def scope(self) -> Scope:
         """A scope that watches this client."""
         self._scope = Scope(self._sock, self._heartbeat_s)
@@ -11595,7 +11600,8 @@ class Handler(socketserver.BaseRequestHandler):
             log.debug("where it happened", exc_info=True)
             self._send_error(GatewayError("internal error; the gateway's log names it"), exchange)
         self._log_access(head, exchange, responder, started)
-        if (body_length(head.headers) or 0) > LARGE_BODY_BYTES:
+        responder.forget()
+        if exchange.size > LARGE_BODY_BYTES:
             server.trim_memory()
         if self._has_unread_body:
             self._linger()
@@ -11666,6 +11672,7 @@ class Handler(socketserver.BaseRequestHandler):
             exchange.answer_headers["allow"] = ", ".join(route)
             raise MethodNotAllowed(f"{shown} takes {' or '.join(route)}, not {head.method}")
         body = self._read_body(head)
+        exchange.size = len(body)
         route[method](self, head, exchange, body)
 
     def _complete(self, head: Head, exchange: Exchange, body: bytes) -> None:
@@ -11813,6 +11820,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.is_stopping = False
         self._sockets: set[socket.socket] = set()
         self._trimmed_at = self._reaped_at = 0.0
+        self._trim_due = False
         self._fresh: set[socket.socket] = set()     # connections whose first request has not come yet
         self._active = 0
         self._changed = threading.Condition()
@@ -11922,13 +11930,16 @@ class Server(http.server.ThreadingHTTPServer):
         if now > self._reaped_at + REAP_S:
             self._reaped_at = now
             self.gateway.transport.reap()
+        if self._trim_due:
+            self.trim_memory()
 
     def trim_memory(self) -> None:
         """Gives the memory of large requests back to the system, where the C library keeps it for each thread."""
         now = time.monotonic()
         if TRIM is None or now < self._trimmed_at + TRIM_S:
+            self._trim_due = TRIM is not None   # `service_actions` does it
             return
-        self._trimmed_at = now
+        self._trimmed_at, self._trim_due = now, False
         TRIM(0)
 
     def _accept_rest(self) -> None:
