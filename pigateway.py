@@ -125,12 +125,15 @@ EXIT_OK, EXIT_FAILURE, EXIT_CONFIG, EXIT_RUNNING = 0, 1, 2, 3
 EXIT_INTERRUPTED = 130           # by Ctrl-C, as shells count it
 
 LEVELS = ("off", "minimal", "low", "medium", "high", "xhigh", "max")
-LEVEL_ALIASES = {"none": "off", "disabled": "off", **{level: level for level in LEVELS}}
+LEVEL_ALIASES = {"none": "off", "disabled": "off", "disable": "off", "false": "off", "0": "off", "maximum": "max",
+                 **{level: level for level in LEVELS}}
 # Thinking budgets in tokens, both directions: what a level asks for, and the level that a budget amounts to.
 LEVEL_BUDGETS = {"minimal": 1024, "low": 2048, "medium": 8192, "high": 16384, "xhigh": 16384, "max": 16384}
 BUDGET_LEVELS = ((0, "off"), (2048, "low"), (8192, "medium"), (24576, "high"))
 MIN_BUDGET = 1024                 # Anthropic: thinking.budget_tokens is at least 1024 and below max_tokens
 DEFAULT_MAX_TOKENS = 16384        # Anthropic requires max_tokens; used when neither client nor catalogue names one
+
+MAX_ITEMS = 100_000               # in one array of a request; Anthropic's limit for messages
 
 LOOPBACK_HOSTS = frozenset({"127.0.0.1", "::1", "localhost", "::ffff:127.0.0.1"})
 LOGGED_HEADERS = ("content-type", "content-length", "user-agent", "accept", "accept-encoding", "host")
@@ -684,6 +687,8 @@ class Provider:
     keyless: bool = False
     auth_header: bool = False
     api_key: Optional[str] = field(default=None, repr=False)
+    auth_file: str = ""         # another auth.json for its log-in,
+    log_in: str = ""            # and another name for the entry there
 
     @property
     def protocol(self) -> str:
@@ -711,11 +716,17 @@ class Model:
     headers: Mapping[str, str] = field(default_factory=dict)
     sampling: Mapping[str, Any] = field(default_factory=dict)
     level: Optional[str] = None
+    alias: str = ""
 
     @property
     def full_id(self) -> str:
-        """The id that the gateway lists: provider/id."""
+        """The id that tells it from all others: provider/id."""
         return f"{self.provider}/{self.id}"
+
+    @property
+    def listed_id(self) -> str:
+        """The id that the gateway lists."""
+        return self.alias or self.full_id
 
     def flag(self, name: str, default: Any = None) -> Any:
         """The compat flag, or its default."""
@@ -1155,7 +1166,8 @@ def normalise(request: Request, model: Model, upstream: UpstreamProtocol, names:
     if request.reasoning and request.reasoning.level == "off" and "reasoning" in missing:
         missing.remove("reasoning")         # a model that cannot think does not think
         request = replace(request, reasoning=None)
-    dropped = [*request.lost, *(name for name in request.extra if name not in upstream.forwards), *(names.get(name, name) for name in missing)]
+    dropped = [*request.lost, *(name for name in request.extra if name not in upstream.forwards),
+               *(names.get(name, name) for name in missing)]
     request = replace(request, **{name: () if name == "stop" else None for name in missing})
     request = fit_history(request, model, upstream)
     if not request.messages and not request.system:
@@ -1458,7 +1470,10 @@ def join_path(path: str, name: str) -> str:
 
 def objects(items: Any, path: str) -> Iterator[Tuple[str, Dict[str, Any]]]:
     """(path, item) for each item of an array of objects; nothing for null."""
-    for index, item in enumerate([] if items is None else check(items, "an array", path)):
+    items = [] if items is None else check(items, "an array", path)
+    if len(items) > MAX_ITEMS:
+        raise BadRequest(f"{path}: at most {MAX_ITEMS} items", param=path)
+    for index, item in enumerate(items):
         where = f"{path}[{index}]"
         yield where, check(item, "an object", where)
 
@@ -1475,6 +1490,20 @@ def parse_data_url(url: str, path: str) -> Tuple[str, str]:
     if "base64" not in params:
         payload = base64.b64encode(urllib.parse.unquote_to_bytes(payload)).decode("ascii")
     return media_type or "text/plain", check_base64(payload, path)
+
+
+# Where a client may name a level of thinking outside its own API's field, as piai-router reads it, in that order.
+EFFORT_PATHS = (("effort",), ("metadata", "effort"), ("metadata", "reasoning_effort"), ("thinking", "effort"),
+                ("reasoning", "effort"))
+
+
+def stray_effort(data: Mapping[str, Any]) -> Optional[str]:
+    """The first level that a body names at one of `EFFORT_PATHS`."""
+    for *outer, name in EFFORT_PATHS:
+        word = (as_dict(data.get(outer[0])) if outer else data).get(name)
+        if isinstance(word, str) and word.lower() in LEVEL_ALIASES:
+            return LEVEL_ALIASES[word.lower()]
+    return None
 
 
 def check_base64(data: str, path: str) -> str:
@@ -1632,11 +1661,12 @@ class OpenAIChat(ClientProtocol):
         effort = data.get("reasoning_effort")
         if isinstance(effort, str) and effort.lower() in LEVEL_ALIASES:
             return Reasoning(LEVEL_ALIASES[effort.lower()]), ["reasoning_effort"]
+        stray = stray_effort(data)
+        if stray:
+            return Reasoning(stray), [name for name in ("effort", "reasoning", "thinking") if name in data]
         options = data.get("reasoning")                                     # OpenRouter
         if isinstance(options, dict):
-            level, budget = options.get("effort"), options.get("max_tokens")
-            if isinstance(level, str) and level.lower() in LEVEL_ALIASES:
-                return Reasoning(LEVEL_ALIASES[level.lower()]), ["reasoning"]
+            budget = options.get("max_tokens")
             if isinstance(budget, int) and not isinstance(budget, bool):
                 return Reasoning(level_of_budget(budget), budget if budget > 0 else None), ["reasoning"]
             if isinstance(options.get("enabled"), bool):
@@ -2013,9 +2043,10 @@ ANTHROPIC_ID_LIMIT = 64     # tool ids match ^[a-zA-Z0-9_-]{1,64}$ (Messages API
 MESSAGES_STOP = {"stop": "end_turn", "length": "max_tokens", "tool_use": "tool_use", "stop_sequence": "stop_sequence",
                  "refusal": "refusal", "pause": "pause_turn", "overflow": "model_context_window_exceeded"}
 MESSAGES_CHOICES = {"auto": "auto", "any": "required", "none": "none", "tool": "tool"}
+STRAY_FIELDS = ("effort", "reasoning")      # levels of thinking that only `stray_effort` knows; Anthropic refuses them
 MESSAGES_KNOWN = frozenset({
     "model", "messages", "max_tokens", "system", "tools", "tool_choice", "thinking", "output_config", "output_format",
-    "temperature", "top_p", "top_k", "stop_sequences", "stream", "metadata", "thread"})
+    "temperature", "top_p", "top_k", "stop_sequences", "stream", "metadata", "thread", *STRAY_FIELDS})
 MESSAGES_DEFAULTS: Dict[str, Any] = {"service_tier": "auto"}
 MESSAGES_REFUSALS = {"mcp_servers": "MCP servers run on Anthropic's side only", "container":
                      "containers exist on Anthropic's side only"}
@@ -2071,7 +2102,7 @@ class AnthropicClient(ClientProtocol):
             top_p=self._top_p(optional(data, "top_p", "a number", "", 0, 1)),
             top_k=optional(data, "top_k", "an integer", "", 0),
             stop=self._stop(optional(data, "stop_sequences", "an array") or []),
-            reasoning=self._reasoning(optional(data, "thinking", "an object"), config),
+            reasoning=self._reasoning(optional(data, "thinking", "an object"), config, stray_effort(data)),
             output=self._output(config.get("format") or data.get("output_format")),
             user=optional(metadata, "user_id", "a string", "metadata"),
             stream=bool(optional(data, "stream", "a boolean")), include_usage=True, protocol=self.name, extra=extra,
@@ -2097,17 +2128,18 @@ class AnthropicClient(ClientProtocol):
     def _top_p(self, value: Optional[float]) -> Optional[float]:
         return None if value == 1 else value    # all of it is what "not said" means
 
-    def _reasoning(self, thinking: Optional[Dict[str, Any]], config: Dict[str, Any]) -> Optional[Reasoning]:
+    def _reasoning(self, thinking: Optional[Dict[str, Any]], config: Dict[str, Any],
+                   stray: Optional[str]) -> Optional[Reasoning]:
         effort = optional(config, "effort", "a string", "output_config")
-        level = LEVEL_ALIASES.get((effort or "").lower())
+        level = stray or LEVEL_ALIASES.get((effort or "").lower())
         if thinking is None:
             return Reasoning(level) if level else None
         kind = required(thinking, "type", "a string", "thinking")
         if kind == "disabled":
-            return Reasoning("off")
+            return Reasoning(stray or "off")
         if kind == "enabled":
             budget = required(thinking, "budget_tokens", "an integer", "thinking", 1)
-            return Reasoning(level or level_of_budget(budget), budget)
+            return Reasoning(level or level_of_budget(budget), None if stray else budget)
         if kind == "adaptive":
             return Reasoning(level or "high")
         if kind == "between_tools":
@@ -6855,7 +6887,8 @@ class AnthropicLane(NativeLane):
             for message in request.messages for part in message.parts)
         first = as_dict(next(iter(system_blocks(request.data.get("system"))), None)).get("text")
         lacks_identity = credential.kind == "oauth" and not str(first).startswith(OAUTH_IDENTITY)
-        if has_foreign or lacks_identity or model.level or self.tool_names or has_repeated_keys(request.body):
+        has_stray = any(name in request.data for name in STRAY_FIELDS)
+        if has_foreign or lacks_identity or has_stray or model.level or self.tool_names or has_repeated_keys(request.body):
             body = dumps(self._edited(has_foreign, lacks_identity, dropped)).encode("ascii")
         else:
             body = splice_model(request.body, request.data, model.id)
@@ -6866,6 +6899,7 @@ class AnthropicLane(NativeLane):
     def _edited(self, has_foreign: bool, lacks_identity: bool, dropped: List[str]) -> Dict[str, Any]:
         request, model = self.request, self.model
         data = {**request.data, "model": model.id}
+        stray = [data.pop(name) for name in STRAY_FIELDS if name in data]
         if has_foreign:
             data["messages"] = [self._without_foreign(message) for message in data["messages"]]
             if as_dict(data.get("thinking")).get("type") == "enabled" and continues_unsigned(data["messages"]):
@@ -6875,7 +6909,7 @@ class AnthropicLane(NativeLane):
             data = rename_anthropic_tools(data, {own: name for name, own in self.tool_names.items()})
         if lacks_identity:
             data["system"] = [{"type": "text", "text": OAUTH_IDENTITY}, *system_blocks(data.get("system"))]
-        if model.level:
+        if model.level or stray:
             thinking, effort, limit = self.upstream.thinking(request, model, request.max_tokens or DEFAULT_MAX_TOKENS)
             data.update(present(thinking=thinking, max_tokens=limit if request.max_tokens else None))
             if effort:
@@ -7701,6 +7735,128 @@ def read_copilot_models(body: Mapping[str, Any], provider: Provider, known: Mapp
     return models
 
 
+# --- The model map ----------------------------------------------------------------------------------------------------
+#
+# `modelMap` with the rules of piai-router 0.1.3, and two more: a name may hold `*`, and a value may be a chain.
+
+
+class Route(NamedTuple):
+    """Where a client's name leads: a model's name, the step that found it, and what becomes of the client's level of
+    thinking: a map of levels, one level for all, None when it stays."""
+
+    model: str
+    reason: str
+    effort: Any = None
+
+
+# A client's level as the maps name it, and what a map's target means.
+MAP_EFFORTS = {"off": "none", "minimal": "low", "low": "low", "medium": "medium", "high": "high", "xhigh": "max",
+               "max": "max"}
+CLAUDE_ALIAS = "claude-gw-"         # claude-gw-<provider>--<model>, for clients that only list names with "claude"
+
+
+class ModelMap:
+    """A client's names → models, for the provider that is in charge, "" for none."""
+
+    def __init__(self, entries: Mapping[str, Any], provider: str = "", default_model: str = "") -> None:
+        self._entries = entries
+        self._provider = provider
+        self._default = default_model
+
+    def routes(self, name: str) -> List[Route]:
+        """The models to try in turn; the first step that leads anywhere counts."""
+        name = name.strip()
+        for reason, key, rest in self._steps(name):
+            routes = self._read(self._entries[key], f"{reason}:{key}")
+            if routes:
+                return [route._replace(model=route.model.replace("*", rest)) for route in routes] if rest else routes
+        return [Route(*self._fallback(name))]
+
+    def _steps(self, name: str) -> Iterator[Tuple[str, str, str]]:
+        """(step, key, what `*` stands for) of the entries that fit, the best first."""
+        entries, provider = self._entries, self._provider
+        if name and provider and f"{provider}:{name}" in entries:
+            yield "exact_provider", f"{provider}:{name}", ""
+        if name in entries and name:
+            yield "exact", name, ""
+        owned = [(key, *split_key(key)) for key in entries if key and key != "default"] if name else []
+        for key, owner, stem in owned:
+            rest = match_wildcard(stem, name) if owner in ("", provider) else None
+            if rest is not None:
+                yield "wildcard", key, rest
+        for reason, wanted in (("prefix_provider", provider), ("prefix", "")):
+            for key, owner, stem in owned:
+                if owner == wanted and (owner or reason == "prefix") and name.startswith(stem):
+                    yield reason, key, ""
+        if "default" in entries:
+            yield "default", "default", ""
+
+    def _read(self, entry: Any, reason: str, is_variant: bool = False) -> List[Route]:
+        """The routes that an entry means; none when it says nothing for this provider."""
+        if isinstance(entry, list):
+            return [route for item in entry for route in self._read(item, reason, is_variant)]
+        if isinstance(entry, str):
+            return [Route(entry.strip(), reason)] if entry.strip() else []
+        entry = as_dict(entry)
+        effort = entry.get("reasoning") if entry.get("reasoning") is not None else entry.get("effort")
+        if effort is None and not any(isinstance(entry.get(name), str) for name in ("model", "target", "to")):
+            variant = entry.get(self._provider) if self._provider in entry else entry.get("default")
+            return [] if is_variant or variant is None else self._read(variant, reason, True)
+        model = next((entry[name] for name in ("model", "target", "to") if isinstance(entry.get(name), str)
+                      and entry[name].strip()), "")
+        return [Route(model.strip(), reason, effort)] if model else []
+
+    def _fallback(self, name: str) -> Tuple[str, str]:
+        provider, default = self._provider.lower(), self._default
+        if default and name.startswith("claude-") and "openai" in provider:
+            return default, "fallback_family_mismatch_openai"
+        if default and name.startswith(("gpt", "o1", "o3")) and "anthropic" in provider:
+            return default, "fallback_family_mismatch_anthropic"
+        if name:
+            return name, "passthrough"
+        return (default, "fallback_model") if default else ("gpt-5" if provider else "", "hard_default")
+
+    def aliases(self) -> List[str]:
+        """The names that the map adds for clients: its keys that are whole names."""
+        keys = [split_key(key) for key in self._entries if key and key != "default"]
+        return list(dict.fromkeys(stem for owner, stem in keys if owner in ("", self._provider) and "*" not in stem))
+
+    def targets(self) -> List[str]:
+        """The models that its entries lead to."""
+        entries = [route.model for key in self._entries for route in self._read(self._entries[key], "")]
+        return list(dict.fromkeys([*([self._default] if self._default else []), *entries]))
+
+
+def split_key(key: str) -> Tuple[str, str]:
+    """A key of the map as (provider, name); "" for one that serves all."""
+    provider, _, name = key.partition(":")
+    return (provider.strip(), name.strip()) if provider.strip() and name.strip() else ("", key)
+
+
+def match_wildcard(pattern: str, name: str) -> Optional[str]:
+    """What the first `*` of a pattern stands for in a name, None when the name does not fit."""
+    if "*" not in pattern:
+        return None
+    match = re.fullmatch("(.*)".join(map(re.escape, pattern.split("*"))), name, re.DOTALL)
+    return match.group(1) if match else None
+
+
+def map_effort(effort: Any, level: Optional[str]) -> Optional[str]:
+    """The level of `LEVELS` that a route's map makes of the client's; None when it has no say."""
+    if isinstance(effort, dict):
+        named = {MAP_EFFORTS.get(LEVEL_ALIASES.get(str(name).lower(), ""), str(name).lower()): target
+                 for name, target in effort.items()}
+        known = MAP_EFFORTS.get(level or "")
+        effort = named.get(known) if known and read_target(named.get(known)) else named.get("default")
+    return read_target(effort)
+
+
+def read_target(word: Any) -> Optional[str]:
+    """A target of an effort map as a level; None for what is none."""
+    level = LEVEL_ALIASES.get(word.strip().lower()) if isinstance(word, str) else None
+    return "xhigh" if level == "max" else level
+
+
 # --- models.json ------------------------------------------------------------------------------------------------------
 
 _PROVIDER_KEYS = {"name": "a string", "baseUrl": "a string", "api": "a string", "apiKey": "a string",
@@ -7742,7 +7898,7 @@ def _read_provider(result: ModelsFile, name: str, entry: Dict[str, Any], path: s
         result.problems.extend(f'{path}: unknown key "{key}"; did you mean "{name}"?' for name in near)
     if not re.fullmatch(r"[^/\s]+", name) or name == DEMO:
         raise BadRequest(f"{path}: a provider's name may not be empty, be {DEMO!r} or hold a slash or blank")
-    provider = _merge_provider(name, fields, path)
+    provider = _merge_provider(name, fields, path, PROVIDERS.get(name))
     base = Catalogue({name: provider}).models_of(provider)
     models: Dict[str, Model] = {}
     for where, item in objects(fields["models"] or [], f"{path}.models"):
@@ -7757,8 +7913,7 @@ def _read_provider(result: ModelsFile, name: str, entry: Dict[str, Any], path: s
     result.custom[name] = models
 
 
-def _merge_provider(name: str, fields: Mapping[str, Any], path: str) -> Provider:
-    known = PROVIDERS.get(name)
+def _merge_provider(name: str, fields: Mapping[str, Any], path: str, known: Optional[Provider]) -> Provider:
     base_url, api = fields["baseUrl"], fields["api"]
     if known is None and not base_url and not any(as_dict(m).get("baseUrl") for m in fields["models"] or ()):
         raise BadRequest(f"{path}.baseUrl: required for a provider that is not built in")
@@ -7778,7 +7933,25 @@ def _merge_provider(name: str, fields: Mapping[str, Any], path: str) -> Provider
         discover=known.discover if known else not fields["models"], models=known.models if known else "",
         auth=known.auth if known else "", source=known.source if known else PROTOCOL_SOURCES.get(default, ""),
         keyless=known is None, auth_header=bool(fields["authHeader"]),
-        api_key=fields["apiKey"])
+        api_key=fields["apiKey"] or (known.api_key if known else None))
+
+
+def adopt_provider(result: ModelsFile, name: str, entry: Mapping[str, Any], model_ids: Sequence[str]) -> None:
+    """A provider of the gateway's own configuration (piai-router's `providers`) over what is known of it; what it says of
+    models holds for `model_ids`. Raises `BadRequest`."""
+    path, known = f"providers.{name}", result.providers.get(name)
+    fields = {key: entry.get(key) or None for key in _PROVIDER_KEYS}
+    provider = _merge_provider(name, {**fields, "headers": {**(known.headers if known else {}), **(fields["headers"] or {})},
+                                      "models": [], "modelOverrides": None}, path, known)
+    provider = replace(provider, keyless=False)         # without a key of its own it gets the client's
+    if entry.get("authMode") == "oauth":
+        provider = replace(provider, api_key=None, auth_file=entry.get("authFile") or "", log_in=entry.get("oauthProvider") or "")
+    result.providers[name] = provider
+    base = Catalogue({name: provider}, result.custom).models_of(provider)
+    facts = {key: entry[key] for key in ("reasoning", "input", "contextWindow", "maxTokens") if entry.get(key) is not None}
+    result.custom[name] = {**result.custom.get(name, {}), **{
+        model_id: _read_model(provider, {"id": model_id, **facts}, path, base.get(model_id)) for model_id in model_ids
+        if model_id not in base or facts}}
 
 
 # Where the credential for a provider of the user's own comes from, by the protocol it speaks; else just its key.
@@ -8962,7 +9135,9 @@ class Credentials:
         self._environ = environ
         self._clock = clock
         self._auth = AuthFile(auth_file)
-        self.logins = Logins(self._auth, Vendor(vendor_transport or transport, clock))
+        self._vendor = Vendor(vendor_transport or transport, clock)
+        self.logins = Logins(self._auth, self._vendor)
+        self._other_logins: Dict[str, Logins] = {}
         direct = Transport(Limits(1.0, 2.0, 2.0), proxies={})      # for this machine's metadata services only
         self._google_tokens = GoogleTokens(transport, clock)
         self._aws_credentials = AwsCredentials(transport or direct, direct, clock)
@@ -8970,9 +9145,29 @@ class Credentials:
         self._commands: Dict[str, Tuple[float, Optional[str]]] = {}
         self._warned: set[str] = set()
 
+    def log_in_of(self, provider: Provider) -> Tuple[Logins, str]:
+        """Where the provider's log-in is kept: the file, and the name of its entry."""
+        name = provider.log_in or provider.name
+        if not provider.auth_file:
+            return self.logins, name
+        with self._lock:
+            if provider.auth_file not in self._other_logins:
+                self._other_logins[provider.auth_file] = Logins(AuthFile(provider.auth_file), self._vendor)
+            return self._other_logins[provider.auth_file], name
+
+    def entry_of(self, provider: Provider) -> Dict[str, Any]:
+        """The provider's entry in auth.json as it stands, {} when there is none."""
+        logins, name = self.log_in_of(provider)
+        return logins.entry(name)
+
+    def close(self) -> None:
+        """Waits for tokens on their way."""
+        for logins in [self.logins, *self._other_logins.values()]:
+            logins.close()
+
     def usable(self, provider: Provider) -> bool:
         """Whether there is something to try for this provider; runs no command and asks nobody."""
-        entry = self.logins.entry(provider.name)
+        entry = self.entry_of(provider)
         has_key = bool(provider.keyless or entry.get("key") or entry.get("access") or provider.api_key
                        or any(self._environ.get(name) for name in provider.env))
         if provider.source in self.ambient and (not has_key or provider.source == "azure"):
@@ -8983,8 +9178,8 @@ class Credentials:
     def is_subscription(self, provider: Provider) -> bool:
         """Whether calls to this provider are paid by somebody's personal plan, as far as that shows without running a
         command; a call's own credential has the last word."""
-        entry = self.logins.entry(provider.name)
-        row = SUBSCRIPTIONS.get(provider.name)
+        entry = self.entry_of(provider)
+        row = SUBSCRIPTIONS.get(provider.log_in or provider.name)
         if entry.get("type") == "oauth" or (row and row.is_personal):
             return True
         values = [entry.get("key"), provider.api_key, *(self._variable(name, entry) for name in provider.env)]
@@ -8993,9 +9188,10 @@ class Credentials:
 
     def get(self, provider: Provider, model: Model) -> Credential:
         """The credential for a call. Raises `Unauthorized`, code no_credentials, that says what to set."""
-        entry = self.logins.entry(provider.name)
+        entry = self.entry_of(provider)
         if entry.get("type") == "oauth":
-            entry = self.logins.current(provider.name)
+            logins, name = self.log_in_of(provider)
+            entry = logins.current(name)
         credential = self.sources.get(provider.source, Credentials._key)(self, provider, entry)
         headers = self.headers(provider, model)
         if provider.auth_header and credential.token:
@@ -9006,7 +9202,7 @@ class Credentials:
 
     def headers(self, provider: Provider, model: Model) -> Dict[str, str]:
         """The configured headers for a call. Raises `Unauthorized` for one that resolves to nothing."""
-        entry = self.logins.entry(provider.name)
+        entry = self.entry_of(provider)
         return {name: self._header(provider, name, value, entry)
                 for name, value in {**provider.headers, **model.headers}.items()}
 
@@ -9014,7 +9210,7 @@ class Credentials:
         """What tells this account from another at the same provider, as a hash: what a log-in keeps while its tokens
         change, or the key. "" when that is not known."""
         if entry.get("type") == "oauth":
-            row = SUBSCRIPTIONS.get(provider.name)
+            row = SUBSCRIPTIONS.get(provider.log_in or provider.name)
             known = [str(entry.get(name) or "") for name in (row.account_fields if row else ())]
         else:
             known = [credential.token] if credential.kind == "api_key" else []
@@ -9078,7 +9274,7 @@ class Credentials:
 
     def fill(self, url: str, provider: Provider) -> str:
         """A base URL with its {NAME} placeholders filled in. Raises `Unauthorized` that names what is missing."""
-        entry = self.logins.entry(provider.name)
+        entry = self.entry_of(provider)
         for name in _PLACEHOLDER.findall(url):
             value = self._variable(name, entry)
             if not value:
@@ -10801,11 +10997,11 @@ class Gateway:
 
     def complete(self, exchange: Exchange, body: bytes) -> None:
         """Answers a completion request. Raises `GatewayError` while nothing has been sent, or `ClientGone`."""
-        data = parse_json_object(body)
+        data = self._with_model(parse_json_object(body))
         request = replace(exchange.client.parse(data), body=body, headers=exchange.headers, query=exchange.query,
                           session=session_of(exchange.headers, data))
         exchange.log["stream"] = request.stream
-        candidates = self._candidates(request.model)
+        candidates = self._candidates(request)
         if len(candidates) == 1:
             self._complete_on(candidates[0], request, exchange)
             return
@@ -10875,7 +11071,7 @@ class Gateway:
 
     def count_tokens(self, exchange: Exchange, body: bytes) -> None:
         """Answers Anthropic's count_tokens: from the provider where it has that, else with an estimate."""
-        data = parse_json_object(body)
+        data = self._with_model(parse_json_object(body))
         request = replace(MESSAGES.parse_prompt(data), body=body, headers=exchange.headers, query=exchange.query,
                           stream=False)
         model, credential = self._resolve(request, exchange)
@@ -10898,13 +11094,59 @@ class Gateway:
     def _resolve(self, request: Request, exchange: Exchange) -> Tuple[Model, Credential]:
         """The first model that a client's name means, and what it is called with."""
         exchange.log["stream"] = request.stream
-        return self._authorise(self._candidates(request.model)[0], exchange)
+        return self._authorise(self._candidates(request)[0], exchange)
 
-    def _candidates(self, name: str) -> List[Model]:
-        """The models that a client's name means, in the order in which they are tried. Raises `ModelNotFound`."""
-        target = self.config.model_map.get(name, name)
-        targets = [target] if isinstance(target, str) else target
-        return [self.catalogue.resolve(target, self.is_usable) for target in targets]
+    def _with_model(self, data: Dict[str, Any]) -> Dict[str, Any]:
+        """A body that names no model, with the default one, if there is one."""
+        if data.get("model") not in (None, ""):
+            return data
+        name = self.config.routing.routes("")[0].model
+        return {**data, "model": name} if name else data
+
+    def _candidates(self, request: Request) -> List[Model]:
+        """The models that a request's name means, in the order in which they are tried, each with the level of thinking
+        that the model map gives it. Raises `ModelNotFound`."""
+        level = request.reasoning.level if request.reasoning else None
+        models = []
+        for route in self.config.routing.routes(request.model):
+            model = self.catalogue.resolve(self.target_name(route.model), self.is_usable)
+            mapped = map_effort(route.effort, level)
+            models.append(replace(model, level=mapped) if mapped else model)
+        return models
+
+    def target_name(self, name: str) -> str:
+        """A model's name, with the provider that is in charge where it names none."""
+        if name.startswith(CLAUDE_ALIAS) and "--" in name:
+            return name[len(CLAUDE_ALIAS):].replace("--", "/", 1)
+        provider = self.catalogue.providers.get(self.config.provider)
+        if provider is None or name == DEMO:
+            return name
+        is_own = name in self.catalogue.models_of(provider)
+        return name if not is_own and name.partition("/")[0] in self.catalogue.providers and "/" in name else (
+            f"{provider.name}/{name}")
+
+    def listed(self, for_claude: bool) -> List[Model]:
+        """What GET /v1/models lists: the models, the names that the model map adds, and for a client that only looks at
+        names with "claude" such a name for each of the others."""
+        models = {model.full_id: model for model in self.models()}
+        models.update((alias, self._aliased(alias)) for alias in self._aliases() if alias not in models)
+        if for_claude:
+            named = [f"{CLAUDE_ALIAS}{model.provider}--{model.id}" for name, model in models.items() if "claude" not in name]
+            models.update((alias, self._aliased(alias)) for alias in named)
+        return [models[name] for name in sorted(models)]
+
+    def _aliased(self, name: str) -> Model:
+        first = self.config.routing.routes(name)[0].model
+        return replace(self.catalogue.resolve(self.target_name(first), self.is_usable), alias=name)
+
+    def _aliases(self) -> List[str]:
+        """The names that the model map knows and that lead to a model which can be used."""
+        found = []
+        for name in [*self.config.routing.aliases(), *self.config.routing.targets()]:
+            with contextlib.suppress(ModelNotFound):
+                if self.is_usable(self.catalogue.providers[self._aliased(name).provider]):
+                    found.append(name)
+        return found
 
     def _authorise(self, model: Model, exchange: Exchange) -> Tuple[Model, Credential]:
         provider = self.catalogue.providers[model.provider]
@@ -10969,7 +11211,8 @@ class Gateway:
             error.message += f" ({log_in_advice(attempt.lane.model.provider)}, if that stays)"
             return False
         attempt.may_renew = False
-        if credential.is_passed or not self.credentials.logins.replace_refused(attempt.lane.model.provider, credential.token):
+        logins, name = self.credentials.log_in_of(self.catalogue.providers[attempt.lane.model.provider])
+        if credential.is_passed or not logins.replace_refused(name, credential.token):
             return False
         attempt.lane.model, attempt.credential = self._authorise(
             self.catalogue.resolve(attempt.lane.model.full_id, self.is_usable), attempt.exchange)
@@ -11682,7 +11925,7 @@ class Handler(socketserver.BaseRequestHandler):
         self.server.gateway.count_tokens(exchange, body)
 
     def _models(self, head: Head, exchange: Exchange, body: bytes) -> None:
-        models, created = self.server.gateway.models(), self.server.started_at
+        models, created = self.server.gateway.listed(wants_claude(head)), self.server.started_at
         if exchange.client is MESSAGES:
             answer = anthropic_model_page(models, created, head.query)
         else:
@@ -11692,7 +11935,7 @@ class Handler(socketserver.BaseRequestHandler):
     def _model(self, head: Head, exchange: Exchange, body: bytes) -> None:
         name = head.path[len("/models/"):]
         gateway = self.server.gateway
-        listed = {model.full_id: model for model in gateway.models()}
+        listed = {model.listed_id: model for model in gateway.listed(name.startswith(CLAUDE_ALIAS))}
         model = listed.get(name) or gateway.catalogue.resolve(name, gateway.is_usable)
         if not gateway.is_usable(gateway.catalogue.providers[model.provider]):
             raise ModelNotFound(f'no model "{name[:200]}" here; GET /v1/models lists what there is', param="model")
@@ -11715,7 +11958,7 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _root(self, head: Head, exchange: Exchange, body: bytes) -> None:
         endpoints = [f"{method} /v1{path}".replace("*", "{id}") for path, methods in ROUTES.items() for method in methods
-                     if path not in ("/", "/health", "/healthz", "/status")]
+                     if path not in ("/", "/health", "/healthz", "/status", "/api/hello")]
         self._send_json(exchange, {"name": NAME, "version": VERSION, "endpoints": endpoints})
 
     def _send_json(self, exchange: Exchange, answer: Any) -> None:
@@ -11731,6 +11974,7 @@ ROUTES: Dict[str, Dict[str, Callable[[Handler, Head, Exchange, bytes], None]]] =
     "/models/*": {"GET": Handler._model},
     "/status": {"GET": Handler._status},
     "/healthz": {"GET": Handler._healthz},
+    "/api/hello": {"GET": Handler._health},     # Claude Code looks whether somebody is there
     "/health": {"GET": Handler._health},
     "/": {"GET": Handler._root},
 }
@@ -11749,16 +11993,21 @@ def client_protocol(head: Head) -> ClientProtocol:
     return MESSAGES if "anthropic-version" in head.headers else CHAT
 
 
+def wants_claude(head: Head) -> bool:
+    """Whether this is Claude Code looking for models: it only takes names with "claude" in them."""
+    return head.headers.get("user-agent", "").startswith(("claude-code/", "claude-cli/"))
+
+
 def openai_model(model: Model, created: float) -> Dict[str, Any]:
     """A model in OpenAI's shape, with its limits in tokens where they are known."""
-    return {"id": model.full_id, "object": "model", "created": int(created), "owned_by": model.provider,
+    return {"id": model.listed_id, "object": "model", "created": int(created), "owned_by": model.provider,
             **present(context_window=model.context_window or None, max_output_tokens=model.max_tokens or None)}
 
 
 def anthropic_model(model: Model, created: float) -> Dict[str, Any]:
     """A model in Anthropic's shape, with its limits in tokens where they are known."""
     stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(created))
-    return {"type": "model", "id": model.full_id, "display_name": model.name or model.full_id, "created_at": stamp,
+    return {"type": "model", "id": model.listed_id, "display_name": model.name or model.listed_id, "created_at": stamp,
             **present(max_input_tokens=model.context_window or None, max_tokens=model.max_tokens or None)}
 
 
@@ -11767,7 +12016,7 @@ def anthropic_model_page(models: Sequence[Model], created: float, query: Mapping
     limit = query.get("limit", "20")
     if not re.fullmatch(r"[0-9]{1,4}", limit) or not 1 <= int(limit) <= 1000:
         raise BadRequest("limit: must be between 1 and 1000", param="limit")
-    ids = [model.full_id for model in models]
+    ids = [model.listed_id for model in models]
     first, last = 0, len(models)
     for name in ("after_id", "before_id"):
         if name in query and query[name] not in ids:
@@ -11780,7 +12029,7 @@ def anthropic_model_page(models: Sequence[Model], created: float, query: Mapping
     page = list(models[first:last][:int(limit)])
     has_more = first > 0 if "before_id" in query else first + len(page) < last
     return {"data": [anthropic_model(model, created) for model in page], "has_more": has_more,
-            "first_id": page[0].full_id if page else None, "last_id": page[-1].full_id if page else None}
+            "first_id": page[0].listed_id if page else None, "last_id": page[-1].listed_id if page else None}
 
 
 LARGE_BODY_BYTES = 256 * KIB
@@ -12496,6 +12745,9 @@ class Config:
     model_allowlist: Optional[Tuple[str, ...]] = None
     model_denylist: Tuple[str, ...] = ()
     pass_through: Tuple[str, ...] = ()
+    provider: str = ""
+    default_model: str = ""
+    providers: Mapping[str, Any] = field(default_factory=dict, repr=False)
     model_map: Mapping[str, Any] = field(default_factory=dict)
     retries: int = 2
     force_abort_timeout_ms: int = 5000
@@ -12512,6 +12764,11 @@ class Config:
     ca_bundle: Optional[str] = None
     pid_file: Optional[str] = None
     sources: Tuple[str, ...] = ()
+
+    @functools.cached_property
+    def routing(self) -> ModelMap:
+        """The way from a client's name to a model's."""
+        return ModelMap(self.model_map, self.provider, self.default_model)
 
     @property
     def is_loopback(self) -> bool:
@@ -12565,7 +12822,11 @@ OPTIONS = (
     Option("heartbeatIntervalMs", "integer", low=1000, high=DAY_MS),
     Option("passThrough", "list", flag="--pass-through", own=True,
            help="call this provider with the key or token that the client sends"),
+    Option("provider", "string", flag="--provider", help="the provider in charge: models that name none are its own",
+           own=True),
+    Option("defaultModel", "string", flag="--default-model", help="the model when a request names none", own=True),
     Option("modelMap", "map", own=True),
+    Option("providers", "providers", own=True),
     Option("retries", "integer", low=0, high=10, own=True),
     Option("workers", "integer", flag="--workers", low=1, high=64, help="processes that share the port (not on Windows)",
            own=True),
@@ -12587,14 +12848,18 @@ _OPTION_KINDS: Dict[str, Tuple[Callable[[Any], bool], str]] = {
     "boolean": (_KINDS["a boolean"], "true or false"),
     "list": (lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value),
              "an array of strings"),
+    "providers": (lambda value: isinstance(value, dict) and all(isinstance(item, dict) for item in value.values()),
+                  "an object of objects by name"),
     "map": (lambda value: isinstance(value, dict) and all(is_model_target(target) for target in value.values()),
             "an object of models, or of arrays of models to be tried in turn, by name")}
 
 
 def is_model_target(value: Any) -> bool:
-    """A model's name, or several in the order in which they are tried."""
-    names = value if isinstance(value, list) else [value]
-    return bool(names) and all(isinstance(name, str) and name for name in names)
+    """A model's name; an object with the model and a map of levels, or with such targets by provider; or several of
+    these in the order in which they are tried."""
+    targets = value if isinstance(value, list) else [value]
+    return bool(targets) and all(isinstance(target, dict) and target or isinstance(target, str) and target
+                                 for target in targets)
 
 
 def check_option(option: Option, value: Any, where: str) -> Any:
@@ -12613,6 +12878,15 @@ def check_option(option: Option, value: Any, where: str) -> Any:
 
 def read_config_file(path: str, is_required: bool) -> Optional[Dict[str, Any]]:
     """The options of a configuration file by attribute, None when there is no such file and none is needed."""
+    data = read_json_file(path, is_required)
+    if data is None:
+        return None
+    is_router = path.endswith(ROUTER_FILE) or any(name in data for name in ROUTER_ONLY)
+    return read_options({**({"port": ROUTER_PORT} if is_router else {}), **from_router(data, path)}, path)
+
+
+def read_json_file(path: str, is_required: bool) -> Any:
+    """The object in a JSON file, None when there is no such file and none is needed. Raises `ConfigError`."""
     try:
         with open(path, encoding="utf-8-sig") if is_required else open_text(path) as file:
             data = json.load(file)
@@ -12628,6 +12902,11 @@ def read_config_file(path: str, is_required: bool) -> Optional[Dict[str, Any]]:
         raise ConfigError(f"{path}: not valid JSON") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: must hold a JSON object")
+    return data
+
+
+def read_options(data: Mapping[str, Any], path: str) -> Dict[str, Any]:
+    """Options by attribute, checked. Raises `ConfigError` naming file and key."""
     options = {option.key: option for option in OPTIONS}
     values = {}
     for key, value in data.items():
@@ -12658,27 +12937,159 @@ def read_config_environment(environ: Mapping[str, str]) -> Dict[str, Any]:
 
 def load_config(environ: Mapping[str, str], flags: Mapping[str, Any] = MappingProxyType({}),
                 extra_file: Optional[str] = None) -> Config:
-    """Defaults < ~/.pi/agent/gateway.json < pigateway.json beside it < `extra_file` < environment < `flags`.
-    Raises `ConfigError`."""
+    """Defaults < ~/.pi/agent/gateway.json < pigateway.json beside it < `extra_file` < environment < `flags`. Without any of
+    the files, piai-router's own. Raises `ConfigError`."""
     folder = os.path.join(home(environ), ".pi", "agent")
     values: Dict[str, Any] = {}
     sources = []
+    router_file = os.path.join(home(environ), ROUTER_FILE)
     for path, is_required in ((os.path.join(folder, "gateway.json"), False),
-                              (os.path.join(folder, "pigateway.json"), False), (extra_file, True)):
-        layer = read_config_file(os.path.expanduser(path), is_required) if path else None
+                              (os.path.join(folder, "pigateway.json"), False), (extra_file, True), (router_file, False)):
+        if not path or (path is router_file and sources):
+            continue
+        layer = read_config_file(os.path.expanduser(path), is_required)
         if layer is not None:
-            values.update(layer)
+            add_layer(values, layer)
             sources.append(path)
-    layer = read_config_environment(environ)
-    if layer:
-        values.update(layer)
-        sources.append("environment")
-    if flags:
-        values.update(flags)
-        sources.append("command line")
-    config = Config(**values, sources=tuple(sources))
+    for layer, source in ((read_router_environment(environ), "environment"), (read_config_environment(environ), "environment"),
+                          (flags, "command line")):
+        if layer:
+            add_layer(values, layer)
+            sources += [source] if source not in sources else []
+    config = Config(**settle_router(values), sources=tuple(sources))
     check_security(config)
     return config
+
+
+def add_layer(values: Dict[str, Any], layer: Mapping[str, Any]) -> None:
+    """Puts a layer of the configuration over the earlier ones; the model map and the providers grow entry by entry."""
+    for name, value in layer.items():
+        if name == "providers":
+            known = values.get(name, {})
+            value = {**known, **{key: {**known.get(key, {}), **entry} for key, entry in value.items()}}
+        values[name] = {**values.get(name, {}), **value} if name == "model_map" else value
+
+
+# --- piai-router's configuration --------------------------------------------------------------------------------------
+
+ROUTER_FILE = os.path.join(".pirouter", "config.json")
+ROUTER_PORT, ROUTER_PROVIDER, ROUTER_MODEL = 8787, "openai-codex", "gpt-5.1-codex-mini"     # its defaults
+ROUTER_ONLY = ("gatewayApiKey", "platform", "debug", "http", "upstream")     # keys that tell its files from ours
+ROUTER_HTTP = {"maxBodyBytes": "maxBodyBytes", "requestTimeoutMs": "bodyTimeoutMs"}
+ROUTER_PROVIDER_KEYS = {
+    "api": "a string", "authMode": "a string", "oauthProvider": "a string", "authFile": "a string", "baseUrl": "a string",
+    "apiKey": "a string", "defaultModel": "a string", "reasoning": "a boolean", "input": "an array",
+    "contextWindow": "a number", "maxTokens": "a number", "headers": "an object", "compat": "an object"}
+# Where its variables go: a key, or keys within one; the first variable that is set counts.
+ROUTER_VARIABLES: Tuple[Tuple[str, Tuple[str, ...], str], ...] = (
+    ("port", ("PORT",), "number"), ("gatewayApiKey", ("ROUTER_API_KEY", "GATEWAY_API_KEY"), "text"),
+    ("debug", ("DEBUG",), "boolean"), ("provider", ("PIAI_PROVIDER", "PI_PROVIDER", "MODEL_PLATFORM"), "text"),
+    ("modelMap", ("MODEL_MAP_JSON",), "object"), ("http.maxBodyBytes", ("PIAI_MAX_BODY_BYTES",), "number"),
+    ("http.requestTimeoutMs", ("PIAI_REQUEST_TIMEOUT_MS",), "number"),
+    ("upstream.api", ("PI_API",), "text"), ("upstream.authMode", ("PIAI_AUTH_MODE",), "text"),
+    ("upstream.oauthProvider", ("PIAI_OAUTH_PROVIDER",), "text"), ("upstream.authFile", ("PIAI_AUTH_FILE",), "text"),
+    ("upstream.baseUrl", ("PI_BASE_URL",), "text"), ("upstream.apiKey", ("PI_API_KEY",), "text"),
+    ("upstream.defaultModel", ("PI_MODEL",), "text"), ("upstream.reasoning", ("PI_REASONING",), "boolean"),
+    ("upstream.input", ("PI_INPUT_TYPES",), "list"), ("upstream.contextWindow", ("PI_CONTEXT_WINDOW",), "number"),
+    ("upstream.maxTokens", ("PI_MAX_TOKENS",), "number"), ("upstream.headers", ("PI_HEADERS_JSON",), "object"),
+    ("upstream.compat", ("PI_COMPAT_JSON",), "object"))
+SWITCH_WORDS = {**dict.fromkeys(("1", "true", "yes", "on"), True), **dict.fromkeys(("0", "false", "no", "off"), False)}
+
+
+def from_router(data: Mapping[str, Any], path: str) -> Dict[str, Any]:
+    """A configuration that may use piai-router's keys, with ours; see the README's table. Raises `ConfigError`."""
+    old = {name: data.get(name) for name in ROUTER_ONLY}
+    ours = {name: value for name, value in data.items() if name not in old}
+    for name, key, value in (("gatewayApiKey", "apiKey", old["gatewayApiKey"]), ("platform", "provider", old["platform"]),
+                             ("debug", "logLevel", "debug" if old["debug"] is True else None)):
+        if value:
+            ours.setdefault(key, value)
+    for name, value in check_object(old["http"], path, "http").items():
+        if name not in ROUTER_HTTP:
+            raise ConfigError(f'{path}: http: unknown key "{name}"; known: {", ".join(ROUTER_HTTP)}')
+        ours.setdefault(ROUTER_HTTP[name], value)
+    upstream = dict(check_object(old["upstream"], path, "upstream"))
+    named = upstream.pop("provider", None)
+    if named:
+        ours.setdefault("provider", named)
+    providers = dict(check_object(ours.get("providers"), path, "providers"))
+    if upstream:                                # it belongs to the provider in charge, which another layer may name
+        place = named or ""
+        providers[place] = {**check_object(providers.get(place), path, f"providers.{place}"), **upstream}
+    if providers:
+        ours["providers"] = {name: read_router_provider(entry, name, path) for name, entry in providers.items()}
+    return ours
+
+
+def check_object(value: Any, path: str, name: str) -> Dict[str, Any]:
+    """An object of a configuration, {} for none. Raises `ConfigError`."""
+    if value is not None and not isinstance(value, dict):
+        raise ConfigError(f"{path}: {name} must be an object")
+    return value or {}
+
+
+def read_router_provider(entry: Any, name: str, path: str) -> Dict[str, Any]:
+    """A provider as piai-router writes it, checked; a relative `authFile` is beside the configuration. Raises
+    `ConfigError`."""
+    where = f"{path}: providers.{name or 'upstream'}"
+    fields = dict(check_object(entry, path, f"providers.{name}"))
+    if isinstance(fields.get("input"), str):
+        fields["input"] = [word.strip() for word in fields["input"].split(",") if word.strip()]
+    for key, value in fields.items():
+        if key not in ROUTER_PROVIDER_KEYS:
+            near = difflib.get_close_matches(key, ROUTER_PROVIDER_KEYS, 1, 0.0)
+            raise ConfigError(f'{where}: unknown key "{key}"; the nearest valid key is "{near[0]}"')
+        if not _KINDS[ROUTER_PROVIDER_KEYS[key]](value):
+            raise ConfigError(f"{where}.{key} must be {ROUTER_PROVIDER_KEYS[key]}")
+    if fields.get("authMode", "apiKey") not in ("apiKey", "oauth"):
+        raise ConfigError(f"{where}.authMode must be apiKey or oauth")
+    if fields.get("authFile"):
+        fields["authFile"] = os.path.join(os.path.dirname(os.path.abspath(path)), os.path.expanduser(fields["authFile"]))
+    return fields
+
+
+def read_router_environment(environ: Mapping[str, str]) -> Dict[str, Any]:
+    """The options that piai-router's variables set, by attribute; what is no number or switch counts as not set."""
+    data: Dict[str, Any] = {}
+    for place, variables, kind in ROUTER_VARIABLES:
+        variable = next((name for name in variables if environ.get(name, "").strip()), None)
+        value = read_router_value(environ[variable].strip(), kind, variable) if variable else None
+        if value is None:
+            continue
+        *outer, name = place.split(".")
+        (data.setdefault(outer[0], {}) if outer else data)[name] = value
+    path = environ.get("MODEL_MAP_FILE", "").strip()
+    if path:
+        data["modelMap"] = {**data.get("modelMap", {}), **read_json_file(os.path.expanduser(path), True)}
+    return read_options(from_router(data, "environment"), "environment")
+
+
+def read_router_value(text: str, kind: str, variable: str) -> Any:
+    """The value of one of piai-router's variables, None when it has none."""
+    if kind == "number":
+        return int(text) if re.fullmatch(r"[0-9]{1,12}", text) and int(text) > 0 else None
+    if kind == "boolean":
+        return SWITCH_WORDS.get(text.lower())
+    if kind == "list":
+        return [word.strip() for word in text.split(",") if word.strip()]
+    if kind == "text":
+        return text
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        raise ConfigError(f"{variable}: not valid JSON") from None
+    return check_object(value, variable, "it")
+
+
+def settle_router(values: Dict[str, Any]) -> Dict[str, Any]:
+    """The options with the provider in charge and its default model filled in, as piai-router would."""
+    providers = dict(values.get("providers", {}))
+    if not providers:
+        return values
+    active = values.get("provider") or ROUTER_PROVIDER
+    providers[active] = {**providers.get(active, {}), **providers.pop("", {})}
+    default = providers[active].get("defaultModel") or (ROUTER_MODEL if active == ROUTER_PROVIDER else "")
+    return {"default_model": default, **values, "providers": providers, "provider": active}
 
 
 def check_security(config: Config) -> None:
@@ -12724,6 +13135,14 @@ def build_catalogue(config: Config, environ: Mapping[str, str]) -> Catalogue:
     models = read_models_json(path)
     for problem in models.problems:
         log.warning("%s: %s (left out)", path, problem)
+    own_ids = [name for name in config.routing.targets() if name.partition("/")[0] not in models.providers or "/" not in name]
+    for name, entry in config.providers.items():
+        try:
+            adopt_provider(models, name, entry, own_ids if name == config.provider else [])
+        except BadRequest as error:
+            raise ConfigError(error.message) from None
+    if config.provider and config.provider not in models.providers:
+        raise ConfigError(f"provider: there is no {config.provider!r}; known: {', '.join(sorted(models.providers))}")
     return Catalogue(models.providers, models.custom, config.model_allowlist, config.model_denylist, config.demo)
 
 
@@ -12736,6 +13155,9 @@ def build_gateway(config: Config, environ: Mapping[str, str]) -> Gateway:
     transport = Transport(limits, certificates, config.demo_delay_ms / 1000)
     credentials = Credentials(os.path.join(folder, "auth.json"), environ, transport=transport,
                               vendor_transport=vendor_transport(certificates))
+    keyless = [name for name, entry in config.providers.items() if entry.get("authMode", "apiKey") == "apiKey"
+               and not credentials.usable(catalogue.providers[name])]
+    config = replace(config, pass_through=(*config.pass_through, *keyless))     # as piai-router does
     return Gateway(config, catalogue, credentials, transport, quirks=Quirks(os.path.join(folder, QUIRKS_FILE)))
 
 
@@ -12789,7 +13211,7 @@ def stop_server(handle: ServerHandle, grace_s: Optional[float] = None) -> None:
     handle.discovery.stop()
     config = handle.server.config
     handle.server.stop(config.force_abort_timeout_ms / 1000 if grace_s is None else grace_s)
-    handle.gateway.credentials.logins.close()
+    handle.gateway.credentials.close()
 
 
 class AlreadyRunning(Exception):
@@ -12949,7 +13371,8 @@ commands:
 
 
 METAVARS = {"--bind": "ADDRESS", "--auth-dir": "PATH", "--allow-origin": "ORIGIN", "--log-level": "LEVEL",
-            "--model-allowlist": "MODEL", "--model-denylist": "MODEL", "--pid-file": "PATH", "--pass-through": "PROVIDER"}
+            "--model-allowlist": "MODEL", "--model-denylist": "MODEL", "--pid-file": "PATH", "--pass-through": "PROVIDER",
+            "--provider": "PROVIDER", "--default-model": "MODEL"}
 
 
 class _Parser(argparse.ArgumentParser):

@@ -5311,8 +5311,7 @@ def test_openai_model_list(shelf: pg.ServerHandle) -> None:
 
 
 @pytest.mark.parametrize("headers, query", [({"anthropic_version": "2023-06-01"}, ""), ({"x_api_key": "k"}, ""),
-                                            ({}, "?limit=20"),
-                                            ({"user_agent": "claude-cli/2.1.0 (external, cli)"}, "")])
+                                            ({}, "?limit=20")])
 def test_anthropic_model_list(shelf: pg.ServerHandle, headers: Dict[str, str], query: str) -> None:
     result = call(shelf.url, "/v1/models" + query, **headers).json
     assert set(result) == {"data", "has_more", "first_id", "last_id"}
@@ -5323,6 +5322,14 @@ def test_anthropic_model_list(shelf: pg.ServerHandle, headers: Dict[str, str], q
 
 
 IDS = sorted(f"p/{name}" for name in SHELF)
+
+
+@pytest.mark.parametrize("agent", ["claude-cli/2.1.0 (external, cli)", "claude-code/2.1.330"])
+def test_claude_code_sees_names_that_it_takes(shelf: pg.ServerHandle, agent: str) -> None:
+    listed = [item["id"] for item in call(shelf.url, "/v1/models?limit=1000", user_agent=agent).json["data"]]
+    assert listed == sorted([*IDS, *(f"claude-gw-p--{name}" for name in SHELF)])
+    for path in ("/v1/models/claude-gw-p--model-03", "/v1/models/claude-gw-p--model-03?limit=20"):
+        assert call(shelf.url, path).json["id"] == "claude-gw-p--model-03"
 
 
 @pytest.mark.parametrize("query, expected, has_more", [
@@ -13413,6 +13420,302 @@ def test_model_map_is_checked(value: Any) -> None:
     option = next(option for option in pg.OPTIONS if option.key == "modelMap")
     with pytest.raises(pg.ConfigError, match="modelMap must be an object of models"):
         pg.check_option(option, value, "gateway.json")
+
+
+
+# --- The model map and piai-router's configuration -----------------------------------------------------------------------
+
+# piai-router 0.1.3's rules, told once more in another way: (name, provider, default model, map) → (label, model, effort).
+
+
+def told_value(value: Any, provider: str, may_vary: bool = True) -> Optional[Tuple[str, Any]]:
+    if isinstance(value, str):
+        return (value, None) if value else None
+    if any(isinstance(value.get(key), str) for key in ("model", "target", "to")) or "reasoning" in value or "effort" in value:
+        found = [value[key] for key in ("model", "target", "to") if value.get(key)]
+        return (found[0], value.get("reasoning", value.get("effort"))) if found else None
+    for key in (provider, "default"):
+        if may_vary and key in value:
+            return told_value(value[key], provider, False)
+    return None
+
+
+def told_route(name: str, provider: str, default: str, entries: Dict[str, Any]) -> Tuple[str, str, Any]:
+    name = name.strip()
+    halves = {key: [half.strip() for half in key.split(":", 1)] if re.fullmatch(r"\s*[^:\s].*?:.*\S.*", key) else ["", key]
+              for key in entries}
+    tries = []
+    if name and provider:
+        tries += [("exact_provider", key) for key in entries if key == f"{provider}:{name}"]
+    if name:
+        tries += [("exact", key) for key in entries if key == name]
+        plain = [key for key in entries if key not in ("", "default")]
+        if provider:
+            tries += [("prefix_provider", key) for key in plain if halves[key][0] == provider and name.startswith(halves[key][1])]
+        tries += [("prefix", key) for key in plain if not halves[key][0] and name.startswith(key)]
+    tries += [("default", "default")] if "default" in entries else []
+    for label, key in tries:
+        value = told_value(entries[key], provider)
+        if value:
+            return (f"{label}:{key}", *value)
+    if default and name.startswith("claude-") and "openai" in provider.lower():
+        return "fallback_family_mismatch_openai", default, None
+    if default and name[:2] in ("o1", "o3", "gp") and re.match("gpt|o1|o3", name) and "anthropic" in provider.lower():
+        return "fallback_family_mismatch_anthropic", default, None
+    if name:
+        return "passthrough", name, None
+    return ("fallback_model", default, None) if default else ("hard_default", "gpt-5", None)
+
+
+ROUTES: List[Tuple[str, str, str, Dict[str, Any], str, str]] = [    # name, provider, default, map, label, model
+    ("claude-x", "openai-codex", "F", {}, "fallback_family_mismatch_openai", "F"),
+    ("claude-x", "openai-codex", "", {}, "passthrough", "claude-x"),
+    ("gpt-5", "anthropic", "F", {}, "fallback_family_mismatch_anthropic", "F"),
+    ("o3-mini", "my-Anthropic", "F", {}, "fallback_family_mismatch_anthropic", "F"),
+    ("gpt-5", "openai", "F", {}, "passthrough", "gpt-5"),
+    ("", "openai", "F", {}, "fallback_model", "F"), ("  ", "openai", "", {}, "hard_default", "gpt-5"),
+    ("", "openai", "F", {"default": "D"}, "default:default", "D"),
+    ("a", "p", "", {"p:a": "1", "a": "2"}, "exact_provider:p:a", "1"),
+    ("a", "q", "", {"p:a": "1", "a": "2"}, "exact:a", "2"),
+    (" a ", "q", "", {"a": "2"}, "exact:a", "2"),
+    ("abc", "p", "", {"ab": "1", "p:a": "2", "a": "3"}, "prefix_provider:p:a", "2"),
+    ("abc", "p", "", {"a": "1", "ab": "2"}, "prefix:a", "1"),
+    ("abc", "p", "", {"a": {"q": "1"}, "ab": "2"}, "prefix:ab", "2"),
+    ("abc", "p", "", {"q:a": "1", "default": "D"}, "default:default", "D"),
+    ("llama3:8b", "p", "", {"llama3:8b": "1"}, "exact:llama3:8b", "1"),
+    ("8b", "llama3", "", {"llama3:8b": "1"}, "exact_provider:llama3:8b", "1"),
+    ("llama3:8b-x", "p", "", {"llama3:8b": "1"}, "passthrough", "llama3:8b-x"),
+    ("a", "p", "", {"a": {"p": "1", "default": "2"}}, "exact:a", "1"),
+    ("a", "q", "", {"a": {"p": "1", "default": {"to": "2"}}}, "exact:a", "2"),
+    ("a", "q", "", {"a": {"p": "1", "default": {"default": "2"}}}, "passthrough", "a"),
+    ("a", "q", "", {"a": {"model": "", "target": "", "to": "3"}}, "exact:a", "3"),
+    ("a", "q", "", {"a": {"effort": {"low": "high"}}, "default": "D"}, "default:default", "D"),
+    (":a", "p", "", {":a": "1"}, "exact::a", "1"), ("default", "p", "", {"default": "D"}, "exact:default", "D"),
+    ("claude-opus-9", "p", "", {"claude-*": "x/*"}, "wildcard:claude-*", "x/opus-9"),
+    ("claude-opus-9", "p", "", {"p:*-9": "m", "claude": "n"}, "wildcard:p:*-9", "m"),
+    ("claude-opus-9", "q", "", {"p:*-9": "m", "claude": "n"}, "prefix:claude", "n"),
+]
+
+
+@pytest.mark.parametrize("name, provider, default, entries, label, target", ROUTES)
+def test_routes(name: str, provider: str, default: str, entries: Dict[str, Any], label: str, target: str) -> None:
+    [route] = pg.ModelMap(entries, provider, default).routes(name)
+    assert (route.reason, route.model) == (label, target)
+    if not any("*" in key for key in entries):
+        assert told_route(name, provider, default, entries)[:2] == (label, target)
+
+
+def test_generated_routes_agree_with_the_rules() -> None:
+    rng = random.Random(20261122)
+    names = ["claude-sonnet-4-5", "claude-opus-4-6", "claude-", "gpt-5", "gpt-5-mini", "o1", "o3-x", "m", "", " m ", "a:b",
+             "default", ":m", "m:"]
+    seen = set()
+    for _ in range(3000):
+        providers = rng.sample(["openai-codex", "anthropic", "p", "OpenAI-like", "a"], 2)
+        keys = [rng.choice(["", "", f"{rng.choice(providers)}:"]) + rng.choice(names + ["claude", "g", "default"])
+                for _ in range(rng.randint(0, 5))]
+
+        def value(depth: int = 0) -> Any:
+            kind = rng.random()
+            if kind < 0.5 or depth > 1:
+                return rng.choice(["x", "y", "gpt-5", "z/1"])
+            if kind < 0.75:
+                return {rng.choice(["model", "target", "to"]): rng.choice(["x", "y", ""]),
+                        **({rng.choice(["reasoning", "effort"]): {"low": "high"}} if rng.random() < 0.5 else {})}
+            return {rng.choice([*providers, "default", "other"]): value(depth + 1) for _ in range(2)}
+
+        entries = {key: value() for key in keys}
+        name, default = rng.choice(names), rng.choice(["", "F"])
+        wanted = told_route(name, providers[0], default, entries)
+        [route] = pg.ModelMap(entries, providers[0], default).routes(name)
+        assert (route.reason, route.model, route.effort) == wanted, (name, providers[0], default, entries)
+        seen.add(wanted[0].partition(":")[0])
+    assert len(seen) == 10
+
+
+README_EFFORTS = {"low": "minimal", "medium": "medium", "high": "high", "max": "xhigh", "default": "medium"}
+
+
+@pytest.mark.parametrize("effort, level, mapped", [
+    (README_EFFORTS, "minimal", "minimal"), (README_EFFORTS, "low", "minimal"), (README_EFFORTS, "medium", "medium"),
+    (README_EFFORTS, "high", "high"), (README_EFFORTS, "xhigh", "xhigh"), (README_EFFORTS, "max", "xhigh"),
+    (README_EFFORTS, "off", "medium"), (README_EFFORTS, None, "medium"), ("max", "low", "xhigh"), ("none", "high", "off"),
+    ({"high": "none"}, "high", "off"), ({"high": "low"}, "low", None), ({"high": "low"}, None, None), ({}, "high", None),
+    ({"none": "low"}, "off", "low"), ({"XHIGH": "Low"}, "max", "low"), ({"high": "nonsense", "default": "low"}, "high", "low"),
+    ("nonsense", "high", None), (None, "high", None), (5, "high", None)])
+def test_effort_maps(effort: Any, level: Optional[str], mapped: Optional[str]) -> None:
+    assert pg.map_effort(effort, level) == mapped
+
+
+# where a client says how hard to think → the level; by both APIs
+EFFORTS: List[Tuple[Dict[str, Any], str]] = [
+    ({"effort": "high"}, "high"), ({"effort": "Maximum"}, "max"), ({"effort": "disable"}, "off"),
+    ({"metadata": {"effort": "low"}}, "low"), ({"metadata": {"reasoning_effort": "medium"}}, "medium"),
+    ({"reasoning": {"effort": "high"}}, "high"), ({"effort": "low", "reasoning": {"effort": "high"}}, "low"),
+    ({"effort": "nonsense", "metadata": {"effort": "low"}}, "low"),
+    ({"thinking": {"type": "enabled", "budget_tokens": 9000, "effort": "low"}}, "low"),
+    ({"thinking": {"type": "disabled"}, "effort": "high"}, "high"),
+    *(({"thinking": {"type": "enabled", "budget_tokens": budget}}, level) for budget, level in (
+        (2048, "low"), (2049, "medium"), (8192, "medium"), (8193, "high"), (24576, "high"), (24577, "max"))),
+]
+
+
+@pytest.mark.parametrize("fields, level", EFFORTS)
+def test_efforts_from_everywhere(fields: Dict[str, Any], level: str) -> None:
+    for request in (messages_request(**fields), chat_request(**fields)):
+        assert request.reasoning is not None and request.reasoning.level == level
+        assert "effort" not in request.extra and "reasoning" not in request.extra
+
+
+def test_stray_effort_never_reaches_anthropic() -> None:
+    fields = {"effort": "high", "max_tokens": 32000}
+    request = pg.replace(messages_request(**fields), body=json.dumps({"model": "p/m1", **fields}).encode())
+    body = json.loads(native(MESSAGES, request, model("anthropic-messages")).body)
+    assert "effort" not in body and body["thinking"]
+
+
+ROUTED = {"claude-s": {"model": "chat/m1", "reasoning": {"high": "low", "default": "none"}}, "vip-*": "anth/*",
+          "first": [{"model": "chat/m1", "effort": "high"}, "anth/m1"]}
+
+
+def test_mapped_models_on_both_apis(tmp_path: Any) -> None:
+    facts = {"reasoning": True}
+    with served(tmp_path, FINE, FINE, FINE, ANTH_FINE, failing(404), ANTH_FINE, facts=facts, model_map=ROUTED) as (url, fake):
+        for number, (path, effort) in enumerate((("/v1/messages", "low"), ("/v1/chat/completions", "low"))):
+            body = {**ASK, "model": "claude-s", "max_tokens": 9, "effort": "high"}
+            result = call(url, path, body)
+            assert (result.status, result.json["model"]) == (200, "claude-s")
+            assert result.headers["x-pigateway-model"] == "chat/m1"
+            sent = fake.received[number].json
+            assert (sent["model"], sent["reasoning_effort"]) == ("m1", effort) and "effort" not in sent
+        call(url, "/v1/messages", {**ASK, "model": "claude-s", "max_tokens": 9})
+        assert fake.received[2].json.get("reasoning_effort") in (None, "none")
+        assert call(url, "/v1/messages", {**ASK, "model": "vip-m1", "max_tokens": 9}).json["model"] == "vip-m1"
+        assert call(url, "/v1/messages", {**ASK, "model": "first", "max_tokens": 9}).headers["x-pigateway-model"] == "anth/m1"
+        assert fake.received[4].json["reasoning_effort"] == "high" and "thinking" not in fake.received[5].json
+        listed = [item["id"] for item in call(url, "/v1/models").json["data"]]
+        assert {"claude-s", "first", "chat/m1"} <= set(listed) and "vip-*" not in listed and listed == sorted(listed)
+        assert call(url, "/v1/models/claude-s").json["id"] == "claude-s"
+
+
+def test_provider_in_charge_and_default_model(tmp_path: Any) -> None:
+    with served(tmp_path, *[FINE] * 6, ANTH_FINE, provider="chat", default_model="m1") as (url, fake):
+        for name in ("m1", "unheard-of", "chat/m1", "claude-gw-chat--m1", "", None):
+            body = {**ASK, "model": name} if name is not None else {"messages": ASK["messages"]}
+            result = call(url, "/v1/chat/completions", body)
+            assert (result.status, result.json["model"]) == (200, name or "m1")
+        assert [received.json["model"] for received in fake.received] == ["m1", "unheard-of", "m1", "m1", "m1", "m1"]
+        assert call(url, "/v1/messages", {**ASK, "model": "anth/m1", "max_tokens": 3}).headers["x-pigateway-model"] == "anth/m1"
+    with pytest.raises(pg.ConfigError, match="there is no 'nobody'"), running(tmp_path, provider="nobody"):
+        pass
+
+
+CODEX_ENTRY = {"api": "openai-codex-responses", "authMode": "oauth", "oauthProvider": "openai-codex",
+               "authFile": "./piai-auth.json", "baseUrl": "https://chatgpt.com/backend-api",
+               "defaultModel": "gpt-5.1-codex-mini"}
+
+
+def routed_config(home: Any, data: Any, environ: Optional[Dict[str, str]] = None) -> pg.Config:
+    """What a configuration file of piai-router's, in its place, comes to."""
+    if data is not None:
+        (home / ".pirouter").mkdir(exist_ok=True)
+        (home / ".pirouter" / "config.json").write_text(json.dumps(data))
+    return pg.load_config({"HOME": str(home), **(environ or {})})
+
+
+# (file, variables) → what becomes of it
+ROUTER_CONFIGS: List[Tuple[Optional[Dict[str, Any]], Dict[str, str], Dict[str, Any]]] = [
+    ({}, {}, {"port": 8787, "provider": ""}),
+    ({"provider": "openai-codex", "providers": {"openai-codex": CODEX_ENTRY}}, {},
+     {"port": 8787, "provider": "openai-codex", "default_model": "gpt-5.1-codex-mini"}),
+    ({"providers": {"x": {"baseUrl": "http://h/v1"}}}, {}, {"provider": "openai-codex", "default_model": "gpt-5.1-codex-mini"}),
+    ({"platform": "anthropic", "provider": "openai"}, {}, {"provider": "openai"}),
+    ({"platform": "anthropic"}, {}, {"provider": "anthropic"}),
+    ({"upstream": {"provider": "openai", "apiKey": "k", "defaultModel": "m"}}, {}, {
+        "provider": "openai", "default_model": "m", "providers": {"openai": {"apiKey": "k", "defaultModel": "m"}}}),
+    ({"provider": "openai", "upstream": {"defaultModel": "m"}, "providers": {"openai": {"apiKey": "k"}}}, {}, {
+        "default_model": "m", "providers": {"openai": {"apiKey": "k", "defaultModel": "m"}}}),
+    ({"gatewayApiKey": "secret", "debug": True, "http": {"maxBodyBytes": 2048, "requestTimeoutMs": 500}}, {}, {
+        "api_key": "secret", "log_level": "debug", "max_body_bytes": 2048, "body_timeout_ms": 500}),
+    ({"port": 9, "modelMap": {"a": "1", "b": "2"}}, {"MODEL_MAP_JSON": '{"b": "3"}', "PORT": "10"}, {
+        "port": 10, "model_map": {"a": "1", "b": "3"}}),
+    ({"port": 9, "debug": True}, {"PORT": "0", "DEBUG": "express:*"}, {"port": 9, "log_level": "debug"}),
+    ({"debug": False}, {"DEBUG": "yes"}, {"log_level": "debug"}),
+    (None, {"PI_API_KEY": "k", "PORT": "8787"}, {"port": 8787, "provider": "openai-codex", "providers": {
+        "openai-codex": {"apiKey": "k"}}, "default_model": "gpt-5.1-codex-mini"}),
+    (None, {"PI_API_KEY": "k", "PI_API": "openai-codex-responses", "PI_PROVIDER": "openai-codex", "PI_MODEL": "m",
+            "PI_BASE_URL": "https://chatgpt.com/backend-api"}, {"port": 4000, "default_model": "m"}),
+    (None, {"PI_PROVIDER": "openai", "PIAI_PROVIDER": "anthropic", "MODEL_PLATFORM": "xai"}, {"provider": "anthropic"}),
+    (None, {"GATEWAY_API_KEY": "b", "ROUTER_API_KEY": "a"}, {"api_key": "a"}),
+    (None, {"ROUTER_API_KEY": "a", "PI_GATEWAY_API_KEY": "own"}, {"api_key": "own"}),
+    (None, {"PI_REASONING": "no", "PI_INPUT_TYPES": "text, image", "PI_CONTEXT_WINDOW": "5", "PI_MAX_TOKENS": "x",
+            "PI_HEADERS_JSON": '{"a": "b"}', "PI_COMPAT_JSON": "{}", "PI_PROVIDER": "openai"}, {"providers": {"openai": {
+                "reasoning": False, "input": ["text", "image"], "contextWindow": 5, "headers": {"a": "b"}, "compat": {}}}}),
+]
+
+
+@pytest.mark.parametrize("data, environ, wanted", ROUTER_CONFIGS)
+def test_router_configuration(tmp_path: Any, data: Any, environ: Dict[str, str], wanted: Dict[str, Any]) -> None:
+    config = routed_config(tmp_path, data, environ)
+    assert {name: getattr(config, name) for name in wanted} == wanted
+
+
+@pytest.mark.parametrize("data, environ, message", [
+    ({"upstream": []}, {}, "upstream must be an object"), ({"http": {"x": 1}}, {}, 'http: unknown key "x"'),
+    ({"providers": {"p": {"apikey": "k"}}}, {}, 'unknown key "apikey"; the nearest valid key is "apiKey"'),
+    ({"providers": {"p": {"authMode": "magic"}}}, {}, "authMode must be apiKey or oauth"),
+    ({"providers": {"p": {"reasoning": "yes"}}}, {}, "providers.p.reasoning must be a boolean"),
+    ({"nonsense": 1}, {}, 'unknown key "nonsense"'), (None, {"MODEL_MAP_JSON": "{"}, "MODEL_MAP_JSON: not valid JSON"),
+    (None, {"MODEL_MAP_FILE": "/nowhere/x"}, "/nowhere/x: no such file"), (None, {"MODEL_MAP_JSON": "[]"}, "must be an object")])
+def test_router_configuration_faults(tmp_path: Any, data: Any, environ: Dict[str, str], message: str) -> None:
+    with pytest.raises(pg.ConfigError) as caught:
+        routed_config(tmp_path, data, environ)
+    assert message in str(caught.value)
+
+
+def test_router_file_is_only_read_where_no_other_is(tmp_path: Any) -> None:
+    (tmp_path / ".pi" / "agent").mkdir(parents=True)
+    (tmp_path / ".pi" / "agent" / "pigateway.json").write_text("{}")
+    config = routed_config(tmp_path, {"provider": "openai-codex"})
+    assert (config.provider, config.port) == ("", 4000)
+    named = pg.load_config({"HOME": str(tmp_path)}, {}, str(tmp_path / ".pirouter" / "config.json"))
+    assert (named.provider, named.port) == ("openai-codex", 8787)
+
+
+def test_router_model_map_file_comes_last(tmp_path: Any) -> None:
+    (tmp_path / "map.json").write_text('{"b": "4"}')
+    environ = {"MODEL_MAP_JSON": '{"b": "3", "c": "5"}', "MODEL_MAP_FILE": str(tmp_path / "map.json")}
+    assert routed_config(tmp_path, {"modelMap": {"a": "1", "b": "2"}}, environ).model_map == {"a": "1", "b": "4", "c": "5"}
+
+
+def test_router_provider_is_called(tmp_path: Any) -> None:
+    """A provider of piai-router's configuration: its key and headers, its model, and the client's key where it has none."""
+    with fake_upstream(FINE, FINE) as fake:
+        entry = {"api": "openai-completions", "baseUrl": fake.url + "/v1", "headers": {"x-a": "b"}, "defaultModel": "big",
+                 "contextWindow": 5000, "reasoning": False}
+        for key, sent in (("sk-own-key-1", "Bearer sk-own-key-1"), ("", "Bearer sk-the-clients")):
+            config = routed_config(tmp_path, {"port": 0, "provider": "work", "providers": {"work": {**entry, "apiKey": key}}})
+            values = {name: getattr(config, name) for name in ("provider", "default_model", "providers")}
+            with running(tmp_path, **values) as handle:
+                result = call(handle.url, "/v1/messages", {**ASK, "model": "big", "max_tokens": 5, "effort": "high"},
+                              authorization="Bearer sk-the-clients")
+                assert result.status == 200 and result.headers["x-pigateway-model"] == "work/big"
+            received = fake.received[-1]
+            assert (received.headers["authorization"], received.headers["x-a"]) == (sent, "b")
+            assert "reasoning_effort" not in received.json
+
+
+def test_router_log_in_file(tmp_path: Any) -> None:
+    config = routed_config(tmp_path, {"provider": "work", "providers": {"work": {**CODEX_ENTRY, "authFile": "sub/a.json"}}})
+    path = tmp_path / ".pirouter" / "sub" / "a.json"
+    assert config.providers["work"]["authFile"] == str(path)
+    path.parent.mkdir()
+    path.write_text(json.dumps({"openai-codex": {"type": "oauth", "access": "a.b.c", "refresh": "r", "expires": 9e15}}))
+    gateway = pg.build_gateway(config, {"HOME": str(tmp_path)})
+    provider = gateway.catalogue.providers["work"]
+    assert gateway.is_usable(provider) and gateway.credentials.get(provider, model()).kind == "oauth"
+    path.unlink()
+    assert not pg.build_gateway(config, {"HOME": str(tmp_path)}).is_usable(provider)
 
 
 # ======================================================================================================================
