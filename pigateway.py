@@ -840,26 +840,37 @@ def parse_json_object(body: bytes) -> Dict[str, Any]:
     return value
 
 
-_FENCE = re.compile(r"```[a-zA-Z]*[^\S\n]*\n(.*)```", re.DOTALL)
+_FENCE = re.compile(r"\A\s*(?:```[a-zA-Z0-9]*\s*)?")
 _BAD_ESCAPE = re.compile(r'\\(?!["\\/bfnrtu])')
-_lenient_decoder = json.JSONDecoder(strict=False)
+# What shows that an object was closed too early, or that it is not the only one.
+_CONTINUES = re.compile(r'^\s*[,:"\[]|\{|"\s*:')
+_lenient_decoder = json.JSONDecoder(strict=False, parse_float=_finite, parse_constant=_reject_constant)
 
 
 def repair_json_object(text: str) -> Optional[Dict[str, Any]]:
     """The object that a model's tool arguments amount to, None when that is not clear.
 
-    Blank text is {}. Mended: raw control characters in strings, invalid escapes, a code fence around it all. Cut or
-    otherwise broken text is not completed by guessing."""
+    Blank text is {}. Mended: raw control characters in strings, invalid escapes, a code fence around it or at its
+    beginning, words behind the object, an object written as a string. Cut or otherwise broken text is not completed
+    by guessing."""
+    value = _leading_value(text)
+    if isinstance(value, str):                  # encoded twice
+        value = _leading_value(value)
+    return value if isinstance(value, dict) else None
+
+
+def _leading_value(text: str) -> Any:
+    """The JSON value that `text` begins with, None when there is none or the text goes on as JSON."""
     if not text.strip():
         return {}
-    fenced = _FENCE.fullmatch(text.strip())
-    candidate = fenced.group(1) if fenced else text
+    text = _FENCE.sub("", text)
     for mend in (str, lambda broken: _BAD_ESCAPE.sub(r"\\\\", broken)):
         try:
-            value = _lenient_decoder.decode(mend(candidate))
+            mended = mend(text)
+            value, end = _lenient_decoder.raw_decode(mended)
         except (ValueError, RecursionError):
             continue
-        return value if isinstance(value, dict) else None
+        return None if _CONTINUES.search(mended[end:]) else value
     return None
 
 
@@ -1365,6 +1376,7 @@ class ClientProtocol:
     field_names: Mapping[str, str] = {}     # our field names → the client's, where they differ
     error_types: Mapping[Type[GatewayError], Tuple[Optional[int], str]] = {}   # class → (status if not its own, type)
     heartbeat = b": heartbeat\n\n"
+    wants_objects = False                   # tool arguments travel as JSON objects, so they must be some
 
     def parse(self, data: Dict[str, Any]) -> Request:
         """A request body as a `Request`. Raises `BadRequest` naming the field at fault."""
@@ -2062,6 +2074,7 @@ class AnthropicClient(ClientProtocol):
 
     name = "anthropic-messages"
     heartbeat = sse({"type": "ping"}, "ping")
+    wants_objects = True
     field_names = {"stop": "stop_sequences", "parallel_tools": "tool_choice.disable_parallel_tool_use",
                    "reasoning": "thinking", "output": "output_config.format", "user": "metadata.user_id"}
     error_types = {
@@ -2312,11 +2325,8 @@ class AnthropicClient(ClientProtocol):
     def render(self, request: Request, reply: Reply, stamp: Stamp) -> Dict[str, Any]:
         """A message object."""
         content = [block for part in visible_parts(request, reply.parts) for block in self._render_part(part)]
-        stop_reason = reply.stop_reason
-        if stop_reason == "tool_use" and not any(block["type"] == "tool_use" for block in content):
-            stop_reason = "stop"            # the only call was unusable and went out as text
         return {"id": message_id(reply.id, stamp), "type": "message", "role": "assistant", "model": request.model,
-                "content": content, **stop_fields(stop_reason, reply.detail),
+                "content": content, **stop_fields(reply.stop_reason, reply.detail),
                 "usage": messages_usage(reply.usage)}
 
     def _render_part(self, part: Part) -> List[Dict[str, Any]]:
@@ -2327,10 +2337,8 @@ class AnthropicClient(ClientProtocol):
                 return [{"type": "redacted_thinking", "data": seal(part, self.name)}]
             return [{"type": "thinking", "thinking": part.text, "signature": seal(part, self.name)}]
         if isinstance(part, ToolCall):
-            arguments = repair_json_object(part.arguments)
-            if arguments is None:           # input must be an object; what the model wrote is shown, not replaced
-                return [{"type": "text", "text": f"[call of {part.name} with malformed arguments] {part.arguments}"}]
-            return [{"type": "tool_use", "id": fit_id(part.id, ANTHROPIC_ID_LIMIT), "name": part.name, "input": arguments}]
+            return [{"type": "tool_use", "id": fit_id(part.id, ANTHROPIC_ID_LIMIT), "name": part.name,
+                     "input": loads(part.arguments or "{}")}]        # an object: see `SoundCalls`
         return []
 
     def writer(self, request: Request, stamp: Stamp) -> Writer:
@@ -2651,12 +2659,97 @@ class Settled:
         return out
 
 
+# Ends at which the last call may lack arguments that it was to have.
+CUTTING_STOPS = frozenset({"length", "overflow", "refusal"})
+
+
+class SoundCalls:
+    """Lets a tool call through only when its arguments are an object, for clients whose protocol has no place for
+    anything else. A call is held until it ends, and whatever began after it as well, so that the order stays. Then
+    arguments with unambiguous damage are mended; with any other the call becomes text that shows what the model wrote,
+    and the answer stops for tool use only if another call is left."""
+
+    def __init__(self) -> None:
+        self._held: Dict[int, List[Event]] = {}     # by part, in the order they began; the first one is a call
+        self._has_call = False
+        self._stop: Optional[str] = None
+
+    def feed(self, events: Iterable[Event]) -> List[Event]:
+        """The events for the client that these amount to."""
+        return [due for event in events for due in self._take(event)]
+
+    def _take(self, event: Event) -> List[Event]:
+        if isinstance(event, Done):
+            return self._done(event)
+        if isinstance(event, (Start, Failed)):
+            return [event]
+        if isinstance(event, PartStart) and (self._held or isinstance(event.part, ToolCall)):
+            self._held[event.index] = []
+        if event.index not in self._held:
+            return [event]
+        self._held[event.index].append(event)
+        return [] if isinstance(event, PartDelta) else self._release()
+
+    def _release(self) -> List[Event]:
+        out: List[Event] = []
+        while self._held:
+            index, events = next(iter(self._held.items()))
+            first, last = events[0], events[-1]
+            if isinstance(first, PartStart) and isinstance(first.part, ToolCall):
+                if not isinstance(last, PartEnd) or not self._is_settled(last.part):
+                    break
+                events = self._events(last)
+            out.extend(events)
+            del self._held[index]
+        return out
+
+    def _is_settled(self, call: Any) -> bool:
+        """Whether it is clear that the call is complete, or not: one without arguments may have been cut before them,
+        unless the model went on to something else."""
+        return bool(call.arguments.strip()) or len(self._held) > 1 or self._stop is not None
+
+    def _events(self, event: PartEnd) -> List[Event]:
+        """A complete call's events, or those of the text in its place."""
+        index, call = event
+        assert isinstance(call, ToolCall)
+        is_cut = not call.arguments.strip() and len(self._held) == 1 and self._stop in CUTTING_STOPS
+        arguments = None if is_cut else sound_arguments(call.arguments)
+        if arguments is None:
+            text = f"[call of {call.name} with malformed arguments] {call.arguments}"
+            if is_cut:
+                text = f"[call of {call.name}, cut off before its arguments]"
+            return [PartStart(index, Text()), PartDelta(index, text), PartEnd(index, Text(text))]
+        self._has_call = True
+        return [PartStart(index, replace(call, arguments="")), PartDelta(index, arguments),
+                PartEnd(index, replace(call, arguments=arguments))]
+
+    def _done(self, event: Done) -> List[Event]:
+        self._stop = event.stop_reason
+        out = self._release()
+        if event.stop_reason == "tool_use" and not self._has_call:
+            event = event._replace(stop_reason="stop")
+        return [*out, event]
+
+
+def sound_arguments(text: str) -> Optional[str]:
+    """A call's arguments as the JSON text of an object: as the model wrote them where they are one, mended where the
+    damage is unambiguous, else None."""
+    try:
+        if isinstance(loads(text), dict):
+            return text
+    except (ValueError, RecursionError):
+        pass
+    mended = repair_json_object(text)
+    return None if mended is None else json_text(mended)
+
+
 class UpstreamProtocol:
     """A dialect that providers speak: requests to calls, answers to events."""
 
     name = ""
     forwards: FrozenSet[str] = frozenset()  # fields of `Request.extra` that the builder knows all the same
     stream_type = "text/event-stream"       # content type by which a streamed answer is told from a whole one
+    is_lax = False                          # spoken by servers that do not see to it that tool arguments are sound
 
     def carries(self, model: Model) -> FrozenSet[str]:
         """Which of `OPTIONAL_FIELDS` a request to this model can hold; "json_object" for free-form JSON mode."""
@@ -2821,6 +2914,7 @@ class OpenAICompletions(UpstreamProtocol):
     Compat flags are those of pi's models.json; an absent flag has the value of OpenAI's own API."""
 
     name = "openai-completions"
+    is_lax = True
 
     def carries(self, model: Model) -> FrozenSet[str]:
         """Everything but top_k, which most servers do not know, and reasoning on a model that is not known to reason."""
@@ -6736,6 +6830,9 @@ class TranslatedLane(Lane):
         self._reader = Settled(self.upstream.reader(self.model, self.stamp))
         self._writer = self.client.writer(self.request, self.stamp)
         self._events: List[Event] = []
+        # Where servers see to it that arguments are sound, a client that streams may have them as they grow.
+        holds_calls = self.client.wants_objects and (self.upstream.is_lax or not self.request.stream)
+        self._sound = SoundCalls() if holds_calls else None
 
     def call(self, credential: Credential) -> Tuple[Call, List[str]]:
         """See `Lane.call`."""
@@ -6765,7 +6862,10 @@ class TranslatedLane(Lane):
 
     def _take(self, events: List[Event]) -> bytes:
         self.heard += len(events)
+        self.started = self.started or not all(isinstance(event, (Start, Failed)) for event in events)
         events = [self._mark(event) if isinstance(event, (PartStart, PartEnd)) else event for event in events]
+        if self._sound:
+            events = self._sound.feed(events)
         for event in events:
             if isinstance(event, Failed):
                 self.error = event.error
@@ -6774,8 +6874,6 @@ class TranslatedLane(Lane):
                 self.usage, self.stop_reason = event.usage, event.stop_reason
             elif isinstance(event, PartEnd) and isinstance(event.part, ToolCall) and event.part.signature:
                 self.signed_calls.append(event.part)
-            if not isinstance(event, (Start, Failed)):
-                self.started = True
         self.finished = self._reader.finished
         if self.request.stream:
             return self._writer.write(events)

@@ -594,8 +594,19 @@ def test_parse_json_object_says_what_is_wrong(body: bytes, words: str) -> None:
     (r'{"a": "\u00e9\n"}', {"a": "é\n"}), ('{"n": 9007199254740993}', {"n": 9007199254740993}),
     ('{"city":"Par', None), ("{", None), ("[1]", None), ('"x"', None), ("null", None), ("not JSON", None),    # G11
     ('{"a": 1}{"b": 2}', None), ("[" * 100_000, None), ("```json\n[1]\n```", None),
+    ('{"a": 1}\n\nI called "it" now.', {"a": 1}), ('{"a": {"b": 1}}}', {"a": {"b": 1}}),
+    ('{"a": 1}</tool_call>', {"a": 1}),
+    ('{"a": "x\ny"} \n', {"a": "x\ny"}), ('{"a": 1}, "b": 2}', None), ('{"a": 1}} , {"b": 2}', None),
+    ('{"a": 1}}, "b" : 2}', None), ('{"a": 1} ["b"]', None), ('{"a": 1} "b"', None),
+    ('```json\n{"a": 1}', {"a": 1}), (' ```{"a": 1}``` \nDone.', {"a": 1}), ('```json\n{"a":', None), ("```", None),
+    (r'"{\"a\": \"\\n\"}"', {"a": "\n"}), (r'"{\"a\": 1"', None), (r'"\"{}\""', None), ('"{}', None), ('""', {}),
+    ('{"a": NaN}', None), ('{"a": -Infinity}', None), ('{"a": 1e999}', None), ("{'a': 1}", None), ('{"a": 1,}', None),
 ], ids=["empty", "blank", "plain", "control characters", "invalid escapes", "fence", "bare fence", "valid escapes",
-        "big integer", "cut", "brace", "array", "string", "null", "prose", "two objects", "deep", "fenced array"])
+        "big integer", "cut", "brace", "array", "string", "null", "prose", "two objects", "deep", "fenced array",
+        "words behind", "brace too many", "tag behind", "control character and blanks behind", "closed too early",
+        "object behind", "member behind", "array behind", "string behind", "open fence", "fence and words",
+        "cut in a fence", "fence alone", "encoded twice", "cut and encoded twice", "encoded thrice", "open string", "empty string",
+        "NaN", "infinity", "out of range", "single quotes", "trailing comma"])
 def test_repair_json_object(text: str, expected: Any) -> None:
     assert pg.repair_json_object(text) == expected
 
@@ -1664,13 +1675,16 @@ def test_message_object() -> None:
 
 def test_a_malformed_call_is_shown_and_not_made_up() -> None:
     # G11, R13: cut arguments are neither completed nor replaced by {}
-    reply = pg.Reply("", (pg.ToolCall("c", "wx", '{"city":"Par'),), "length", USAGE)
-    call = CHAT.render(chat_request(), reply, STAMP)["choices"][0]["message"]["tool_calls"][0]
-    assert call["function"]["arguments"] == '{"city":"Par'
-    body = MESSAGES.render(messages_request(), reply, STAMP)
-    assert [block["type"] for block in body["content"]] == ["text"] and '{"city":"Par' in body["content"][0]["text"]
-    used = MESSAGES.render(messages_request(), pg.replace(reply, stop_reason="tool_use"), STAMP)
-    assert used["stop_reason"] == "end_turn"
+    wire = sse([call_delta(0, "c", "wx", '{"city":"Par'), chunk({}, "length")], end="[DONE]")
+    asked = chat_request(stream=True, stream_options={"include_usage": True})
+    lane = pg.TranslatedLane(CHAT, COMPLETIONS, asked, model(), STAMP)
+    assert CHECKS[CHAT.name](lane.feed(wire) + lane.end()).calls == (("c", "wx", '{"city":"Par'),)
+    for stream in (False, True):
+        lane = pg.TranslatedLane(MESSAGES, COMPLETIONS, messages_request(stream=stream), model(), STAMP)
+        out = lane.feed(wire)
+        read = CHECKS[MESSAGES.name](out) if stream else read_body(json.loads(out), MESSAGES)
+        assert not read.calls and '{"city":"Par' in read.text
+        assert (read.stop, lane.stop_reason) == ("max_tokens", "length")
 
 
 def test_custom_tools_come_back_as_free_text() -> None:
@@ -2139,10 +2153,12 @@ def test_every_provider_through_every_client(client: Any, name: str) -> None:
     events, request = read_all(upstream, wire), client_request(client)
     lane = pg.TranslatedLane(client, upstream, request, model(upstream.name), STAMP)
     read = CHECKS[client.name](lane.feed(wire) + lane.end())
+    if client.wants_objects and upstream.is_lax:
+        events = pg.SoundCalls().feed(events)
     reply = pg.collect(events)
     expected = read_of(reply, client)
     assert read == expected and lane.finished and lane.usage == reply.usage and lane.stop_reason == reply.stop_reason
-    if name != "cut by the limit":          # a malformed call cannot be a tool_use block of a whole message
+    if client.wants_objects or name != "cut by the limit":      # a chat client is given what cannot be loaded
         assert loaded(read_body(client.render(request, reply, STAMP), client)) == loaded(expected)
 
 
@@ -2157,6 +2173,173 @@ def test_every_failure_through_every_client(client: Any, name: str) -> None:
     whole = pg.TranslatedLane(client, upstream, chat_request() if client is CHAT else messages_request(),
                               model(upstream.name), STAMP)
     assert whole.feed(wire) + whole.end() == b"" and type(whole.error) is kind          # R2: no partial text as a 200
+
+
+# --- Sound calls ------------------------------------------------------------------------------------------------------
+
+# what the model wrote, and what a client that wants objects gets as arguments, None when it is shown as text
+DAMAGES: Dict[str, Tuple[str, Optional[str]]] = {
+    "none": ('{"a":  1.0}', '{"a":  1.0}'), "no arguments": ("", "{}"), "blanks": (" \n", "{}"),
+    "control character": ('{"a": "x\ny"}', '{"a":"x\\ny"}'), "escape": (r'{"a": "C:\d"}', r'{"a":"C:\\d"}'),
+    "fence": ('```json\n{"a": 1}\n```', '{"a":1}'), "open fence": ('```\n{"a": 1}', '{"a":1}'),
+    "words behind": ('{"a": 1}\nDone.', '{"a":1}'), "encoded twice": (r'"{\"a\": \"é\"}"', '{"a":"é"}'),
+    "cut": ('{"a": "Par', None), "two objects": ('{"a": 1}{"b": 2}', None), "prose": ("call it with a = 1", None),
+    "array": ("[1]", None), "null": ("null", None), "NaN": ('{"a": NaN}', None), "deep": ('{"a":' * 100_000, None)}
+
+
+def shown_call(name: str, arguments: str) -> str:
+    """The text in the place of a call that cannot be used."""
+    return f"[call of {name} with malformed arguments] {arguments}"
+
+
+def calls_answer(stream: bool, calls: Sequence[Tuple[str, str]], finish: str, text: str = "") -> bytes:
+    """A chat answer with these calls (name, arguments), numbered c0, c1, …; their pieces take turns."""
+    if not stream:
+        told = [{"id": f"c{place}", "type": "function", "function": {"name": name, "arguments": arguments}}
+                for place, (name, arguments) in enumerate(calls)]
+        return json.dumps({"id": "x", "model": "m1", "choices": [{"index": 0, "finish_reason": finish, "message": {
+            "role": "assistant", "content": text or None, "tool_calls": told}}],
+            "usage": {"prompt_tokens": 5, "completion_tokens": 3}}).encode()
+    deltas = [chunk({"content": text})] if text else []
+    deltas += [call_delta(place, f"c{place}", name, arguments[:3]) for place, (name, arguments) in enumerate(calls)]
+    deltas += [call_delta(place, None, None, arguments[3:]) for place, (_, arguments) in enumerate(calls)]
+    return sse([*deltas, chunk({}, finish)], end="[DONE]")
+
+
+def given_blocks(stream: bool, wire: bytes, size: int = 0) -> Tuple[List[Any], str]:
+    """The blocks that a Messages client gets of a chat answer, text or (id, name, input), and the stop reason."""
+    lane = pg.TranslatedLane(MESSAGES, COMPLETIONS, messages_request(stream=stream), model(), STAMP)
+    if not stream:
+        body = json.loads(lane.whole(wire))
+        return [block["text"] if block["type"] == "text" else (block["id"], block["name"], block["input"])
+                for block in body["content"]], body["stop_reason"]
+    pieces = [wire[at:at + size] for at in range(0, len(wire), size)] if size else [wire]
+    out = b"".join(map(lane.feed, pieces)) + lane.end()
+    check_messages_stream(out)
+    blocks: Dict[int, List[Any]] = {}
+    for event in (json.loads(line[6:]) for line in out.decode().split("\n") if line.startswith("data: ")):
+        if event["type"] == "content_block_start":
+            blocks[event["index"]] = [event["content_block"], ""]
+        elif event["type"] == "content_block_delta":
+            blocks[event["index"]][1] += event["delta"].get("text", "") + event["delta"].get("partial_json", "")
+        elif event["type"] == "message_delta":
+            stop = event["delta"]["stop_reason"]
+    assert list(blocks) == list(range(len(blocks)))
+    return [text if block["type"] == "text" else (block["id"], block["name"], json.loads(text))
+            for block, text in blocks.values()], stop
+
+
+both_forms = pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+
+
+@both_forms
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damaged_arguments(name: str, stream: bool) -> None:
+    written, expected = DAMAGES[name]
+    blocks, stop = given_blocks(stream, calls_answer(stream, [("wx", written)], "tool_calls"))
+    if expected is None:
+        assert blocks == [shown_call("wx", written)] and stop == "end_turn"
+    else:
+        assert blocks == [("c0", "wx", json.loads(expected))] and stop == "tool_use"
+    # a chat client gets what the model wrote
+    asked = chat_request(stream=stream)
+    lane = pg.TranslatedLane(CHAT, COMPLETIONS, asked, model(), STAMP)
+    wire = calls_answer(stream, [("wx", written)], "tool_calls")
+    out = lane.feed(wire) + lane.end() if stream else lane.whole(wire)
+    shown = re.findall(r'"arguments":("(?:[^"\\]|\\.)*")', out.decode())
+    assert "".join(map(json.loads, shown)) == (written or "{}")
+
+
+@both_forms
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_sound_call_beside_a_damaged_one(name: str, stream: bool) -> None:
+    written, expected = DAMAGES[name]
+    sound = ("c1", "b", {"b": 2})
+    for finish, stop_reason in (("tool_calls", "tool_use"), ("stop", "tool_use"), ("length", "max_tokens")):
+        wire = calls_answer(stream, [("wx", written), ("b", '{"b": 2}')], finish, "Two.")
+        blocks, stop = given_blocks(stream, wire)
+        first = shown_call("wx", written) if expected is None else ("c0", "wx", json.loads(expected))
+        assert blocks == ["Two.", first, sound] and stop == stop_reason
+        turned = calls_answer(stream, [("b", '{"b": 2}'), ("wx", written)], finish)
+        blocks, stop = given_blocks(stream, turned)
+        if finish == "length" and not written.strip():      # it may have been about to write some
+            assert blocks[1] == "[call of wx, cut off before its arguments]"
+        else:
+            assert blocks[1] == (first if expected is None else ("c1", "wx", json.loads(expected)))
+        assert blocks[0] == ("c0", "b", {"b": 2}) and stop == stop_reason
+
+
+@both_forms
+@pytest.mark.parametrize("finish, stop", [("stop", "end_turn"), ("tool_calls", "end_turn"), ("length", "max_tokens"),
+                                          ("content_filter", "refusal")])
+def test_the_stop_reason_of_a_broken_call(finish: str, stop: str, stream: bool) -> None:
+    blocks, given = given_blocks(stream, calls_answer(stream, [("wx", '{"a": "Par')], finish))
+    assert blocks == [shown_call("wx", '{"a": "Par')] and given == stop
+
+
+@pytest.mark.parametrize("name", [name for name in DAMAGES if name != "deep"])
+def test_damaged_arguments_cut_anywhere(name: str) -> None:
+    wire = calls_answer(True, [("wx", DAMAGES[name][0]), ("b", '{"b": 2}')], "tool_calls", "Two.")
+    expected = given_blocks(True, wire)
+    assert all(given_blocks(True, wire, size) == expected for size in (1, 2, 7))
+    for at in range(0, len(wire), 1 if name in ("cut", "encoded twice") else 9):
+        lane = pg.TranslatedLane(MESSAGES, COMPLETIONS, messages_request(stream=True), model(), STAMP)
+        out = lane.feed(wire[:at]) + lane.feed(wire[at:]) + lane.end()
+        assert lane.finished and not lane.error and out.count(b"content_block_start") == 2 * len(expected[0])
+
+
+def test_what_a_held_call_holds_up() -> None:
+    call, wx = pg.ToolCall("a", "f"), pg.ToolCall("b", "wx")
+    done = pg.Done("tool_use", USAGE)
+    sound = pg.SoundCalls()
+    text = [pg.PartStart(0, pg.Text()), pg.PartDelta(0, "x")]
+    assert sound.feed([pg.Start(), *text]) == [pg.Start(), *text]
+    assert sound.feed([pg.PartStart(1, call), pg.PartDelta(1, "{"), pg.PartStart(2, wx)]) == []
+    # an earlier part goes on; later ones wait, ended or not
+    assert sound.feed([pg.PartDelta(0, "y"), pg.PartEnd(0, pg.Text("xy"))]) == [pg.PartDelta(0, "y"),
+                                                                               pg.PartEnd(0, pg.Text("xy"))]
+    ended = pg.replace(wx, arguments="{}")
+    later = [pg.PartStart(3, pg.Text()), pg.PartDelta(3, "z")]
+    assert sound.feed([pg.PartDelta(2, "{}"), pg.PartEnd(2, ended), *later]) == []
+    broken = shown_call("f", "{")
+    assert sound.feed([pg.PartEnd(1, pg.replace(call, arguments="{"))]) == [
+        pg.PartStart(1, pg.Text()), pg.PartDelta(1, broken), pg.PartEnd(1, pg.Text(broken)),
+        pg.PartStart(2, wx), pg.PartDelta(2, "{}"), pg.PartEnd(2, ended), *later]
+    rest = [pg.PartDelta(3, "!"), pg.PartEnd(3, pg.Text("z!")), done]
+    assert sound.feed(rest) == rest
+
+
+def test_a_call_without_arguments_waits_for_what_follows() -> None:
+    call = pg.ToolCall("a", "f")
+    given = [pg.PartStart(0, call), pg.PartDelta(0, "{}"), pg.PartEnd(0, pg.replace(call, arguments="{}"))]
+    sound, more = pg.SoundCalls(), pg.SoundCalls()
+    assert sound.feed([pg.PartStart(0, call), pg.PartEnd(0, call)]) == []
+    assert sound.feed([pg.Done("tool_use", USAGE)]) == [*given, pg.Done("tool_use", USAGE)]
+    assert more.feed([pg.PartStart(0, call), pg.PartEnd(0, call), pg.PartStart(1, pg.Text())]) == [
+        *given, pg.PartStart(1, pg.Text())]
+    failed = pg.Failed(pg.UpstreamError("x"))
+    assert pg.SoundCalls().feed([pg.PartStart(0, call), pg.PartEnd(0, call), failed]) == [failed]
+
+
+@pytest.mark.parametrize("upstream", ["openai-responses", "anthropic-messages", "bedrock-converse-stream"])
+def test_streams_of_careful_providers_are_not_held(upstream: str) -> None:
+    protocol = pg.UPSTREAM_PROTOCOLS[upstream]
+    assert not protocol.is_lax and pg.UPSTREAM_PROTOCOLS["mistral-conversations"].is_lax
+    request = messages_request(stream=True)
+    assert pg.TranslatedLane(MESSAGES, protocol, request, model(upstream), STAMP)._sound is None
+    assert pg.TranslatedLane(MESSAGES, protocol, messages_request(), model(upstream), STAMP)._sound is not None
+
+
+@pytest.mark.parametrize("name", [name for name in DAMAGES if name != "deep"])
+def test_damaged_arguments_in_a_history(name: str) -> None:
+    """What a chat client sends back goes out as it came; where it has to be an object, it is one all the same."""
+    written, expected = DAMAGES[name]
+    asked = chat_request(messages=[{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [
+        {"id": "c", "type": "function", "function": {"name": "f", "arguments": written}}]}])
+    sent = built(asked, model())[0]["messages"][1]["tool_calls"][0]["function"]["arguments"]
+    assert sent == (written or "{}")
+    given = built(asked, model("anthropic-messages"))[0]["messages"][1]["content"][0]["input"]
+    assert given == ({"malformed_arguments": written} if expected is None else json.loads(expected))
 
 
 # --- Whole answers ----------------------------------------------------------------------------------------------------
@@ -4399,6 +4582,20 @@ def test_provider_statuses(script: Given, status: int, client: str, row: str, st
     assert result.headers.get("x-should-retry") == ("false" if status == 401 else None)
     if status in (429, 529):
         assert result.headers["retry-after"] == "7"
+
+
+@both_forms
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damaged_arguments_through_a_server(script: Given, name: str, stream: bool) -> None:
+    written, expected = DAMAGES[name]
+    wire = calls_answer(stream, [("wx", written), ("b", '{"b": 2}')], "tool_calls", "Two.")
+    handle, _ = script(Answer(200, [wire], "text/event-stream") if stream else Answer(200, wire))
+    result = call(handle.url, WAY_IN["messages"], question("chat", stream))
+    assert result.status == 200 and result.headers["x-pigateway-lane"] == "translated"
+    read = check_messages_stream(result.body) if stream else read_body(result.json, MESSAGES)
+    calls = {call_id: json.loads(arguments) for call_id, _, arguments in read.calls}
+    assert calls == {**({} if expected is None else {"c0": json.loads(expected)}), "c1": {"b": 2}}
+    assert read.text == "Two." + (shown_call("wx", written) if expected is None else "") and read.stop == "tool_use"
 
 
 @pytest.mark.parametrize("client, expected", [("chat", (429, "insufficient_quota")),
@@ -10176,6 +10373,18 @@ def test_heartbeat_beside_comments(tmp_path: Any, client: str, row: str) -> None
         assert fake.client_gone.wait(5)
 
 
+def test_heartbeat_while_a_call_is_held(tmp_path: Any) -> None:
+    """A weak model may take minutes to write the arguments that the client is given at their end."""
+    pieces: List[Any] = [sse([call_delta(0, "c", "wx", '{"a": "')])]
+    for _ in range(20):
+        pieces += [0.01, sse([call_delta(0, None, None, "x")])]
+    pieces.append(sse([call_delta(0, None, None, '"}'), chunk({}, "tool_calls")], end="[DONE]"))
+    with serving(tmp_path, Answer(200, pieces, "text/event-stream"), heartbeat_interval_ms=30) as (handle, _):
+        result = call(handle.url, WAY_IN["messages"], question("chat", True))
+    assert result.body.count(HEARTBEATS["messages"]) >= 2
+    assert check_messages_stream(result.body).calls == (("c", "wx", '{"a": "' + "x" * 20 + '"}'),)
+
+
 @pytest.mark.skipif(not hasattr(select, "POLLRDHUP"), reason="an end behind unread bytes shows on Linux only")
 @pytest.mark.parametrize("client, row", WAYS)
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
@@ -10278,8 +10487,11 @@ def test_redact_long_text(text: str, expected: Optional[str]) -> None:
 @pytest.mark.parametrize("text, expected", [
     ("```\n" + " " * 2_000_000 + "x", None), ("```json\n{\"a\": 1}" + "\n" * 2_000_000 + "```", {"a": 1}),
     (" " * 2_000_000 + "x", None), ("```" * 700_000, None), ("```" + " " * 2_000_000 + "\n{}```", {}),
-    ("```" + "a" * 2_000_000, None), ("{\"a\":" * 200_000, None), ("\n" * 1_000_000 + "{}" + "\n" * 1_000_000, {})],
-    ids=["blanks", "fence and blanks", "no fence", "fences", "fence and its blanks", "name", "nested", "blank lines"])
+    ("```" + "a" * 2_000_000, None), ("{\"a\":" * 200_000, None), ("\n" * 1_000_000 + "{}" + "\n" * 1_000_000, {}),
+    ("{}" + " \n" * 1_000_000 + "x", {}), ("{}x" + '"' * 1_000_000 + " " * 1_000_000, {}),
+    ('{"a": "' + "\\q" * 700_000, None)],
+    ids=["blanks", "fence and blanks", "no fence", "fences", "fence and its blanks", "name", "nested", "blank lines",
+         "blanks behind", "quotes behind", "escapes"])
 def test_repair_long_arguments(text: str, expected: Any) -> None:
     assert pg.repair_json_object(text) == expected
 
