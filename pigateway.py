@@ -1177,7 +1177,8 @@ def normalise(request: Request, model: Model, upstream: UpstreamProtocol, names:
     if request.reasoning and request.reasoning.level == "off" and "reasoning" in missing:
         missing.remove("reasoning")         # a model that cannot think does not think
         request = replace(request, reasoning=None)
-    dropped = [*request.lost, *(name for name in request.extra if name not in upstream.forwards),
+    lost = [name for name in request.lost if name != "cache_control" or not upstream.marks_cache(model)]
+    dropped = [*lost, *(name for name in request.extra if name not in upstream.forwards),
                *(names.get(name, name) for name in missing)]
     request = replace(request, **{name: () if name == "stop" else None for name in missing})
     request = fit_history(request, model, upstream)
@@ -2763,6 +2764,10 @@ class UpstreamProtocol:
         """Settles what cannot stand together in one request; the names of our fields that had to go."""
         return request, []
 
+    def marks_cache(self, model: Model) -> bool:
+        """Whether requests to this model carry marks for its prompt cache, so that the client's are not lost."""
+        return False
+
     def needs_bytes(self, part: Union[Image, Document], model: Model) -> bool:
         """Whether this host takes no address in place of the bytes."""
         return False
@@ -2916,6 +2921,10 @@ class OpenAICompletions(UpstreamProtocol):
     name = "openai-completions"
     is_lax = True
 
+    def marks_cache(self, model: Model) -> bool:
+        """See `UpstreamProtocol.marks_cache`."""
+        return bool(model.flag("cacheControlFormat") == "anthropic")
+
     def carries(self, model: Model) -> FrozenSet[str]:
         """Everything but top_k, which most servers do not know, and reasoning on a model that is not known to reason."""
         fields = {"temperature", "top_p", "stop", "seed", "frequency_penalty", "presence_penalty", "logit_bias",
@@ -3045,7 +3054,7 @@ class OpenAICompletions(UpstreamProtocol):
             if not fields and reasoning.level != "off":
                 dropped.append("reasoning_effort")
             body.update(fields)
-        if model.flag("cacheControlFormat") == "anthropic":
+        if self.marks_cache(model):
             mark_cache(body)
         body.update(present(provider=model.flag("openRouterRouting"), priority=model.flag("vllmPriority")))
         if model.flag("vercelGatewayRouting"):
@@ -3508,6 +3517,10 @@ class AnthropicMessages(UpstreamProtocol):
     """Anthropic Messages and the hosts that speak it: POST {base}/v1/messages."""
 
     name = "anthropic-messages"
+
+    def marks_cache(self, model: Model) -> bool:
+        """See `UpstreamProtocol.marks_cache`."""
+        return True
 
     def carries(self, model: Model) -> FrozenSet[str]:
         """What the Messages API has a field for."""
@@ -6266,6 +6279,10 @@ class BedrockConverse(UpstreamProtocol):
     name = "bedrock-converse-stream"
     stream_type = "application/vnd.amazon.eventstream"
 
+    def marks_cache(self, model: Model) -> bool:
+        """See `UpstreamProtocol.marks_cache`."""
+        return bool(_CLAUDE_CACHING.search(model_words(model)))
+
     def carries(self, model: Model) -> FrozenSet[str]:
         """What Converse has a field for; top_k only for Claude, whose native field is known, and no sampling at all for
         Claude from 4.7 on, which refuses it."""
@@ -6307,7 +6324,7 @@ class BedrockConverse(UpstreamProtocol):
             messages=messages, system=system or None, inferenceConfig=config or None,
             toolConfig=self._tools(request, model), additionalModelRequestFields=fields or None,
             outputConfig=self._format(request.output))
-        if _CLAUDE_CACHING.search(model_words(model)) or credential.parts.get("force_cache"):
+        if self.marks_cache(model) or credential.parts.get("force_cache"):
             mark_cache_points(body)
         verb = "converse-stream" if request.stream else "converse"
         url = (f"{move_to_region(model.base_url, region).rstrip('/')}/model/"

@@ -13786,6 +13786,17 @@ def test_stray_effort_never_reaches_anthropic() -> None:
     assert "effort" not in body and body["thinking"]
 
 
+@pytest.mark.parametrize("target, is_lost", [
+    (model(), True), (model(compat={"cacheControlFormat": "anthropic"}), False), (model("anthropic-messages"), False),
+    (model("bedrock-converse-stream", id="anthropic.claude-sonnet-4-5"), False), (model("google-generative-ai"), True),
+    (model("bedrock-converse-stream", id="meta.llama4"), True)])
+def test_cache_marks_are_lost_only_where_there_are_none(target: pg.Model, is_lost: bool) -> None:
+    request = messages_request(system=[{"type": "text", "text": "S", "cache_control": {"type": "ephemeral"}}])
+    upstream = pg.UPSTREAM_PROTOCOLS[target.protocol]
+    dropped = pg.normalise(request, target, upstream, {})[1]
+    assert ("cache_control" in dropped) is is_lost and upstream.marks_cache(target) is not is_lost
+
+
 ROUTED = {"claude-s": {"model": "chat/m1", "reasoning": {"high": "low", "default": "none"}}, "vip-*": "anth/*",
           "first": [{"model": "chat/m1", "effort": "high"}, "anth/m1"]}
 
