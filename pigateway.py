@@ -136,6 +136,7 @@ DEFAULT_MAX_TOKENS = 16384        # Anthropic requires max_tokens; used when nei
 MAX_ITEMS = 100_000               # in one array of a request; Anthropic's limit for messages
 
 LOOPBACK_HOSTS = frozenset({"127.0.0.1", "::1", "localhost", "::ffff:127.0.0.1"})
+LOGGED_BYTES = MIB                # of each body in the conversation log; more is cut, and marked so
 LOGGED_HEADERS = ("content-type", "content-length", "user-agent", "accept", "accept-encoding", "host")
 
 log = logging.getLogger(NAME)
@@ -352,15 +353,20 @@ class AuthFileError(Exception):
 # §3 Logging and redaction
 # ======================================================================================================================
 
-_SECRET_PATTERNS = tuple(re.compile(pattern) for pattern in (
-    r"(?i)(?<=bearer )\s*[A-Za-z0-9._~+/=-]{6,}",
-    r"\b(?:sk|pk|rk|gsk|xai|hf|ghp|gho|ghu|ghs|r8|nvapi|fw|csk|tgp)[-_][A-Za-z0-9_-]{12,}",
-    r"\bAIza[A-Za-z0-9_-]{20,}",
-    r"\bya29\.[A-Za-z0-9._-]{10,}",
-    r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b",
-    r"\beyJ[A-Za-z0-9_-]{8,}(?:\.[A-Za-z0-9_-]*){0,2}",
-    r"(?i)(?<=[?&]key=)[^&\s\"']+",
-    r"(?i)(?<=[?&]api_key=)[^&\s\"']+",
+_KEY_PREFIXES = ("sk", "pk", "rk", "gsk", "xai", "hf", "ghp", "gho", "ghu", "ghs", "r8", "nvapi", "fw", "csk", "tgp")
+# (what the text must hold, in small letters, for the pattern to be worth a try; the pattern). Megabytes of text without
+# keys are what passes here, so a pattern without such a word begins with letters: `re` looks for those much faster.
+_SECRET_PATTERNS = tuple((words, re.compile(pattern)) for words, pattern in (
+    (("bearer ",), r"(?i)(?<=bearer )\s*[A-Za-z0-9._~+/=-]{6,}"),
+    (tuple(prefix + dash for prefix in _KEY_PREFIXES for dash in "-_"),
+     rf"\b(?:{'|'.join(_KEY_PREFIXES)})[-_][A-Za-z0-9_-]{{12,}}"),
+    (("",), r"AIza(?<=\bAIza)[A-Za-z0-9_-]{20,}"),
+    (("",), r"ya29\.(?<=\bya29\.)[A-Za-z0-9._-]{10,}"),
+    (("",), r"AKIA(?<=\bAKIA)[A-Z0-9]{16}\b"),
+    (("",), r"ASIA(?<=\bASIA)[A-Z0-9]{16}\b"),
+    (("",), r"eyJ(?<=\beyJ)[A-Za-z0-9_-]{8,}(?:\.[A-Za-z0-9_-]*){0,2}"),
+    (("key=",), r"(?i)(?<=[?&]key=)[^&\s\"']+"),
+    (("key=",), r"(?i)(?<=[?&]api_key=)[^&\s\"']+"),
 ))
 REDACTED = "[redacted]"
 
@@ -370,8 +376,10 @@ def redact(text: str, secret_values: Iterable[str] = ()) -> str:
     for value in secret_values:
         if len(value) >= 4:
             text = text.replace(value, REDACTED)
-    for pattern in _SECRET_PATTERNS:
-        text = pattern.sub(REDACTED, text)
+    small = text.lower()
+    for words, pattern in _SECRET_PATTERNS:
+        if any(word in small for word in words):
+            text = pattern.sub(REDACTED, text)
     return text
 
 
@@ -398,18 +406,76 @@ def redact_body(body: bytes, secret_values: Sequence[str]) -> bytes:
         return body if hidden_text == text else hidden_text.encode("utf-8")
 
 
+HIDDEN = "[REDACTED]"               # in place of the value of a name that says it is secret, as piai-router has it
+_SECRET_NAME = re.compile(r"(?i)authorization|api[-_]?key|secret|passw(?:or)?d|private[-_]?key|ssh[-_]?key|"
+                          r"session[-_]?id|cookie")
+# Tokens are counted (max_tokens, inputTokens, TOTAL_TOKENS, token_count: 7) unless somebody is let in by them.
+_TOKEN_NAME = re.compile(r"(?i:access|refresh|auth|bearer|session)[-_]?(?i:token)|[tT]oken(?!s)|TOKEN(?!S)")
+# Such a name with its text in JSON that itself is text: arguments of tools, or a body that was cut; also one level
+# deeper.
+_NAMED_TEXT = re.compile(r'"([^"\\]{1,64})"(\s*:\s*)"(?:[^"\\]|\\.)*(?:"|\\?\Z)', re.DOTALL)
+_NAMED_TEXT_WITHIN = re.compile(
+    r'\\"([^"\\]{1,64})\\"(\s*:\s*)\\"(?:[^"\\]|\\\\(?:\\")?|\\[^"\\])*(?:\\"|\\?\Z)', re.DOTALL)
+
+
+def names_secret(name: str, value: Any) -> bool:
+    """Whether the value of a JSON object's key is secret by its name."""
+    if value is None or isinstance(value, bool):
+        return False
+    return bool(_SECRET_NAME.search(name) or not isinstance(value, (int, float)) and _TOKEN_NAME.search(name))
+
+
+def hide_text(text: str, secret_values: Sequence[str]) -> str:
+    """`redact`, and without the values of secret names where the text is JSON."""
+    if '":' in text or '" :' in text:
+        for pattern, quote in ((_NAMED_TEXT, '"'), (_NAMED_TEXT_WITHIN, '\\"')):
+            text = pattern.sub(lambda match: f"{quote}{match[1]}{quote}{match[2]}{quote}{HIDDEN}{quote}"
+                               if names_secret(match[1], "") else match[0], text)
+    return redact(text, secret_values)
+
+
+def hide_secrets(value: Any, secret_values: Sequence[str]) -> Any:
+    """A JSON value for the log files: nothing under a secret name, and `hide_text` for every string."""
+    if isinstance(value, str):
+        return hide_text(value, secret_values)
+    if isinstance(value, list):
+        return [hide_secrets(item, secret_values) for item in value]
+    if isinstance(value, dict):
+        return {redact(name, secret_values): HIDDEN if names_secret(name, item) else hide_secrets(item, secret_values)
+                for name, item in value.items()}
+    return value
+
+
+def hide_body(body: bytes, secret_values: Sequence[str]) -> Any:
+    """A body for the log files: a JSON value, or else text, cut or not."""
+    text = body.decode("utf-8", "replace")
+    try:
+        return hide_secrets(loads(text), secret_values)
+    except (ValueError, RecursionError):
+        return hide_text(text, secret_values)
+
+
+def quoted_forms(secret_values: Iterable[str]) -> List[str]:
+    """Each value as it is and as it stands in JSON."""
+    return list(dict.fromkeys(form for value in secret_values for form in (value, json.dumps(value)[1:-1])))
+
+
+def iso_time(seconds: float) -> str:
+    """A time in epoch seconds as ISO 8601, UTC."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{int(seconds * 1000) % 1000:03d}Z"
+
+
 class JsonFormatter(logging.Formatter):
     """One JSON object a line: level, ts (ISO 8601, UTC), msg, then the record's own `fields`; `secret_values` are blanked
     out wherever they stand."""
 
     def __init__(self, secret_values: Sequence[str] = ()) -> None:
         super().__init__()
-        self._secret_values = [form for value in secret_values for form in (value, json.dumps(value)[1:-1])]
+        self._secret_values = quoted_forms(secret_values)
 
     def format(self, record: logging.LogRecord) -> str:
-        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         line: Dict[str, Any] = {"level": record.levelname.lower().replace("warning", "warn"),
-                                "ts": f"{stamp}.{int(record.msecs):03d}Z", "msg": record.getMessage()}
+                                "ts": iso_time(record.created), "msg": record.getMessage()}
         line.update(getattr(record, "fields", {}))
         if record.exc_info:
             line["trace"] = self.formatException(record.exc_info)
@@ -10955,6 +11021,10 @@ class Exchange:
     account: str = ""                           # which one was called, as a hash
     answer_headers: Dict[str, str] = field(default_factory=dict)
     log: Dict[str, Any] = field(default_factory=dict)
+    body: Optional[bytes] = None                # the request's, where conversations are logged
+    asked: str = ""                             # the model by the client's name
+    usage: Usage = Usage()
+    secrets: set[str] = field(default_factory=set)      # what no log may show
 
 
 @dataclass
@@ -11083,7 +11153,8 @@ class Gateway:
     """Serves requests: finds model and credential, picks the lane, calls the provider, carries the answer back."""
 
     def __init__(self, config: Config, catalogue: Catalogue, credentials: Credentials, transport: Transport,
-                 clock: Callable[[], float] = time.time, quirks: Optional[Quirks] = None) -> None:
+                 clock: Callable[[], float] = time.time, quirks: Optional[Quirks] = None,
+                 journal: Optional[Journal] = None) -> None:
         self.config = config
         self.catalogue = catalogue
         self.credentials = credentials
@@ -11091,6 +11162,7 @@ class Gateway:
         self.clock = clock
         self.signatures = SignatureMemory()
         self.quirks = quirks or Quirks(None)
+        self.journal = journal or Journal(LogSettings())
         self.media = MediaFetcher(config.ca_bundle)
         self.cooling = Memory()                 # models that failed not long ago
         self.load: Any = [0]                    # requests under way at providers, by worker process
@@ -11115,7 +11187,7 @@ class Gateway:
         data = self._with_model(parse_json_object(body))
         request = replace(exchange.client.parse(data), body=body, headers=exchange.headers, query=exchange.query,
                           session=session_of(exchange.headers, data))
-        exchange.log["stream"] = request.stream
+        exchange.log["stream"], exchange.asked = request.stream, request.model
         candidates = self._candidates(request)
         if len(candidates) == 1:
             self._complete_on(candidates[0], request, exchange)
@@ -11382,6 +11454,7 @@ class Gateway:
     def _prepare(self, lane: Lane, credential: Credential, exchange: Exchange) -> Call:
         """The call for the lane's request, and what the answer's headers say of it."""
         lane.secrets = list(dict.fromkeys([*lane.secrets, *credential.secrets]))
+        exchange.secrets.update(lane.secrets)
         lane.origin = origin_of(lane.model, credential)
         lane.is_passed = credential.is_passed
         call, dropped = lane.call(credential)
@@ -11419,6 +11492,7 @@ class Gateway:
                 exchange.answer_headers["x-pigateway-lane"] = lane.name
             self._carry(lane, response, is_stream, exchange)
         finally:
+            exchange.usage = lane.usage
             exchange.log.update(lane=lane.name, tokens_in=lane.usage.prompt, tokens_out=lane.usage.output,
                                 stop=redact(str(lane.stop_reason), lane.secrets)[:64])
             response.close()
@@ -11681,6 +11755,304 @@ class Discovery:
     listers: Mapping[str, Callable[..., Dict[str, Model]]] = {"copilot": _list_copilot, "aws": _list_bedrock}
 
 
+# --- The log files ----------------------------------------------------------------------------------------------------
+#
+# Off unless asked for. A request's thread only leaves references in a bounded queue; one thread of the process makes
+# records of them, takes the secrets out and writes. Whatever the disk does, no answer waits for it.
+
+SERVER_LOG, CONVERSATION_LOG = "server.log.jsonl", "conversation.log.jsonl"
+LogLines = List[Tuple[str, Dict[str, Any]]]     # (file, record)
+
+
+class LogSettings(NamedTuple):
+    """What goes to the log files, where they are and how large they and the queue get."""
+
+    enabled: bool = False
+    server: bool = True
+    conversation: bool = True
+    dir: str = ""
+    max_queue_size: int = 5000
+    max_file_bytes: int = 50 * MIB
+
+
+class LogEntry(NamedTuple):
+    """What waits to be logged: how many lines it becomes, how many bytes it keeps in memory, what makes the lines."""
+
+    lines: int
+    size: int
+    make: Callable[[], LogLines]
+    is_last: bool = False                       # has room always, and is not left out when time is short
+
+
+class Capture:
+    """The beginning of an answer, as references to what was sent."""
+
+    def __init__(self) -> None:
+        self.pieces: List[bytes] = []
+        self.size = 0
+
+    def add(self, data: bytes) -> None:
+        """Takes what is sent next."""
+        if self.size < LOGGED_BYTES:
+            self.pieces.append(data[:LOGGED_BYTES - self.size])
+        self.size += len(data)
+
+
+class Journal:
+    """The queue of the log files and the thread that writes them. Several processes may have the same files."""
+
+    PAUSE_S = 0.05                              # what comes within goes out in one write
+    YIELD_S = 0.0002                            # after each entry: who answers should not wait for a turn to compute
+    STOP_S, LATE_S = 0.9, 0.5                   # the wait for the thread at the end, and when it leaves out the rest
+    HELD_BYTES, BATCH_BYTES, BATCH = 64 * MIB, 512 * KIB, 64
+
+    def __init__(self, settings: LogSettings, write: Callable[[int, bytes], int] = os.write) -> None:
+        self.settings = settings
+        self.dropped = 0                        # lines
+        self._write = write
+        self._changed = threading.Condition()
+        self._waiting: List[LogEntry] = []
+        self._lines = self._bytes = 0           # of what waits and of what is being written
+        self._stopping = threading.Event()
+        self._late = math.inf
+        self._has_warned = False
+        self._thread: Optional[threading.Thread] = None
+
+    @property
+    def takes_server(self) -> bool:
+        """Whether requests and the life of the server are logged."""
+        return self.settings.enabled and self.settings.server
+
+    @property
+    def takes_conversation(self) -> bool:
+        """Whether bodies are logged."""
+        return self.settings.enabled and self.settings.conversation
+
+    def start(self) -> None:
+        """Starts the thread, if anything is logged."""
+        if self.takes_server or self.takes_conversation:
+            self._thread = threading.Thread(target=self._loop, name="log files", daemon=True)
+            self._thread.start()
+
+    def stop(self) -> None:
+        """Has what waits written, within STOP_S."""
+        self._late = time.monotonic() + self.LATE_S
+        with self._changed:
+            self._stopping.set()
+            self._changed.notify_all()
+        if self._thread:
+            self._thread.join(self.STOP_S)
+        if self._lines:
+            self.count_dropped(self._lines)
+            log.warning("%d log records were not written: %s does not keep up", self._lines, self.settings.dir)
+
+    def put(self, entry: LogEntry) -> None:
+        """Takes an entry if there is room, else counts it; never waits for the disk."""
+        with self._changed:
+            has_room = (self._lines + entry.lines <= self.settings.max_queue_size
+                        and self._bytes + entry.size <= self.HELD_BYTES)
+            if has_room or entry.is_last:
+                self._hold(entry, 1)
+                self._waiting.append(entry)
+                if len(self._waiting) == 1:
+                    self._changed.notify()
+                return
+            self.dropped += entry.lines
+        self._warn(f"{self.settings.dir} does not keep up")
+
+    def note(self, event: str, is_last: bool = False, **facts: Any) -> None:
+        """Logs an event of the server's life; the last tells how many lines were dropped."""
+        if not self.takes_server:
+            return
+        record = {"ts": iso_time(time.time()), "event": event, "pid": os.getpid(), **facts}
+
+        def make() -> LogLines:
+            return [(SERVER_LOG, {**record, "droppedLogs": self.dropped} if is_last else record)]
+
+        self.put(LogEntry(1, 0, make, is_last))
+
+    def note_exchange(self, done: Exchanged) -> None:
+        """Logs one request with its answer."""
+        has_bodies = self.takes_conversation and done.answer is not None
+        lines = self.takes_server + 2 * has_bodies
+        if lines:
+            size = len(done.request) + min(done.answer.size, LOGGED_BYTES) if done.answer and has_bodies else 0
+            self.put(LogEntry(lines, size, functools.partial(exchange_lines, done, self.takes_server, has_bodies)))
+
+    def _hold(self, entry: LogEntry, sign: int) -> None:
+        self._lines += sign * entry.lines
+        self._bytes += sign * entry.size
+
+    def _warn(self, problem: str) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            log.warning("log files: %s; records are dropped", problem)
+
+    def _loop(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._stopping.is_set())
+                if not self._waiting:
+                    return
+            self._stopping.wait(self.PAUSE_S)
+            batch = self._take()
+            self._write_batch(batch)
+            with self._changed:
+                for entry in batch:
+                    self._hold(entry, -1)
+
+    def _take(self) -> List[LogEntry]:
+        """What is written next; when time is short only the last entry is left."""
+        with self._changed:
+            if time.monotonic() > self._late:
+                left_out = [entry for entry in self._waiting if not entry.is_last]
+                for entry in left_out:
+                    self._hold(entry, -1)
+                self.dropped += sum(entry.lines for entry in left_out)
+                self._waiting = [entry for entry in self._waiting if entry.is_last]
+            count = size = 0
+            for entry in self._waiting[:self.BATCH]:
+                size += entry.size
+                if count and size > self.BATCH_BYTES:
+                    break
+                count += 1
+            batch, self._waiting[:count] = self._waiting[:count], []
+            return batch
+
+    def _write_batch(self, batch: Sequence[LogEntry]) -> None:
+        texts: Dict[str, List[bytes]] = {}
+        for entry in batch:
+            try:
+                for name, record in entry.make():
+                    texts.setdefault(name, []).append(dumps(record).encode("ascii") + b"\n")
+            except Exception as error:          # the edge of the thread: one odd record must not end it
+                self._lose(entry.lines, f"a record cannot be made ({type(error).__name__})")
+            self._stopping.wait(self.YIELD_S)
+        for name, lines in texts.items():
+            try:
+                self._append(os.path.join(self.settings.dir, name), b"".join(lines))
+                self._has_warned = False
+            except OSError as error:
+                self._lose(len(lines), f"{self.settings.dir}: {describe(error)}")
+
+    def count_dropped(self, lines: int) -> None:
+        """Adds to the number that the end of the log tells."""
+        with self._changed:
+            self.dropped += lines
+
+    def _lose(self, lines: int, problem: str) -> None:
+        self.count_dropped(lines)
+        self._warn(problem)
+
+    def _append(self, path: str, data: bytes) -> None:
+        """Appends whole lines in one write; a file that would get too long is put aside first. Opened anew each time:
+        another process may have done that. Raises OSError."""
+        folder = os.path.dirname(path)
+        make_private_folder(folder)
+        with one_at_a_time(folder):
+            size = os.path.getsize(path) if os.path.exists(path) else 0
+            if size and size + len(data) > self.settings.max_file_bytes:
+                os.replace(path, path + ".1")
+            descriptor = os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY | getattr(os, "O_BINARY", 0), 0o600)
+            try:
+                size = os.fstat(descriptor).st_size
+                if self._write(descriptor, data) < len(data):
+                    os.ftruncate(descriptor, size)      # half a line would spoil the next one
+                    raise OSError(errno.ENOSPC, "the disk is full")
+            finally:
+                os.close(descriptor)
+
+
+class Exchanged(NamedTuple):
+    """A request that has been answered, in references: all that its records are made of."""
+
+    stamp: Stamp
+    head: Optional[Head]
+    client: ClientProtocol
+    facts: Mapping[str, Any]
+    status: int
+    ended_at: float                             # epoch seconds
+    duration_ms: float
+    secrets: Sequence[str] = ()
+    asked: str = ""
+    usage: Usage = Usage()
+    request: bytes = b""
+    answer: Optional[Capture] = None
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the answer is an error, or became one."""
+        return self.status >= 400 or "error" in self.facts
+
+
+def access_fields(head: Head, request_id: str, status: int, duration_ms: float,
+                  facts: Mapping[str, Any]) -> Dict[str, Any]:
+    """What is told of every request."""
+    return {"id": request_id, "method": head.method,
+            "url": redact(urllib.parse.unquote(head.target.partition("?")[0][:400], errors="replace"))[:200],
+            "status": status, "durationMs": round(duration_ms, 1), **facts,
+            "safeHeaders": {name: redact(head.headers[name][:400])[:200] for name in LOGGED_HEADERS
+                            if name in head.headers}}
+
+
+def exchange_lines(done: Exchanged, is_server: bool, has_bodies: bool) -> LogLines:
+    """The records of a request, without secrets."""
+    hidden = quoted_forms(done.secrets)
+    lines = [(SERVER_LOG, hide_secrets(server_record(done), hidden))] if is_server else []
+    if has_bodies:
+        lines += [(CONVERSATION_LOG, record) for record in conversation_records(done, hidden)]
+    return lines
+
+
+def server_record(done: Exchanged) -> Dict[str, Any]:
+    """The line of a request in the server's file."""
+    name = done.stamp.request_id
+    fields = access_fields(done.head, name, done.status, done.duration_ms, done.facts) if done.head else {
+        "id": name, "status": done.status, **done.facts}
+    return {"ts": iso_time(done.ended_at), "event": "http_error" if done.has_failed else "http_access", **fields}
+
+
+def conversation_records(done: Exchanged, hidden: Sequence[str]) -> List[Dict[str, Any]]:
+    """The lines of a request and its answer in the conversations' file. Both are made at the end, since only then is it
+    known which values are secret; the first has the time at which the request came."""
+    facts = dict(done.facts)
+    used = str(facts.pop("model", ""))
+    common = present(id=done.stamp.request_id, model=done.asked or None, modelUsed=used or None,
+                     provider=used.partition("/")[0] or None, lane=facts.pop("lane", None),
+                     stream=facts.pop("stream", None))
+    for name in ("tokens_in", "tokens_out"):
+        facts.pop(name, None)
+    usage = {f"{name}_tokens": count for name, count in done.usage._asdict().items() if count}
+    event = "response_error" if done.has_failed else "response"
+    asked = {"ts": iso_time(done.ended_at - done.duration_ms / 1000), "event": "request", **common}
+    answered = {"ts": iso_time(done.ended_at), "event": event, **common, "status": done.status,
+                "latencyMs": round(done.duration_ms, 1), **present(usage=usage or None), **facts}
+    cut = {"cut": True} if len(done.request) > LOGGED_BYTES else {}
+    return [{**hide_secrets(asked, hidden), **cut, "body": hide_body(done.request[:LOGGED_BYTES], hidden)},
+            {**hide_secrets(answered, hidden), **answer_fields(done, hidden)}]
+
+
+def answer_fields(done: Exchanged, hidden: Sequence[str]) -> Dict[str, Any]:
+    """The answer's body. A stream that came to its end is put together, so that no secret stands there in pieces."""
+    capture = done.answer or Capture()
+    data = b"".join(capture.pieces)
+    if capture.size > LOGGED_BYTES:
+        return {"cut": True, "body": hide_body(data, hidden)}
+    if done.facts.get("stream") and not done.has_failed:
+        with contextlib.suppress(GatewayError):
+            return {"reassembled": True, "body": hide_secrets(reassembled(done, data), hidden)}
+    return {"body": hide_body(data, hidden)}
+
+
+def reassembled(done: Exchanged, data: bytes) -> Dict[str, Any]:
+    """What the client would have got, had it not asked for a stream. Raises `GatewayError`."""
+    upstream = UPSTREAM_PROTOCOLS[AnthropicMessages.name if done.client is MESSAGES else OpenAICompletions.name]
+    model = Model(done.asked, "", upstream.name, "")
+    reader = Settled(upstream.reader(model, done.stamp))
+    reply = replace(collect([*reader.feed(data), *reader.end()]), usage=done.usage)     # few clients are sent it
+    return done.client.render(Request(done.asked, ()), reply, done.stamp)
+
+
 # ======================================================================================================================
 # §13 HTTP server
 # ======================================================================================================================
@@ -11756,6 +12128,7 @@ class HttpResponder:
         self.keep_alive = (head is not None and self._chunked
                            and "close" not in head.headers.get("connection", "").lower())
         self.status = 0
+        self.capture: Optional[Capture] = None      # what keeps the answer, where it is logged
         self._scope: Optional[Scope] = None
 
     def _head(self, status: int, headers: Mapping[str, str]) -> bytes:
@@ -11778,6 +12151,8 @@ class HttpResponder:
 
     def send(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
         """A whole answer."""
+        if self.capture:
+            self.capture.add(body)
         head = self._head(status, {**headers, "content-length": str(len(body))} if status != 204 else headers)
         self._send(head if self._is_head or status == 204 else head + body)
 
@@ -11800,6 +12175,8 @@ class HttpResponder:
             return
         if self._scope:
             self._scope.put_off_beat()
+        if self.capture:
+            self.capture.add(data)
         head, self._pending_head = self._pending_head or b"", None
         self._send(head + (b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data))
 
@@ -11851,6 +12228,9 @@ class Handler(socketserver.BaseRequestHandler):
             status, body = CHAT.render_error(error, stamp.request_id)
             log.info("access", extra={"fields": {"kind": "access", "id": stamp.request_id, "status": status,
                                                  "error": error.message}})
+            gateway = self.server.gateway
+            gateway.journal.note_exchange(Exchanged(stamp, None, CHAT, {"error": error.message}, status,
+                                                    gateway.clock(), 0.0))
             responder.send(status, {"content-type": "application/json"}, dumps(body).encode("ascii"))
             self._linger()
             return False
@@ -11957,7 +12337,10 @@ class Handler(socketserver.BaseRequestHandler):
             log.error("internal error: %s: %s", type(error).__name__, redact(str(error)))
             log.debug("where it happened", exc_info=True)
             self._send_error(GatewayError("internal error; the gateway's log names it"), exchange)
-        self._log_access(head, exchange, responder, started)
+        status = 499 if exchange.log.pop("gone", False) else responder.status
+        duration_ms = (time.monotonic() - started) * 1000
+        self._log_access(head, exchange, status, duration_ms)
+        self._log_to_files(head, exchange, status, duration_ms)
         responder.forget()
         if exchange.size > LARGE_BODY_BYTES:
             server.trim_memory()
@@ -11991,16 +12374,19 @@ class Handler(socketserver.BaseRequestHandler):
         except ClientGone:
             exchange.log["gone"] = True
 
-    def _log_access(self, head: Head, exchange: Exchange, responder: HttpResponder, started: float) -> None:
-        if not log.isEnabledFor(logging.INFO):
-            return
-        fields = {"kind": "access", "id": exchange.stamp.request_id, "method": head.method,
-                  "url": redact(urllib.parse.unquote(head.target.partition("?")[0][:400], errors="replace"))[:200],
-                  "status": 499 if exchange.log.pop("gone", False) else responder.status,
-                  "durationMs": round((time.monotonic() - started) * 1000, 1), **exchange.log,
-                  "safeHeaders": {name: redact(head.headers[name][:400])[:200] for name in LOGGED_HEADERS
-                                  if name in head.headers}}
-        log.info("access", extra={"fields": fields})
+    def _log_access(self, head: Head, exchange: Exchange, status: int, duration_ms: float) -> None:
+        if log.isEnabledFor(logging.INFO):
+            fields = access_fields(head, exchange.stamp.request_id, status, duration_ms, exchange.log)
+            log.info("access", extra={"fields": {"kind": "access", **fields}})
+
+    def _log_to_files(self, head: Head, exchange: Exchange, status: int, duration_ms: float) -> None:
+        gateway = self.server.gateway
+        if gateway.journal.settings.enabled:
+            key = self.server.config.api_key
+            gateway.journal.note_exchange(Exchanged(
+                exchange.stamp, head, exchange.client, exchange.log, status, gateway.clock(), duration_ms,
+                [*exchange.secrets, *([key] if key else [])], exchange.asked, exchange.usage, exchange.body or b"",
+                exchange.responder.capture))
 
     def _linger(self) -> None:
         """Lets the answer arrive although the request was not read to its end: closing at once would reset it away."""
@@ -12034,6 +12420,8 @@ class Handler(socketserver.BaseRequestHandler):
         route[method](self, head, exchange, body)
 
     def _complete(self, head: Head, exchange: Exchange, body: bytes) -> None:
+        if self.server.gateway.journal.takes_conversation:
+            exchange.body, exchange.responder.capture = body, Capture()
         self.server.gateway.complete(exchange, body)
 
     def _count_tokens(self, head: Head, exchange: Exchange, body: bytes) -> None:
@@ -12864,6 +13252,7 @@ class Config:
     default_model: str = ""
     providers: Mapping[str, Any] = field(default_factory=dict, repr=False)
     model_map: Mapping[str, Any] = field(default_factory=dict)
+    logging: Mapping[str, Any] = field(default_factory=dict)
     retries: int = 2
     force_abort_timeout_ms: int = 5000
     heartbeat_interval_ms: int = 15000
@@ -12942,6 +13331,7 @@ OPTIONS = (
     Option("defaultModel", "string", flag="--default-model", help="the model when a request names none", own=True),
     Option("modelMap", "map", own=True),
     Option("providers", "providers", own=True),
+    Option("logging", "logging", own=True),
     Option("retries", "integer", low=0, high=10, own=True),
     Option("workers", "integer", flag="--workers", low=1, high=64, help="processes that share the port (not on Windows)",
            own=True),
@@ -12966,7 +13356,13 @@ _OPTION_KINDS: Dict[str, Tuple[Callable[[Any], bool], str]] = {
     "providers": (lambda value: isinstance(value, dict) and all(isinstance(item, dict) for item in value.values()),
                   "an object of objects by name"),
     "map": (lambda value: isinstance(value, dict) and all(is_model_target(target) for target in value.values()),
-            "an object of models, or of arrays of models to be tried in turn, by name")}
+            "an object of models, or of arrays of models to be tried in turn, by name"),
+    "logging": (lambda value: isinstance(value, dict), "an object")}
+# The keys of `logging`, by piai-router's names; its variables count in turn.
+LOG_OPTIONS = (
+    Option("enabled", "boolean"), Option("server", "boolean"), Option("conversation", "boolean"),
+    Option("dir", "string"), Option("maxQueueSize", "integer", low=10, high=1_000_000),
+    Option("maxFileBytes", "integer", low=4 * KIB))
 
 
 def is_model_target(value: Any) -> bool:
@@ -12988,7 +13384,36 @@ def check_option(option: Option, value: Any, where: str) -> Any:
     if (option.low is not None and value < option.low) or (option.high is not None and value > option.high):
         limits = f"between {option.low} and {option.high}" if option.high is not None else f"at least {option.low}"
         raise ConfigError(f"{where}: {option.key} must be {limits}, not {shown}")
+    if option.kind == "logging":
+        check_logging(value, where)
     return tuple(value) if option.kind == "list" else value
+
+
+def check_logging(values: Mapping[str, Any], where: str) -> None:
+    """Raises `ConfigError` for what `logging` cannot hold."""
+    options = {option.key: option for option in LOG_OPTIONS}
+    for key, value in values.items():
+        if key not in options:
+            near = difflib.get_close_matches(key, options, 1, 0.0)
+            raise ConfigError(f'{where}: unknown key "logging.{key}"; the nearest valid key is "logging.{near[0]}"')
+        check_option(options[key]._replace(key=f"logging.{key}"), value, where)
+
+
+def read_log_environment(environ: Mapping[str, str]) -> Dict[str, Any]:
+    """What piai-router's variables say of `logging`; of each pair the first that is set counts, if it is understood."""
+    values: Dict[str, Any] = {}
+    for key in ("enabled", "server", "conversation", "dir"):
+        text = environ.get(f"PIAI_LOG_{key.upper()}") or environ.get(f"LOG_{key.upper()}") or ""
+        value = SWITCH_WORDS.get(text.strip().lower()) if key != "dir" else text or None
+        values.update(present(**{key: value}))
+    return {"logging": values} if values else {}
+
+
+def log_settings(config: Config, environ: Mapping[str, str]) -> LogSettings:
+    """`logging` with its defaults, and its folder in full."""
+    folder = config.logging.get("dir") or os.path.join(agent_dir(config, environ), "logs")
+    fields = {option.attribute: config.logging[option.key] for option in LOG_OPTIONS if option.key in config.logging}
+    return LogSettings(**{**fields, "dir": os.path.abspath(os.path.expanduser(folder))})
 
 
 def read_config_file(path: str, is_required: bool) -> Optional[Dict[str, Any]]:
@@ -13066,7 +13491,8 @@ def load_config(environ: Mapping[str, str], flags: Mapping[str, Any] = MappingPr
         if layer is not None:
             add_layer(values, layer)
             sources.append(path)
-    for layer, source in ((read_router_environment(environ), "environment"), (read_config_environment(environ), "environment"),
+    for layer, source in ((read_router_environment(environ), "environment"),
+                          ({**read_config_environment(environ), **read_log_environment(environ)}, "environment"),
                           (flags, "command line")):
         if layer:
             add_layer(values, layer)
@@ -13082,7 +13508,7 @@ def add_layer(values: Dict[str, Any], layer: Mapping[str, Any]) -> None:
         if name == "providers":
             known = values.get(name, {})
             value = {**known, **{key: {**known.get(key, {}), **entry} for key, entry in value.items()}}
-        values[name] = {**values.get(name, {}), **value} if name == "model_map" else value
+        values[name] = {**values.get(name, {}), **value} if name in ("model_map", "logging") else value
 
 
 # --- piai-router's configuration --------------------------------------------------------------------------------------
@@ -13273,7 +13699,8 @@ def build_gateway(config: Config, environ: Mapping[str, str]) -> Gateway:
     keyless = [name for name, entry in config.providers.items() if entry.get("authMode", "apiKey") == "apiKey"
                and not credentials.usable(catalogue.providers[name])]
     config = replace(config, pass_through=(*config.pass_through, *keyless))     # as piai-router does
-    return Gateway(config, catalogue, credentials, transport, quirks=Quirks(os.path.join(folder, QUIRKS_FILE)))
+    return Gateway(config, catalogue, credentials, transport, quirks=Quirks(os.path.join(folder, QUIRKS_FILE)),
+                   journal=Journal(log_settings(config, environ)))
 
 
 QUIRKS_FILE = "pigateway-quirks.json"
@@ -13317,6 +13744,8 @@ def serve(server: Server) -> ServerHandle:
     """Lets a server accept, in a background thread."""
     discovery = Discovery(server.gateway)
     discovery.start()
+    server.gateway.journal.start()
+    server.gateway.journal.note("server_start", url=server.url, version=VERSION)
     threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
     return ServerHandle(server, discovery)
 
@@ -13326,6 +13755,8 @@ def stop_server(handle: ServerHandle, grace_s: Optional[float] = None) -> None:
     handle.discovery.stop()
     config = handle.server.config
     handle.server.stop(config.force_abort_timeout_ms / 1000 if grace_s is None else grace_s)
+    handle.gateway.journal.note("server_stop", is_last=True)
+    handle.gateway.journal.stop()
     handle.gateway.credentials.close()
 
 
@@ -14028,8 +14459,18 @@ class Reloader:
         gateway.catalogue, gateway.config, server.config = catalogue, config, config
         if any(isinstance(handler.formatter, JsonFormatter) for handler in log.handlers):
             attach_log(config.log_level, [config.api_key] if config.api_key else [])
+        self._change_journal(log_settings(config, os.environ))
         self._handle.discovery.ask_again()
         log.info("the configuration has been read again")
+
+    def _change_journal(self, settings: LogSettings) -> None:
+        """Requests under way are logged where they end."""
+        old = self._handle.gateway.journal
+        if settings != old.settings:
+            journal = self._handle.gateway.journal = Journal(settings)
+            journal.start()
+            old.stop()
+            journal.count_dropped(old.dropped)
 
 
 def print_banner(server: Server) -> None:
@@ -14056,6 +14497,9 @@ def print_banner(server: Server) -> None:
         lines += ["", "No provider key was found, so only the built-in demo model answers. To use real models, set e.g.",
                   "ANTHROPIC_API_KEY, OPENAI_API_KEY or OPENROUTER_API_KEY, or add a local server to",
                   f"{os.path.join(agent_dir(config, os.environ), 'models.json')}, and start again."]
+    if gateway.journal.takes_server or gateway.journal.takes_conversation:
+        lines.append(f"  log files          {gateway.journal.settings.dir}"
+                     + (", with all that is said" if gateway.journal.takes_conversation else ""))
     if not config.is_loopback:
         lines.append(f"  note               other machines can connect to {config.bind_address}; they need the apiKey")
     print("\n".join(lines), flush=True)

@@ -14061,6 +14061,420 @@ def test_files_that_change_are_read_again(own_home: Any, lines: LogLines) -> Non
 
 
 # ======================================================================================================================
+# §12 The log files
+# ======================================================================================================================
+
+LOGGED = {"enabled": True}
+
+
+def log_folder(home: Any) -> str:
+    return os.path.join(str(home), ".pi", "agent", "logs")
+
+
+def log_records(home: Any, name: str, folder: Optional[str] = None) -> List[Dict[str, Any]]:
+    """The records of one of the log files, [] when there is none."""
+    path = os.path.join(folder or log_folder(home), f"{name}.log.jsonl")
+    if not os.path.exists(path):
+        return []
+    with open(path, encoding="ascii") as file:
+        return [json.loads(line) for line in file]
+
+
+class Stall:
+    """A disk that takes nothing until it is let go."""
+
+    def __init__(self) -> None:
+        self.reached, self.released = threading.Event(), threading.Event()
+
+    def __call__(self, descriptor: int, data: bytes) -> int:
+        self.reached.set()
+        self.released.wait(20)
+        return os.write(descriptor, data)
+
+
+@pytest.fixture
+def stall() -> Iterator[Stall]:
+    made = Stall()
+    yield made
+    made.released.set()
+
+
+def journal_at(folder: Any, write: Any = os.write, **settings: Any) -> pg.Journal:
+    """A journal that has begun."""
+    journal = pg.Journal(pg.LogSettings(True, dir=str(folder), **settings), write)
+    journal.start()
+    return journal
+
+
+@pytest.mark.parametrize("name, value, expected", [
+    *[(name, "x", True) for name in (
+        "authorization", "Proxy-Authorization", "api-key", "api_key", "apiKey", "x-api-key", "X_API_KEY",
+        "access_token", "accessToken", "refresh_token", "id_token", "token", "TOKEN", "bearer_tokens", "authTokens",
+        "secret", "password", "db_passwd", "client_secret", "private_key", "ssh_key", "sessionid", "Cookie",
+        "set-cookie", "token_source")],
+    ("password", 1234, True), ("cookie", {"a": "b"}, True), ("secret", ["a"], True),
+    *[(name, 7, False) for name in (
+        "max_tokens", "budget_tokens", "input_tokens", "output_tokens", "total_tokens", "maxTokens", "MAX_TOKENS",
+        "token_count", "tokenBudget", "token")],
+    ("max_tokens", "7", False), ("prompt_tokens_details", {"cached_tokens": 1}, False), ("apiKey", None, False),
+    ("stream", "x", False), ("author", "x", False), ("keyboard", "x", False), ("content", "my token", False)])
+def test_names_that_hide_their_values(name: str, value: Any, expected: bool) -> None:
+    assert pg.names_secret(name, value) is expected
+    assert pg.hide_secrets({"a": [{name: value}]}, []) == {"a": [{name: pg.HIDDEN if expected else value}]}
+
+
+@pytest.mark.parametrize("given, expected", [
+    ({"say": "it is hunter2hunter2"}, {"say": "it is [redacted]"}),
+    ({"arguments": '{"password": "a\\"b", "max_tokens": 5, "user": "u"}'},
+     {"arguments": '{"password": "[REDACTED]", "max_tokens": 5, "user": "u"}'}),
+    ({"hunter2hunter2": 1}, {"[redacted]": 1}), ("Bearer abcdefgh12345", "Bearer [redacted]"),
+    (["sk-0123456789abcdef", 5, None, True], ["[redacted]", 5, None, True])])
+def test_hide_secrets(given: Any, expected: Any) -> None:
+    assert pg.hide_secrets(given, ["hunter2hunter2"]) == expected
+    assert pg.hide_body(json.dumps(given).encode(), ["hunter2hunter2"]) == expected
+
+
+@pytest.mark.parametrize("body, expected", [
+    (b'{"a": 1, "password": "hunt', '{"a": 1, "password": "[REDACTED]"'),
+    (b'{"x": "{\\"api_key\\": \\"abc\\", \\"n\\": \\"v\\"}',
+     '{"x": "{\\"api_key\\": \\"[REDACTED]\\", \\"n\\": \\"v\\"}'),
+    (b'data: {"token":"abc","max_tokens":"7"}\n\n', 'data: {"token":"[REDACTED]","max_tokens":"7"}\n\n'),
+    (b'{"password": "abc\\', '{"password": "[REDACTED]"'), (b"NaN", "NaN"), (b"\xff", "\ufffd"), (b"", "")])
+def test_hide_body_that_is_no_json(body: bytes, expected: str) -> None:
+    assert pg.hide_body(body, []) == expected
+
+
+def test_hiding_takes_time_in_proportion() -> None:
+    for text in ('"' * 400_000, '\\"' * 200_000, '"a":"' * 80_000, '"token":"' + "x" * 400_000,
+                 '{"a" :' + " " * 400_000, '\\"a\\":\\"' + "\\" * 400_000):
+        spent = time.thread_time()
+        pg.hide_text(text, [])
+        assert time.thread_time() - spent < 2
+
+
+@pytest.mark.parametrize("client, stream", [("chat", False), ("chat", True), ("messages", False), ("messages", True)])
+def test_conversation_is_logged(tmp_path: Any, client: str, stream: bool) -> None:
+    body = question("anth", stream, metadata={"password": "p4ssw0rd", "user_id": "hunter2hunter2"})
+    with serving(tmp_path, stream_answer("anth") if stream else whole_answer("anth"), logging=LOGGED,
+                 api_key="hunter2hunter2") as (handle, _):
+        result = call(handle.url, WAY_IN[client] + "?x=hidden-query", body, x_secret="a-header", user_agent="t/1")
+    asked, answered = log_records(tmp_path, "conversation")
+    assert list(asked) == ["ts", "event", "id", "model", "modelUsed", "provider", "lane", "stream", "body"]
+    assert list(answered)[:11] == [*list(asked)[:8], "status", "latencyMs", "usage"]
+    assert [asked["event"], answered["event"]] == ["request", "response"] and asked["ts"] <= answered["ts"]
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", record["ts"]) for record in (asked, answered))
+    lane = "native" if client == "messages" else "translated"
+    for record in (asked, answered):
+        assert record["id"] == result.headers["x-request-id"]
+        assert (record["model"], record["modelUsed"], record["provider"], record["lane"], record["stream"]) == (
+            "anth/m1", "anth/m1", "anth", lane, stream)
+    assert asked["body"] == {**body, "metadata": {"password": "[REDACTED]", "user_id": "[redacted]"}}
+    assert answered["status"] == 200 and answered["usage"]["output_tokens"] > 0
+    assert answered.get("reassembled", False) is stream and "cut" not in answered
+    if stream:
+        text = answered["body"]["choices"][0]["message"]["content"] if client == "chat" else [
+            block["text"] for block in answered["body"]["content"] if block["type"] == "text"][0]
+        assert text == answer_text(result)
+    else:
+        assert answered["body"] == result.json
+    start, access, stop = log_records(tmp_path, "server")
+    assert [list(record)[:2] for record in (start, access, stop)] == [["ts", "event"]] * 3
+    assert [record["event"] for record in (start, access, stop)] == ["server_start", "http_access", "server_stop"]
+    assert access["id"] == asked["id"] and access["url"] == WAY_IN[client] and stop["droppedLogs"] == 0
+    assert set(access["safeHeaders"]) <= set(pg.LOGGED_HEADERS) and access["safeHeaders"]["user-agent"] == "t/1"
+    written = json.dumps([asked, answered, start, access, stop])
+    assert not [word for word in ("p4ssw0rd", "hunter2", "sk-upstream", "a-header", "hidden-query") if word in written]
+
+
+@POSIX
+def test_log_files_are_private(tmp_path: Any) -> None:
+    with running(tmp_path, logging={**LOGGED, "dir": str(tmp_path / "a" / "b")}) as handle:
+        call(handle.url, WAY_IN["chat"], ECHO)
+    modes = {os.path.basename(path): os.stat(path).st_mode & 0o777 for path in (
+        tmp_path / "a" / "b", *(tmp_path / "a" / "b" / f"{name}.log.jsonl" for name in ("server", "conversation")))}
+    assert modes == {"b": 0o700, "server.log.jsonl": 0o600, "conversation.log.jsonl": 0o600}
+
+
+def test_failures_are_logged(tmp_path: Any) -> None:
+    with serving(tmp_path, Answer(400, json.dumps({"error": {"message": "Not sk-upstream-chat-key."}}).encode()),
+                 logging=LOGGED) as (handle, _):
+        assert call(handle.url, WAY_IN["chat"], question("chat")).status == 400
+        assert call(handle.url, WAY_IN["chat"], question("nobody")).status == 404
+        assert call(handle.url, WAY_IN["chat"], b'{"token": "abc').status == 400
+        assert call(handle.url, "/nowhere").status == 404
+        with RawClient(handle.url) as client:
+            client.sock.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            until(lambda: client.sock.recv(100))
+    records = log_records(tmp_path, "conversation")
+    assert [record["event"] for record in records] == ["request", "response_error"] * 3
+    assert [record["status"] for record in records[1::2]] == [400, 404, 400]
+    assert records[1]["body"]["error"]["message"] == "Not [redacted]." and records[1]["error"] == "Not [redacted]."
+    assert records[4]["body"] == '{"token": "[REDACTED]"' and records[2]["model"] == "nobody/m1"
+    events = log_records(tmp_path, "server")[1:-1]
+    assert [(record["event"], record["status"]) for record in events] == [
+        ("http_error", status) for status in (400, 404, 400, 404, 400)]
+
+
+def test_stream_that_breaks_is_logged_as_sent(tmp_path: Any) -> None:
+    wire = STREAMS["chat"][:STREAMS["chat"].index(b"\n\n", STREAMS["chat"].index(b"Hel")) + 2]
+    with serving(tmp_path, Answer(200, [wire, b""], "text/event-stream"), logging=LOGGED) as (handle, _):
+        result = call(handle.url, WAY_IN["chat"], question("chat", True))
+    answered = log_records(tmp_path, "conversation")[1]
+    assert (answered["event"], answered["status"]) == ("response_error", 200) and answered["error"]
+    assert answered["body"].encode() == result.body and "reassembled" not in answered
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_large_bodies_are_cut(tmp_path: Any, monkeypatch: Any, stream: bool) -> None:
+    monkeypatch.setattr(pg, "LOGGED_BYTES", 1000)
+    body = {**ECHO, "stream": stream, "messages": [{"role": "user", "content": "word " * 400}]}
+    with running(tmp_path, logging=LOGGED) as handle:
+        result = call(handle.url, WAY_IN["chat"], body)
+    for record, size in zip(log_records(tmp_path, "conversation"), (len(json.dumps(body)), len(result.body))):
+        assert record.get("cut", False) is (size > 1000) is isinstance(record["body"], str)
+        assert size <= 1000 or len(record["body"]) == 1000
+
+
+def test_nothing_is_logged_unless_asked_for(tmp_path: Any) -> None:
+    for logging_ in ({}, {"enabled": False, "server": True}, {"enabled": True, "server": False, "conversation": False}):
+        with running(tmp_path, logging=logging_) as handle:
+            assert call(handle.url, WAY_IN["chat"], ECHO).status == 200
+            assert handle.gateway.journal._thread is None
+        assert not os.path.exists(log_folder(tmp_path))
+
+
+@pytest.mark.parametrize("off, expected", [("server", ["conversation.log.jsonl"]),
+                                           ("conversation", ["server.log.jsonl"])])
+def test_one_of_the_log_files(tmp_path: Any, off: str, expected: List[str]) -> None:
+    with running(tmp_path, logging={**LOGGED, off: False}) as handle:
+        call(handle.url, WAY_IN["chat"], ECHO)
+    assert os.listdir(log_folder(tmp_path)) == expected
+
+
+@pytest.mark.parametrize("count", [10, 100])
+def test_log_file_is_put_aside_when_full(tmp_path: Any, count: int) -> None:
+    journal = journal_at(tmp_path, max_file_bytes=4096)
+    for number in range(count):                 # each waits for its write, or there would be one
+        journal.note("n", number=number, fill="x" * 400)
+        until(lambda: not journal._lines)
+        journal.PAUSE_S = 0.0                   # type: ignore[misc]
+    journal.stop()
+    new, old = (log_records(tmp_path, name, str(tmp_path)) if not name.endswith("1") else
+                [json.loads(line) for line in (tmp_path / "server.log.jsonl.1").read_text().splitlines()]
+                if (tmp_path / "server.log.jsonl.1").exists() else [] for name in ("server", "1"))
+    numbers = [record["number"] for record in old + new]
+    assert numbers == list(range(count))[-len(numbers):] and len(numbers) >= min(count, 8)
+    assert all(path.stat().st_size <= 4096 for path in tmp_path.iterdir())
+    assert len(list(tmp_path.iterdir())) == 2 - (not old)
+
+
+def test_answers_do_not_wait_for_the_disk(tmp_path: Any, stall: Stall, lines: LogLines) -> None:
+    with running(tmp_path, logging={**LOGGED, "maxQueueSize": 10}) as handle:
+        journal = handle.gateway.journal
+        until(lambda: not journal._lines)
+        journal._write = stall
+        assert call(handle.url, WAY_IN["chat"], ECHO).status == 200
+        assert stall.reached.wait(5)
+        started = time.monotonic()
+        for _ in range(9):
+            assert call(handle.url, WAY_IN["chat"], ECHO).status == 200
+        assert time.monotonic() - started < 2
+        until(lambda: journal.dropped == 7 * 3)     # three lines each, and ten fit
+        stall.released.set()
+    assert log_records(tmp_path, "server")[-1]["droppedLogs"] == 21
+    assert len(log_records(tmp_path, "conversation")) == 6
+    told = [record.getMessage() for record in lines.records if record.levelno == logging.WARNING]
+    assert len(told) == 1 and "does not keep up" in told[0]
+
+
+def test_stopping_does_not_wait_for_the_disk(tmp_path: Any, stall: Stall, lines: LogLines) -> None:
+    journal = journal_at(tmp_path, stall)
+    journal.note("a")
+    assert stall.reached.wait(5)
+    journal.note("server_stop", is_last=True)
+    started = time.monotonic()
+    journal.stop()
+    assert time.monotonic() - started < 1.2 and journal.dropped == 2
+    assert lines.find(lambda record: "2 log records were not written" in record.getMessage())
+
+
+def test_the_last_record_is_written_when_time_is_short(tmp_path: Any) -> None:
+    def write(descriptor: int, data: bytes) -> int:
+        time.sleep(0.02)
+        return os.write(descriptor, data)
+
+    journal = journal_at(tmp_path, write)
+    journal.BATCH, journal.LATE_S = 1, 0.1      # type: ignore[misc]
+    for _ in range(100):
+        journal.note("n")
+    journal.note("server_stop", is_last=True)
+    journal.stop()
+    records = log_records(tmp_path, "server", str(tmp_path))
+    assert len(records) < 100 and records[-1]["droppedLogs"] == 100 - (len(records) - 1) > 0
+
+
+@POSIX
+def test_log_file_that_is_a_pipe_which_nobody_reads(tmp_path: Any) -> None:
+    os.makedirs(log_folder(tmp_path))
+    path = os.path.join(log_folder(tmp_path), "conversation.log.jsonl")
+    os.mkfifo(path)
+    with running(tmp_path, logging={**LOGGED, "server": False}) as handle:
+        for _ in range(3):
+            assert call(handle.url, WAY_IN["chat"], ECHO).status == 200
+        thread = handle.gateway.journal._thread
+        until(lambda: handle.gateway.journal._lines and not handle.gateway.journal._waiting)
+    with open(path, "rb") as file:              # lets the thread go
+        assert file.readline().startswith(b'{"ts":')
+    assert thread
+    thread.join(5)
+
+
+def test_folder_that_cannot_be_written(tmp_path: Any, lines: LogLines) -> None:
+    (tmp_path / "file").write_text("")
+    with running(tmp_path, logging={**LOGGED, "dir": str(tmp_path / "file" / "logs")}) as handle:
+        for _ in range(3):
+            assert call(handle.url, WAY_IN["chat"], ECHO).status == 200
+            until(lambda: not handle.gateway.journal._lines)
+        assert handle.gateway.journal.dropped == 10
+    told = [record.getMessage() for record in lines.records if record.levelno == logging.WARNING]
+    assert len(told) == 1 and "records are dropped" in told[0]
+
+
+def test_half_a_line_does_not_stay(tmp_path: Any, lines: LogLines) -> None:
+    room = [400]
+
+    def write(descriptor: int, data: bytes) -> int:
+        return os.write(descriptor, data[:room[0]])
+
+    journal = journal_at(tmp_path, write)
+    for size in (10, 500, 10):
+        journal.note("n", fill="x" * size)
+        until(lambda: not journal._lines)
+    journal.stop()
+    assert [len(record["fill"]) for record in log_records(tmp_path, "server", str(tmp_path))] == [10, 10]
+    assert journal.dropped == 1 and lines.find(lambda record: "the disk is full" in record.getMessage())
+
+
+def test_record_that_cannot_be_made_is_left_out(tmp_path: Any) -> None:
+    journal = journal_at(tmp_path)
+    journal.note("odd", value={1, 2})
+    journal.note("even")
+    journal.stop()
+    assert [record["event"] for record in log_records(tmp_path, "server", str(tmp_path))] == ["even"]
+    assert journal.dropped == 1
+
+
+def test_queue_is_bounded_in_bytes(tmp_path: Any, stall: Stall) -> None:
+    journal = journal_at(tmp_path, stall)
+    for _ in range(3):
+        journal.put(pg.LogEntry(1, pg.Journal.HELD_BYTES // 2, lambda: []))
+    assert journal.dropped == 1
+    journal.stop()
+
+
+@pytest.mark.parametrize("value, message", [
+    (True, "logging must be an object, not True"),
+    ({"enbled": True}, 'unknown key "logging.enbled"; .* "logging.enabled"'),
+    ({"enabled": "yes"}, "logging.enabled must be true or false"), ({"dir": 5}, "logging.dir must be a string"),
+    ({"maxQueueSize": 1}, "logging.maxQueueSize must be between 10 and"), ({"maxFileBytes": 1.5}, "must be an integer"),
+    ({"maxFileBytes": 5}, "logging.maxFileBytes must be at least 4096"), ({"server": None}, "must be true or false")])
+def test_logging_key_that_cannot_be_used(tmp_path: Any, value: Any, message: str) -> None:
+    write_agent_files(tmp_path, pigateway={"logging": value})
+    with pytest.raises(pg.ConfigError, match=f"pigateway.json: .*{message}"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("environ, expected", [
+    ({}, {}), ({"PIAI_LOG_ENABLED": "true"}, {"enabled": True}), ({"LOG_ENABLED": "ON"}, {"enabled": True}),
+    ({"PIAI_LOG_ENABLED": "0", "LOG_ENABLED": "1"}, {"enabled": False}), ({"PIAI_LOG_ENABLED": "maybe"}, {}),
+    ({"PIAI_LOG_SERVER": "No", "PIAI_LOG_CONVERSATION": "yes"}, {"server": False, "conversation": True}),
+    ({"LOG_DIR": "b", "PIAI_LOG_DIR": ""}, {"dir": "b"}), ({"LOG_DIR": "b", "PIAI_LOG_DIR": "a"}, {"dir": "a"})])
+def test_logging_variables(tmp_path: Any, environ: Dict[str, str], expected: Dict[str, Any]) -> None:
+    assert load(tmp_path, **environ).logging == expected
+    write_agent_files(tmp_path, pigateway={"logging": {"enabled": True, "server": True, "dir": "c"}})
+    assert load(tmp_path, **environ).logging == {"enabled": True, "server": True, "dir": "c", **expected}
+
+
+@pytest.mark.parametrize("given, expected", [
+    ({}, os.path.join(".pi", "agent", "logs")), ({"dir": os.path.join("~", "x")}, "x"),
+    ({"dir": ""}, os.path.join(".pi", "agent", "logs"))])
+def test_log_folder(tmp_path: Any, monkeypatch: Any, given: Dict[str, Any], expected: str) -> None:
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path))
+    environ = {"HOME": str(tmp_path)}
+    assert pg.log_settings(pg.Config(logging=given), environ).dir == os.path.join(str(tmp_path), expected)
+    monkeypatch.chdir(tmp_path)
+    settings = pg.log_settings(pg.Config(logging={"enabled": True, "dir": "here", "maxQueueSize": 11}), environ)
+    assert settings == pg.LogSettings(True, dir=os.path.join(os.getcwd(), "here"), max_queue_size=11)
+
+
+def test_logging_that_changes_is_taken_over(own_home: Any) -> None:
+    folder = write_agent_files(own_home)
+    path = os.path.join(folder, "pigateway.json")
+
+    def load() -> pg.Config:
+        return pg.load_config(os.environ, {"port": 0})
+
+    config = load()
+    handle = pg.serve(pg.Server(config, pg.build_gateway(config, os.environ)))
+    reloader = pg.Reloader(handle, load)
+    reloader.PAUSE_S = 0.0
+    try:
+        for place in ("", "one", "two", ""):
+            with open(path, "w", encoding="utf-8") as file:
+                json.dump({"logging": {"enabled": bool(place), "dir": str(own_home / place)}}, file)
+            reloader.check()
+            assert handle.gateway.journal.settings.enabled is bool(place)
+            assert call(handle.url, WAY_IN["chat"], ECHO).status == 200
+            handle.server._wait_idle(2.0)
+        for place in ("one", "two"):
+            assert [record["event"] for record in log_records(own_home, "conversation", str(own_home / place))] == [
+                "request", "response"]
+    finally:
+        end_accepting(handle.server)
+        pg.stop_server(handle, 0.1)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_processes_share_the_log_files(tmp_path: Any) -> None:
+    children = []
+    for child in range(4):
+        pid = os.fork()
+        if not pid:
+            try:
+                journal = journal_at(tmp_path, max_file_bytes=60_000)
+                journal.PAUSE_S, journal.BATCH = 0.0, 3         # type: ignore[misc]
+                for number in range(100):
+                    journal.note("n", child=child, number=number, fill="x" * 150)
+                journal.stop()
+                os._exit(min(journal.dropped, 1))
+            finally:
+                os._exit(9)
+        children.append(pid)
+    assert [os.waitpid(pid, 0)[1] for pid in children] == [0] * 4
+    assert sorted(os.listdir(tmp_path)) == ["server.log.jsonl", "server.log.jsonl.1"]
+    texts = [(tmp_path / name).read_text() for name in ("server.log.jsonl.1", "server.log.jsonl")]
+    records = [json.loads(line) for text in texts for line in text.splitlines()]
+    assert all(len(text) <= 60_000 and text.endswith("\n") for text in texts)
+    assert len({(record["child"], record["number"]) for record in records}) == len(records) > 200
+    for child in range(4):
+        numbers = [record["number"] for record in records if record["child"] == child]
+        assert numbers == sorted(numbers)
+
+
+@POSIX
+def test_program_with_workers_logs(tmp_path: Any) -> None:
+    write_agent_files(tmp_path, pigateway={"logging": LOGGED})
+    with launched(tmp_path, "--workers", "2") as made:
+        assert "log files" in made.text("out")
+        assert {call(made.url, WAY_IN["chat"], ECHO).status for _ in range(8)} == {200}
+        assert made.stop()[0] == 0
+    events = [record["event"] for record in log_records(tmp_path, "server")]
+    assert sorted(events) == ["http_access"] * 8 + ["server_start"] * 2 + ["server_stop"] * 2
+    assert len(log_records(tmp_path, "conversation")) == 16
+
+
+# ======================================================================================================================
 # §11 Images by address
 # ======================================================================================================================
 
