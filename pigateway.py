@@ -12410,7 +12410,7 @@ class Handler(socketserver.BaseRequestHandler):
         shown = redact(head.target.partition("?")[0])[:200]
         route = ROUTES.get(head.path) or (ROUTES["/models/*"] if head.path.startswith("/models/") else None)
         if route is None:
-            raise RouteNotFound(f"no such path: {head.method} {shown}")
+            raise route_not_found(head.path, f"{head.method} {shown}")
         method = "GET" if head.method == "HEAD" else head.method
         if method not in route:
             exchange.answer_headers["allow"] = ", ".join(route)
@@ -12481,6 +12481,22 @@ ROUTES: Dict[str, Dict[str, Callable[[Handler, Head, Exchange, bytes], None]]] =
     "/health": {"GET": Handler._health},
     "/": {"GET": Handler._root},
 }
+
+# What the vendors have beside, by the beginning of its path.
+NOT_OFFERED = {
+    "/messages/batches": "message batches", "/images": "images", "/audio": "speech and transcription",
+    "/moderations": "moderation", "/files": "stored files", "/uploads": "stored files", "/batches": "batches",
+    "/assistants": "assistants", "/threads": "assistants' threads", "/vector_stores": "vector stores",
+    "/fine_tuning": "fine-tuning", "/realtime": "realtime sessions", "/videos": "videos", "/evals": "evaluations",
+    "/containers": "containers", "/skills": "skills", "/organization": "administration",
+    "/organizations": "administration"}
+
+
+def route_not_found(path: str, shown: str) -> RouteNotFound:
+    """The error for a path without a route; `shown` is how the client wrote it."""
+    names = (name for start, name in NOT_OFFERED.items() if path == start or path.startswith(start + "/"))
+    name = next(names, None)
+    return RouteNotFound(f"{shown}: this gateway does not offer {name}" if name else f"no such path: {shown}")
 
 
 def client_protocol(head: Head) -> ClientProtocol:

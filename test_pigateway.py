@@ -13942,6 +13942,38 @@ def test_router_log_in_file(tmp_path: Any) -> None:
 
 
 # ======================================================================================================================
+# §13 What is not offered
+# ======================================================================================================================
+
+
+@pytest.mark.parametrize("path, words", [
+    ("/v1/images/generations", "images"), ("/v1/audio/speech", "speech"), ("/audio/transcriptions", "speech"),
+    ("/v1/moderations", "moderation"), ("/v1/files", "stored files"), ("/v1/files/file-1/content", "stored files"),
+    ("/v1/batches", "batches"), ("/v1/assistants", "assistants"), ("/v1/threads/t/runs", "assistants"),
+    ("/v1/vector_stores", "vector stores"), ("/v1/fine_tuning/jobs", "fine-tuning"), ("/v1/uploads", "stored files"),
+    ("/v1/messages/batches", "message batches"), ("/v1/messages/batches/b1/results", "message batches"),
+    ("/v1/imagesx", "no such path"), ("/v1/nothing", "no such path")])
+@pytest.mark.parametrize("method", ["GET", "POST"])
+@pytest.mark.parametrize("headers", [{}, {"anthropic_version": "2023-06-01"}], ids=["openai", "anthropic"])
+def test_what_is_not_offered(lone: pg.ServerHandle, path: str, words: str, method: str, headers: Dict[str, str],
+                             ) -> None:
+    result = call(lone.url, path, {} if method == "POST" else None, method, **headers)
+    error = result.json["error"]
+    is_messages = bool(headers) or "/messages" in path
+    assert result.status == 404 and words in error["message"] and path in error["message"]
+    assert ("this gateway does not offer" in error["message"]) == (words != "no such path")
+    assert error["type"] == ("not_found_error" if is_messages else "invalid_request_error")
+    assert is_messages or error["code"] == "endpoint_not_found"
+
+
+@pytest.fixture(scope="module")
+def lone(tmp_path_factory: Any) -> Iterator[pg.ServerHandle]:
+    """A gateway that nothing stands behind."""
+    with running(tmp_path_factory.mktemp("lone")) as handle:
+        yield handle
+
+
+# ======================================================================================================================
 # §15 Running in the background, in several processes, and while its files change
 # ======================================================================================================================
 
