@@ -148,8 +148,9 @@ log.addHandler(logging.NullHandler())
 # ======================================================================================================================
 #
 #   GatewayError            500   message, code, param, retry_after (seconds)
-#   ├─ BadRequest           400   ← ContextOverflow 400, ModelNotFound 404, RouteNotFound 404, MethodNotAllowed 405,
-#   │                               RequestTimeout 408, Conflict 409, BodyTooLarge 413, HeadTooLarge 431
+#   ├─ BadRequest           400   ← ContextOverflow 400, ModelNotFound 404 ← NotSupported, RouteNotFound 404,
+#   │                               MethodNotAllowed 405, RequestTimeout 408, Conflict 409, BodyTooLarge 413,
+#   │                               HeadTooLarge 431
 #   ├─ Unauthorized         401   the client's key for us, or no key of ours for the provider ← LogInOver 401
 #   ├─ Forbidden            403   a host, an origin or a subscription that may not be used; a provider's own 403
 #   ├─ ShuttingDown         503   this process is stopping
@@ -214,6 +215,12 @@ class ModelNotFound(BadRequest):
     """No usable provider has this model."""
 
     status, code = 404, "model_not_found"
+
+
+class NotSupported(ModelNotFound):
+    """The model is there, but cannot do what this path is for."""
+
+    code = "unsupported_endpoint"
 
 
 class RouteNotFound(BadRequest):
@@ -1696,14 +1703,7 @@ class OpenAIChat(ClientProtocol):
         reasoning, reasoning_fields = self.reasoning(data)
         tools = self._tools(data, notes)
         tool_choice, tools = self._tool_choice(data, tools)
-        extra = {}
-        for name, value in data.items():
-            if name in CHAT_KNOWN or name in reasoning_fields or value is None or value == CHAT_DEFAULTS.get(name, self):
-                continue
-            if name in CHAT_REFUSALS:
-                notes.refused.append((name, CHAT_REFUSALS[name]))
-            else:
-                extra[name] = value
+        extra = extra_fields(data, CHAT_KNOWN.union(reasoning_fields), CHAT_DEFAULTS, CHAT_REFUSALS, notes)
         return Request(
             model=model, messages=tuple(turns[leading:]), tools=tuple(tools), tool_choice=tool_choice,
             system=tuple(part for turn in turns[:leading] for part in turn.parts if isinstance(part, Text)),
@@ -1989,6 +1989,16 @@ class OpenAIChat(ClientProtocol):
 FINGERPRINT = f"fp_{NAME}"
 
 
+def extra_fields(data: Mapping[str, Any], known: FrozenSet[str], defaults: Mapping[str, Any],
+                 refusals: Mapping[str, str], notes: Notes) -> Dict[str, Any]:
+    """The fields that only the client's own protocol knows and that ask for something; those whose loss would change
+    the answer are noted as refused instead."""
+    extra = {name: value for name, value in data.items()
+             if name not in known and value is not None and value != defaults.get(name, notes)}
+    notes.refused.extend((name, refusals[name]) for name in extra if name in refusals)
+    return {name: value for name, value in extra.items() if name not in refusals}
+
+
 def chat_id(provider_id: str, stamp: Stamp) -> str:
     """The provider's id if it has the form that clients expect, else a new one."""
     return provider_id if provider_id.startswith("chatcmpl-") else "chatcmpl-" + stamp.id
@@ -2113,6 +2123,139 @@ class ChatWriter(Writer):
         return CHAT.error_event(event.error, self._stamp.request_id)
 
     handlers = {Start: _start, PartStart: _part_start, PartDelta: _part_delta, PartEnd: _part_end, Done: _done,
+                Failed: _failed}
+
+
+# --- OpenAI's legacy Completions --------------------------------------------------------------------------------------
+
+TEXT_FINISH = {**CHAT_FINISH, "tool_use": "stop"}
+TEXT_FIELDS: Dict[str, Tuple[str, Optional[float], Optional[float]]] = {
+    **{name: CHAT_FIELDS[name] for name in ("temperature", "top_p", "top_k", "seed", "frequency_penalty",
+                                            "presence_penalty", "logit_bias", "n", "user", "stream", "stream_options")},
+    "max_tokens": ("an integer", 0, None), "best_of": ("an integer", 0, None), "echo": ("a boolean", None, None),
+    "suffix": ("a string", None, None)}
+TEXT_DEFAULTS: Dict[str, Any] = {
+    **{name: CHAT_DEFAULTS[name] for name in ("n", "logit_bias", "frequency_penalty", "presence_penalty", "top_p",
+                                              "stop")}, "best_of": 1, "echo": False, "suffix": ""}
+TEXT_REFUSALS = {
+    "n": CHAT_REFUSALS["n"], "best_of": CHAT_REFUSALS["n"], "logprobs": CHAT_REFUSALS["logprobs"],
+    "echo": "this model does not repeat the prompt", "suffix": "this model cannot fill in what stands before a text"}
+TEXT_KNOWN = frozenset({"model", "prompt", "stream", "stream_options", "max_tokens", "temperature", "top_p", "top_k",
+                        "stop", "seed", "frequency_penalty", "presence_penalty", "logit_bias", "user"})
+
+
+def texts_or_tokens(data: Mapping[str, Any], name: str) -> List[Any]:
+    """The texts (strings) or token lists of a field that holds one or several of either. Raises `BadRequest`."""
+    value = data.get(name)
+    if value is None:
+        raise missing_field(name)
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list) or not value:
+        raise BadRequest(f"{name}: must be a string or an array that is not empty", code="invalid_type", param=name)
+    if _is_tokens(value):
+        return [value]
+    for index, item in enumerate(value):
+        if not isinstance(item, str) and not _is_tokens(item):
+            raise BadRequest(f"{name}[{index}]: must be a string or an array of tokens", code="invalid_type",
+                             param=f"{name}[{index}]")
+    return value
+
+
+def _is_tokens(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_KINDS["an integer"], value))
+
+
+class OpenAITexts(OpenAIChat):
+    """OpenAI's legacy Completions: POST /v1/completions. Translated, the prompt is what a user says."""
+
+    name = "openai-texts"
+
+    def parse(self, data: Dict[str, Any]) -> Request:
+        """See `ClientProtocol.parse`."""
+        notes = Notes()
+        fields = {name: optional(data, name, kind, "", low, high) for name, (kind, low, high) in TEXT_FIELDS.items()}
+        said = {name: None if value == TEXT_DEFAULTS.get(name, self) else value for name, value in fields.items()}
+        model = required(data, "model", "a string")
+        messages = self._prompt(data, notes)
+        if fields["max_tokens"] == 0:
+            notes.refused.append(("max_tokens", "this model writes at least one token"))
+        extra = extra_fields(data, TEXT_KNOWN, TEXT_DEFAULTS, TEXT_REFUSALS, notes)
+        return Request(
+            model=model, messages=messages, stop=self._stop(data.get("stop")), stream=bool(fields["stream"]),
+            include_usage=bool((fields["stream_options"] or {}).get("include_usage")), protocol=self.name, extra=extra,
+            refused=tuple(notes.refused), data=data,
+            **{name: said[name] for name in ("max_tokens", "temperature", "top_p", "top_k", "seed", "frequency_penalty",
+                                             "presence_penalty", "logit_bias", "user")})
+
+    def _prompt(self, data: Dict[str, Any], notes: Notes) -> Tuple[Message, ...]:
+        prompts = texts_or_tokens(data, "prompt")
+        if len(prompts) == 1 and isinstance(prompts[0], str) and prompts[0]:
+            return (Message("user", (Text(prompts[0]),)),)
+        notes.refused.append(("prompt", "this model takes one prompt, as text that is not empty"))
+        return ()
+
+    def render(self, request: Request, reply: Reply, stamp: Stamp) -> Dict[str, Any]:
+        """A text_completion object."""
+        text = "".join(part.text for part in reply.parts if isinstance(part, Text))
+        return {**text_envelope(request, stamp), "choices": [text_choice(text, TEXT_FINISH[reply.stop_reason])],
+                "usage": chat_usage(reply.usage)}
+
+    def writer(self, request: Request, stamp: Stamp) -> Writer:
+        """See `ClientProtocol.writer`."""
+        return TextWriter(request, stamp)
+
+
+def text_id(provider_id: str, stamp: Stamp) -> str:
+    """The provider's id if it has the form that clients expect, else a new one."""
+    return provider_id if provider_id.startswith("cmpl-") else "cmpl-" + stamp.id
+
+
+def text_envelope(request: Request, stamp: Stamp) -> Dict[str, Any]:
+    """What all text_completion objects of an answer share."""
+    return {"id": text_id("", stamp), "object": "text_completion", "created": stamp.created, "model": request.model,
+            "system_fingerprint": FINGERPRINT}
+
+
+def text_choice(text: str, finish_reason: Optional[str] = None) -> Dict[str, Any]:
+    """A choice of a text_completion object."""
+    return {"text": text, "index": 0, "logprobs": None, "finish_reason": finish_reason}
+
+
+class TextWriter(Writer):
+    """Events → text_completion frames. Only visible text has a place in them."""
+
+    def __init__(self, request: Request, stamp: Stamp) -> None:
+        self._request = request
+        self._stamp = stamp
+        self._envelope = text_envelope(request, stamp)
+        self._texts: set[int] = set()
+
+    def _frame(self, *choices: Dict[str, Any], usage: Optional[Dict[str, Any]] = None) -> bytes:
+        said = {"usage": usage} if self._request.include_usage else {}
+        return sse({**self._envelope, "choices": choices, **said})
+
+    def _part_start(self, event: PartStart) -> bytes:
+        if isinstance(event.part, Text):
+            self._texts.add(event.index)
+        return b""
+
+    def _part_delta(self, event: PartDelta) -> bytes:
+        return self._frame(text_choice(event.text)) if event.index in self._texts else b""
+
+    def _done(self, event: Done) -> bytes:
+        out = self._frame(text_choice("", TEXT_FINISH[event.stop_reason]))
+        if self._request.include_usage:
+            out += self._frame(usage=chat_usage(event.usage))
+        return out + b"data: [DONE]\n\n"
+
+    def _nothing(self, event: Event) -> bytes:
+        return b""
+
+    def _failed(self, event: Failed) -> bytes:
+        return TEXTS.error_event(event.error, self._stamp.request_id)
+
+    handlers = {Start: _nothing, PartStart: _part_start, PartDelta: _part_delta, PartEnd: _nothing, Done: _done,
                 Failed: _failed}
 
 
@@ -2549,8 +2692,9 @@ class MessagesWriter(Writer):
 
 
 CHAT = OpenAIChat()
+TEXTS = OpenAITexts()
 MESSAGES = AnthropicClient()
-CLIENT_PROTOCOLS: Dict[str, ClientProtocol] = {client.name: client for client in (CHAT, MESSAGES)}
+CLIENT_PROTOCOLS: Dict[str, ClientProtocol] = {client.name: client for client in (CHAT, MESSAGES, TEXTS)}
 
 
 # ======================================================================================================================
@@ -2865,8 +3009,8 @@ class UpstreamProtocol:
 
 ERROR_BY_STATUS: Dict[int, Type[GatewayError]] = {
     400: BadRequest, 401: CredentialRefused, 402: QuotaExceeded, 403: Forbidden, 404: ModelNotFound,
-    405: UpstreamError, 408: UpstreamTimeout, 409: Conflict, 413: BodyTooLarge, 422: BadRequest, 429: RateLimited, 503: Overloaded,
-    504: UpstreamTimeout, 529: Overloaded}
+    405: UpstreamError, 408: UpstreamTimeout, 409: Conflict, 413: BodyTooLarge, 422: BadRequest, 429: RateLimited,
+    501: NotSupported, 503: Overloaded, 504: UpstreamTimeout, 529: Overloaded}
 # Our codes for a provider's refusals, where they differ from our own refusals of the same kind.
 PROVIDER_CODES: Dict[Type[GatewayError], str] = {Forbidden: "upstream_forbidden", BodyTooLarge: "request_too_large"}
 # Errors inside a stream come without a status of their own.
@@ -3026,9 +3170,13 @@ class OpenAICompletions(UpstreamProtocol):
 
     def post(self, body: Dict[str, Any], request: Request, model: Model, credential: Credential) -> Call:
         """The call that sends a finished body."""
+        return self.relay("/chat/completions", body, request, model, credential)
+
+    def relay(self, path: str, body: Dict[str, Any], request: Request, model: Model, credential: Credential) -> Call:
+        """The call that sends a finished body to some path of the OpenAI API."""
         headers = {**session_headers(request, model),
                    **authorization(model, credential, model.flag("auth", "bearer"))}
-        return Call("POST", join_url(model.base_url, "/chat/completions"), headers, dumps(body).encode("ascii"))
+        return Call("POST", join_url(model.base_url, path), headers, dumps(body).encode("ascii"))
 
     def _message(self, message: Message, model: Model) -> List[Dict[str, Any]]:
         if message.role == "tool":
@@ -3378,9 +3526,10 @@ class ChatReader(Reader):
                 raise stream_error(body)
             raise UpstreamProtocolError("the provider's answer has no choices")
         choice = choices[0]
-        if not isinstance(choice["message"], dict):
+        message = choice["message"] if "message" in choice else {"content": choice["text"]}     # legacy Completions
+        if not isinstance(message, dict):
             raise UpstreamProtocolError("the provider's answer has no message")
-        message = dict(choice["message"])
+        message = dict(message)
         calls = message.get("tool_calls") or []
         if message.get("function_call"):
             calls = [{"function": message["function_call"]}]
@@ -3416,7 +3565,7 @@ class ChatReader(Reader):
         if not self._started and ("choices" in chunk or "id" in chunk):
             self._started = True
             yield Start(chunk.get("id") or "", chunk.get("model") or "")
-        delta = choice.get("delta")
+        delta = choice["delta"] if "delta" in choice else {"content": choice.get("text")}   # legacy Completions
         if isinstance(delta, dict):
             yield from self._delta(delta)
         reason = choice.get("finish_reason")
@@ -4011,9 +4160,15 @@ class OpenAIResponses(UpstreamProtocol):
         return Call("POST", self.url(model, credential), self.headers(request, model, credential),
                     dumps(self.body(request, model, credential)).encode("ascii"))
 
-    def url(self, model: Model, credential: Credential) -> str:
+    def relay(self, path: str, body: Dict[str, Any], request: Request, model: Model, credential: Credential) -> Call:
+        """The call that sends a finished body to some path of the OpenAI API."""
+        body = {**body, "model": self.wire_model(model, credential)}
+        return Call("POST", self.url(model, credential, path), self.headers(request, model, credential),
+                    dumps(body).encode("ascii"))
+
+    def url(self, model: Model, credential: Credential, path: str = "/responses") -> str:
         """Where requests go."""
-        return join_url(model.base_url, "/responses")
+        return join_url(model.base_url, path)
 
     def headers(self, request: Request, model: Model, credential: Credential) -> Dict[str, str]:
         """Request headers."""
@@ -4522,10 +4677,10 @@ class AzureResponses(OpenAIResponses):
     auth = "api-key"
     takes_strict = True
 
-    def url(self, model: Model, credential: Credential) -> str:
+    def url(self, model: Model, credential: Credential, path: str = "/responses") -> str:
         """See `OpenAIResponses.url`. Raises `Unauthorized`, code no_credentials, when no address is configured."""
         version = credential.parts.get("api_version", "").strip() or AZURE_VERSION
-        return (join_url(azure_base_url(credential.parts, model.base_url), "/responses") + "?api-version="
+        return (join_url(azure_base_url(credential.parts, model.base_url), path) + "?api-version="
                 + urllib.parse.quote(version, safe=""))
 
     def wire_model(self, model: Model, credential: Credential) -> str:
@@ -4591,8 +4746,8 @@ class CodexResponses(OpenAIResponses):
         """What the backend takes."""
         return super().carries(model) - {"user", "top_p"}
 
-    def url(self, model: Model, credential: Credential) -> str:
-        """See `OpenAIResponses.url`."""
+    def url(self, model: Model, credential: Credential, path: str = "/responses") -> str:
+        """See `OpenAIResponses.url`; the backend has this one path."""
         return codex_url(model.base_url)
 
     def headers(self, request: Request, model: Model, credential: Credential) -> Dict[str, str]:
@@ -7227,6 +7382,9 @@ class ChatLane(NativeLane):
     clients rely on and hosts get wrong is put right: one id, the model's name, role first, tool ids and names once, one
     finish reason, usage as the client asked, [DONE] last."""
 
+    chunk_type, whole_type = "chat.completion.chunk", "chat.completion"
+    make_id = staticmethod(chat_id)
+
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._envelope: Dict[str, Any] = {}
@@ -7250,8 +7408,7 @@ class ChatLane(NativeLane):
                 del body[name]
         body, dropped = self.upstream.adapt(body, reasoning, model)
         call = self.upstream.post(body, request, model, credential)
-        carried = {name: request.headers[name] for name in CARRIED_TO_OPENAI if name in request.headers}
-        return call._replace(headers={**carried, **call.headers}), dropped
+        return call._replace(headers={**carried_headers(request), **call.headers}), dropped
 
     def relay_event(self, name: str, text: str) -> bytes:
         """See `NativeLane.relay_event`."""
@@ -7263,7 +7420,7 @@ class ChatLane(NativeLane):
         if chunk.get("error"):
             raise stream_error(chunk)
         if not self._envelope:
-            self._envelope = {"id": chat_id(chunk.get("id") or "", self.stamp), "object": "chat.completion.chunk",
+            self._envelope = {"id": self.make_id(chunk.get("id") or "", self.stamp), "object": self.chunk_type,
                               "created": chunk.get("created") or self.stamp.created, "model": self.request.model,
                               "system_fingerprint": chunk.get("system_fingerprint") or FINGERPRINT}
         usage = chunk.pop("usage", None)
@@ -7370,12 +7527,14 @@ class ChatLane(NativeLane):
         out = b""
         if not self._finished_choices:
             self.stop_reason = "tool_calls" if self._calls else "stop"
-            choice = {"index": 0, "delta": {}, "logprobs": None, "finish_reason": self.stop_reason}
-            out = self._event({**self._envelope, "choices": [choice]}, None)
+            out = self._event({**self._envelope, "choices": [self._last_choice()]}, None)
         if self._raw_usage is not None:
             if self.request.include_usage:
                 out += self._event({**self._envelope, "choices": []}, self._raw_usage)
         return out + b"data: [DONE]\n\n"
+
+    def _last_choice(self) -> Dict[str, Any]:
+        return {"index": 0, "delta": {}, "logprobs": None, "finish_reason": self.stop_reason}
 
     def relay_whole(self, body: bytes, data: Dict[str, Any]) -> bytes:
         """See `NativeLane.relay_whole`."""
@@ -7388,14 +7547,17 @@ class ChatLane(NativeLane):
             choice.setdefault("logprobs", None)
             self._mend_message(choice)
         usage = as_dict(data.get("usage"))
-        data.update(id=chat_id(data.get("id") or "", self.stamp), object="chat.completion", model=self.request.model,
+        data.update(id=self.make_id(data.get("id") or "", self.stamp), object=self.whole_type, model=self.request.model,
                     created=data.get("created") or self.stamp.created, usage=usage or chat_usage(Usage()),
                     system_fingerprint=data.get("system_fingerprint") or FINGERPRINT)
         self.usage, self.stop_reason = read_chat_usage(usage), choices[0]["finish_reason"]
-        if is_empty(self.stop_reason, self.usage, any(has_words(choice["message"]) for choice in choices)):
+        if is_empty(self.stop_reason, self.usage, any(self._has_words(choice) for choice in choices)):
             raise EmptyAnswer("the provider's answer is empty")
         self.started = self.finished = True
         return dumps(clean_strings(data)).encode("ascii")
+
+    def _has_words(self, choice: Dict[str, Any]) -> bool:
+        return has_words(choice["message"])
 
     def _mend_message(self, choice: Dict[str, Any]) -> None:
         message = choice["message"] = {"role": "assistant", "content": None, "refusal": None, **choice["message"]}
@@ -7443,8 +7605,57 @@ def rename_reasoning(delta: Dict[str, Any]) -> None:
         delta["reasoning_content"] = text
 
 
+def carried_headers(request: Request) -> Dict[str, str]:
+    """The client's headers that OpenAI's API defines."""
+    return {name: request.headers[name] for name in CARRIED_TO_OPENAI if name in request.headers}
+
+
+class TextLane(ChatLane):
+    """Legacy Completions to OpenAI-compatible: field-exact likewise. Not all of these hosts have the path, nor all of
+    their models: `Gateway` takes the translated lane when they say so."""
+
+    chunk_type = whole_type = "text_completion"
+    make_id = staticmethod(text_id)
+
+    def call(self, credential: Credential) -> Tuple[Call, List[str]]:
+        """See `Lane.call`."""
+        body = {**self.request.data, "model": self.model.id}
+        adapt_stream(body, self.model)
+        body.update(self.model.sampling)
+        call = self.upstream.relay("/completions", body, self.request, self.model, credential)
+        return call._replace(headers={**carried_headers(self.request), **call.headers}), []
+
+    def _mend_choice(self, choice: Dict[str, Any]) -> bool:
+        index, reason = choice.setdefault("index", 0), choice.setdefault("finish_reason", None)
+        choice.setdefault("logprobs", None)
+        choice["text"] = self._mender.mend(index, choice.get("text") or "")
+        if reason in CHAT_FAILURES:
+            raise UpstreamError(f"the provider stopped: {reason}")
+        if reason:
+            self._finished_choices.add(index)
+            self.stop_reason = reason
+        # nothing to add to a prompt is an answer, too
+        self.started = self.started or bool(choice["text"] or reason)
+        return True
+
+    def _last_choice(self) -> Dict[str, Any]:
+        return text_choice("", self.stop_reason)
+
+    def _has_words(self, choice: Dict[str, Any]) -> bool:
+        return True
+
+    def _mend_message(self, choice: Dict[str, Any]) -> None:
+        if not isinstance(choice["text"], str):
+            raise UpstreamProtocolError("the provider's answer has text that is no text")
+        choice["finish_reason"] = choice.get("finish_reason") or "stop"
+        if choice["finish_reason"] in CHAT_FAILURES:
+            raise UpstreamError(f"the provider stopped: {choice['finish_reason']}")
+
+
 NATIVE_LANES: Dict[Tuple[str, str], Type[NativeLane]] = {
     (OpenAIChat.name, OpenAICompletions.name): ChatLane,
+    (OpenAITexts.name, OpenAICompletions.name): TextLane, (OpenAITexts.name, OpenAIResponses.name): TextLane,
+    (OpenAITexts.name, AzureResponses.name): TextLane,
     (AnthropicClient.name, AnthropicMessages.name): AnthropicLane}
 
 
@@ -7553,14 +7764,14 @@ def example_value(schema: Any, root: Mapping[str, Any], depth: int = 0) -> Any:
             "null": None}.get(kind, "demo")
 
 
-def demo_stream(body: bytes, stamp: Stamp) -> Tuple[str, List[bytes]]:
+def demo_stream(body: bytes, stamp: Stamp, client: ClientProtocol = CHAT) -> Tuple[str, List[bytes]]:
     """The built-in model as an OpenAI-compatible server: (content type, the pieces of the answer)."""
-    request = CHAT.parse(parse_json_object(body))
+    request = client.parse(parse_json_object(body))
     refuse(request.refused)
     reply = demo_reply(request)
     if not request.stream:
-        return "application/json", [dumps(CHAT.render(request, reply, stamp)).encode("ascii")]
-    writer = CHAT.writer(request, stamp)
+        return "application/json", [dumps(client.render(request, reply, stamp)).encode("ascii")]
+    writer = client.writer(request, stamp)
     pieces = [writer.write([Start()])]
     for index, part in enumerate(reply.parts):
         text = part.arguments if isinstance(part, ToolCall) else part.text
@@ -7570,6 +7781,11 @@ def demo_stream(body: bytes, stamp: Stamp) -> Tuple[str, List[bytes]]:
         pieces.append(writer.write([PartEnd(index, part)]))
     pieces.append(writer.write([Done(reply.stop_reason, reply.usage, reply.detail)]))
     return "text/event-stream", [piece for piece in pieces if piece]
+
+
+# What the built-in model answers at which path.
+DEMO_PATHS: Dict[str, Callable[[bytes, Stamp], Tuple[str, List[bytes]]]] = {
+    "/chat/completions": demo_stream, "/completions": functools.partial(demo_stream, client=TEXTS)}
 
 
 # ======================================================================================================================
@@ -7742,6 +7958,12 @@ def unlisted_model(provider: Provider, model_id: str, **facts: Any) -> Model:
                  base_url=provider.endpoints[provider.protocol], compat=compat, headers=provider.headers, **facts)
 
 
+# Models that are no chat models and so are not listed, by the bare name that clients have for them.
+UNLISTED = {name: f"{maker}/{name}" for maker, names in {
+    "openai": ("gpt-3.5-turbo-instruct", "davinci-002", "babbage-002"),
+}.items() for name in names}
+
+
 class Catalogue:
     """The known models by provider, and the way from a name to one of them. What it holds is made when first
     asked for and replaced whole, so that threads share it without a lock."""
@@ -7833,7 +8055,7 @@ class Catalogue:
         return self.models_of(chosen)[name] if chosen else None
 
     def _unlisted(self, name: str) -> Optional[Model]:
-        provider_name, _, model_id = name.partition("/")
+        provider_name, _, model_id = UNLISTED.get(name, name).partition("/")
         provider = self.providers.get(provider_name)
         if provider is None or not model_id or provider.name == DEMO or len(model_id) > 1000:
             return None
@@ -10779,10 +11001,11 @@ class DemoHandler(urllib.request.BaseHandler):
         self._delay_s = delay_s
 
     def demo_open(self, request: ScopedRequest) -> DemoResponse:
-        """Answers a Chat Completions request."""
+        """Answers a request by its path."""
         stamp = Stamp(secrets.token_hex(12), int(time.time()))
         try:
-            content_type, pieces = demo_stream(request.data or b"", stamp)
+            answer = DEMO_PATHS[urllib.parse.urlsplit(request.full_url).path]
+            content_type, pieces = answer(request.data or b"", stamp)
             return DemoResponse(200, content_type, pieces, request.scope, self._delay_s)
         except GatewayError as error:
             status, body = CHAT.render_error(error, stamp.request_id)
@@ -11057,7 +11280,8 @@ def retry_pause(error: GatewayError, number: int, passed_s: float, chance: float
 # Why the next model of a chain has its turn; the first that fits.
 FALLBACK_REASONS: Tuple[Tuple[Type[GatewayError], str], ...] = (
     (QuotaExceeded, "out_of_quota"), (RateLimited, "rate_limited"), (ContextOverflow, "too_long"),
-    (CredentialRefused, "credential_refused"), (Unauthorized, "no_credentials"), (ModelNotFound, "no_such_model"),
+    (CredentialRefused, "credential_refused"), (Unauthorized, "no_credentials"), (NotSupported, "not_supported"),
+    (ModelNotFound, "no_such_model"),
     (Overloaded, "overloaded"), (UpstreamError, "down"), (Forbidden, "forbidden"))
 
 
@@ -11106,7 +11330,7 @@ class Quirks:
 
 # Without these a request is another one.
 KEPT_PARAMETERS = frozenset({"model", "messages", "input", "contents", "request", "stream", "system", "instructions",
-                             "tools", "response_format", "text", "output_config"})
+                             "tools", "response_format", "text", "output_config", "prompt", "suffix", "echo"})
 _UNSUPPORTED = tuple(re.compile(pattern, re.IGNORECASE) for pattern in (
     r"(?:unsupported|unknown|unrecognized|invalid) (?:parameter|argument|field|value)s?:? ['\"`]?([a-z_][\w.]*)",
     r"unrecognized request arguments? supplied: ['\"`]?([a-z_][\w.]*)",
@@ -11215,7 +11439,7 @@ class Gateway:
         exchange.log.setdefault("fallbacks", []).append({"model": model.full_id, "reason": reason})
         exchange.answer_headers["x-pigateway-fallback"] = header_text(", ".join(
             f"{passed['model']}: {passed['reason']}" for passed in exchange.log["fallbacks"]))
-        if reason != "too_long":                # that is the request's fault, not the model's
+        if reason not in ("too_long", "not_supported"):     # that is the request's fault, not the model's
             rest_s = min(max(error.retry_after or 0.0, COOL_DOWN_S), 3600.0)
             self.cooling.put(model.full_id, exchange.account, self.clock() + rest_s - self.cooling.ttl_s)
 
@@ -11433,6 +11657,14 @@ class Gateway:
         attempt.lane = attempt.lane.again()
         return True
 
+    def _translate(self, error: GatewayError, attempt: Attempt) -> bool:
+        """A host or model without legacy Completions is asked in the way that it has."""
+        is_missing = isinstance(error, ModelNotFound) or error.code == "OperationNotSupported"      # at Azure
+        if not isinstance(attempt.lane, TextLane) or not is_missing or attempt.lane.request.refused:
+            return False
+        attempt.lane = attempt.lane.again(TranslatedLane)
+        return True
+
     def _wait(self, error: GatewayError, attempt: Attempt) -> bool:
         """A passing fault is waited out, within the budget."""
         pause_s = retry_pause(error, attempt.waits, time.monotonic() - attempt.started, secrets.randbelow(1000) / 1000)
@@ -11446,7 +11678,7 @@ class Gateway:
         return True
 
     _remedies: Tuple[Callable[[Any, GatewayError, Attempt], bool], ...] = (
-        _renew_token, _leave_out_thinking, _leave_out_parameter, _wait)
+        _renew_token, _leave_out_thinking, _leave_out_parameter, _translate, _wait)
 
     def _is_strict(self, exchange: Exchange) -> bool:
         return self.config.strict or exchange.headers.get("x-pigateway-strict") in ("1", "true")
@@ -12471,6 +12703,7 @@ class Handler(socketserver.BaseRequestHandler):
 
 ROUTES: Dict[str, Dict[str, Callable[[Handler, Head, Exchange, bytes], None]]] = {
     "/chat/completions": {"POST": Handler._complete},
+    "/completions": {"POST": Handler._complete},
     "/messages": {"POST": Handler._complete},
     "/messages/count_tokens": {"POST": Handler._count_tokens},
     "/models": {"GET": Handler._models},
@@ -12499,8 +12732,13 @@ def route_not_found(path: str, shown: str) -> RouteNotFound:
     return RouteNotFound(f"{shown}: this gateway does not offer {name}" if name else f"no such path: {shown}")
 
 
+CLIENT_BY_PATH: Dict[str, ClientProtocol] = {"/completions": TEXTS}
+
+
 def client_protocol(head: Head) -> ClientProtocol:
     """The dialect in which this client is answered: by path, and where both dialects share one, by its headers."""
+    if head.path in CLIENT_BY_PATH:
+        return CLIENT_BY_PATH[head.path]
     if head.path.startswith("/messages"):
         return MESSAGES
     if head.path.startswith("/models"):

@@ -1721,6 +1721,7 @@ ERRORS: List[Tuple[Any, Tuple[int, str, str], Tuple[int, str]]] = [
     (pg.BadRequest, (400, "invalid_request_error", "invalid_value"), (400, "invalid_request_error")),
     (pg.ContextOverflow, (400, "invalid_request_error", "context_length_exceeded"), (400, "invalid_request_error")),
     (pg.ModelNotFound, (404, "invalid_request_error", "model_not_found"), (404, "not_found_error")),
+    (pg.NotSupported, (404, "invalid_request_error", "unsupported_endpoint"), (404, "not_found_error")),
     (pg.RouteNotFound, (404, "invalid_request_error", "endpoint_not_found"), (404, "not_found_error")),
     (pg.MethodNotAllowed, (405, "invalid_request_error", "method_not_allowed"), (405, "invalid_request_error")),
     (pg.RequestTimeout, (408, "invalid_request_error", "request_timeout"), (408, "invalid_request_error")),
@@ -10975,6 +10976,19 @@ def test_real_model_is_discovered(real_model: pg.ServerHandle) -> None:
         assert said.strip()
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_real_model_goes_on_with_a_text(real_model: pg.ServerHandle, stream: bool) -> None:
+    body = {"prompt": "The capital of Italy is", "max_tokens": 8, "temperature": 0, "stream": stream}
+    answers = {name: call(real_model.url, "/v1/completions", {"model": name, **body})
+               for name in ("chat/small", "anth/small")}
+    assert {name: answer.headers["x-pigateway-lane"] for name, answer in answers.items()} == {
+        "chat/small": "native", "anth/small": "translated"}
+    assert all(text_of(answer).strip() for answer in answers.values())
+    direct = call(program("PIGATEWAY_REAL_MODEL"), "/v1/completions", {"model": "small", **body},
+                  content_type="application/json")
+    assert text_of(answers["chat/small"]) == text_of(direct)
+
+
 # ======================================================================================================================
 # Other Pythons
 # ======================================================================================================================
@@ -13942,8 +13956,209 @@ def test_router_log_in_file(tmp_path: Any) -> None:
 
 
 # ======================================================================================================================
-# §13 What is not offered
+# §7, §8 and §12 Legacy Completions, and what is not offered
 # ======================================================================================================================
+
+# --- Legacy Completions -----------------------------------------------------------------------------------------------
+
+# api.openai.com, gpt-3.5-turbo-instruct, and llama.cpp (usage in the last choice's chunk, an id of chat's form)
+TEXT_USAGE = {"prompt_tokens": 5, "completion_tokens": 7, "total_tokens": 12}
+
+
+def text_chunk(text: str, reason: Any = None, index: int = 0, **fields: Any) -> Dict[str, Any]:
+    return {"id": "cmpl-1", "object": "text_completion", "created": 1760000000, "model": "m1-2026", "choices": [
+        {"text": text, "index": index, "logprobs": None, "finish_reason": reason}], **fields}
+
+
+TEXT_STREAM = [text_chunk("Once "), text_chunk("upon"), text_chunk("", "length"),
+               {**text_chunk(""), "choices": [], "usage": TEXT_USAGE}]
+TEXT_WHOLE = text_chunk("Once upon", "length", usage=TEXT_USAGE)
+LLAMA_STREAM = [text_chunk("Once ", id="chatcmpl-7"), text_chunk("upon", id="chatcmpl-7"),
+                text_chunk("", "length", id="chatcmpl-7", usage=TEXT_USAGE, timings={"n": 1})]
+TEXT_ASK = {"model": "chat/m1", "prompt": "Tell", "max_tokens": 7}
+
+
+def text_answer(request: Received) -> Answer:
+    """A host that has the path, streamed or whole as asked."""
+    if request.json.get("stream"):
+        return Answer(200, [sse(TEXT_STREAM, end="[DONE]")], "text/event-stream")
+    return Answer(body=json.dumps(TEXT_WHOLE).encode())
+
+
+def text_of(result: Result) -> str:
+    """The text of an answer, joined."""
+    objects = [event for event in result.events if event != "[DONE]"] if b"data:" in result.body else [result.json]
+    return "".join(choice["text"] for item in objects for choice in item.get("choices", ()))
+
+
+@pytest.mark.parametrize("extra", [
+    {}, {"suffix": "s", "echo": True, "logprobs": 0, "best_of": 2, "n": 2, "own": {"a": 1}}, {"prompt": [1, 2]},
+    {"prompt": ["a", "b"]}, {"prompt": [[1], [2]]}, {"max_tokens": 0}, {"prompt": ""}])
+def test_texts_pass_as_they_are(tmp_path: Any, extra: Dict[str, Any]) -> None:
+    with served(tmp_path, text_answer) as (url, fake):
+        result = call(url, "/v1/completions", {**TEXT_ASK, **extra})
+        assert fake.received[0].path == "/v1/completions"
+        assert fake.received[0].json == {**TEXT_ASK, **extra, "model": "m1"}
+    assert result.json == {**TEXT_WHOLE, "model": "chat/m1", "system_fingerprint": pg.FINGERPRINT}
+    assert result.headers["x-pigateway-lane"] == "native"
+
+
+@pytest.mark.parametrize("wire", [TEXT_STREAM, LLAMA_STREAM], ids=["OpenAI", "llama.cpp"])
+@pytest.mark.parametrize("end", ["[DONE]", ""], ids=["done", "no done"])
+@pytest.mark.parametrize("asks_usage", [True, False], ids=["usage", "no usage"])
+def test_texts_stream(tmp_path: Any, wire: List[Any], end: str, asks_usage: bool) -> None:
+    body = {**TEXT_ASK, "stream": True, **({"stream_options": {"include_usage": True}} if asks_usage else {})}
+    with served(tmp_path, Answer(200, [sse(wire, end=end)], "text/event-stream")) as (url, fake):
+        result = call(url, "/completions", body)
+        assert fake.received[0].json == {**body, "model": "m1", "stream_options": {"include_usage": True}}
+    *events, last = result.events
+    assert last == "[DONE]" and text_of(result) == "Once upon"
+    assert {event["model"] for event in events} == {"chat/m1"} and len({event["id"] for event in events}) == 1
+    assert events[0]["id"].startswith("cmpl-")
+    reasons = [choice["finish_reason"] for event in events for choice in event["choices"]]
+    assert reasons == [None, None, "length"]
+    assert [event["usage"] for event in events if event.get("usage")] == ([TEXT_USAGE] if asks_usage else [])
+
+
+def test_several_texts_stream_side_by_side(tmp_path: Any) -> None:
+    wire = [text_chunk("a", index=0), text_chunk("\ud83d", index=1), text_chunk("b", "stop", 0),
+            text_chunk("\ude00", "stop", 1)]
+    with served(tmp_path, Answer(200, [sse(wire, end="[DONE]")], "text/event-stream")) as (url, _):
+        result = call(url, "/v1/completions", {**TEXT_ASK, "n": 2, "stream": True})
+    texts = {index: "".join(choice["text"] for event in result.events[:-1] for choice in event["choices"]
+                            if choice["index"] == index) for index in (0, 1)}
+    assert texts == {0: "ab", 1: "\U0001f600"}
+
+
+@pytest.mark.parametrize("pieces, words", [
+    ([sse(TEXT_STREAM[:2]), b""], "ended"), ([sse(TEXT_STREAM[:2])], "without its last event"),
+    ([sse([*TEXT_STREAM[:2], {"error": {"message": "it broke"}}])], "it broke"),
+    ([sse([*TEXT_STREAM[:2], text_chunk("", "error")])], "stopped: error"),
+    ([sse(TEXT_STREAM[:2]), b"data: {nonsense\n\n"], "malformed")], ids=["cut", "end", "error", "reason", "nonsense"])
+def test_texts_that_break_off(tmp_path: Any, pieces: List[bytes], words: str) -> None:
+    with served(tmp_path, Answer(200, pieces, "text/event-stream")) as (url, _):
+        result = call(url, "/v1/completions", {**TEXT_ASK, "stream": True})
+    assert result.status == 200 and "[DONE]" not in result.events and text_of(result) == "Once upon"
+    assert set(result.events[-1]["error"]) == {"message", "type", "param", "code"}
+    assert words == "ended" or words in result.events[-1]["error"]["message"]
+
+
+@pytest.mark.parametrize("answer, status, words", [
+    (Answer(200, [sse([{"error": {"message": "it broke"}}])], "text/event-stream"), 502, "it broke"),
+    (Answer(200, [sse([], end="[DONE]")], "text/event-stream"), 502, "empty"),
+    (failing(429), 429, "no"), (failing(400, "bad sk-upstream-chat-key"), 400, "bad")])
+def test_texts_that_fail_before_they_begin(tmp_path: Any, answer: Answer, status: int, words: str) -> None:
+    with served(tmp_path, answer) as (url, _):
+        result = call(url, "/v1/completions", {**TEXT_ASK, "stream": True})
+    assert result.status == status and words in result.json["error"]["message"] and b"sk-upstream" not in result.body
+
+
+def test_text_that_is_empty_is_an_answer(tmp_path: Any) -> None:
+    nothing = text_chunk("", "stop", usage={**TEXT_USAGE, "completion_tokens": 0})
+    for answer in (Answer(body=json.dumps(nothing).encode()),
+                   Answer(200, [sse([nothing], end="[DONE]")], "text/event-stream")):
+        with served(tmp_path, answer) as (url, _):
+            result = call(url, "/v1/completions", {**TEXT_ASK, "stream": answer.content_type != "application/json"})
+        assert result.status == 200 and text_of(result) == ""
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_host_that_chooses_the_other_form(tmp_path: Any, stream: bool) -> None:
+    answer = (Answer(body=json.dumps(TEXT_WHOLE).encode()) if stream else
+              Answer(200, [sse(TEXT_STREAM, end="[DONE]")], "text/event-stream"))
+    with served(tmp_path, answer) as (url, _):
+        result = call(url, "/v1/completions", {**TEXT_ASK, "stream": stream})
+    assert result.status == 200 and text_of(result) == "Once upon"
+    assert (b"[DONE]" in result.body) is stream and result.headers["x-pigateway-lane"] == "translated"
+
+
+AZURES_NO = Answer(400, b'{"error": {"code": "OperationNotSupported", "message": "not with this model"}}')
+
+
+@pytest.mark.parametrize("no", [failing(404), failing(501), AZURES_NO], ids=["404", "501", "Azure"])
+@pytest.mark.parametrize("stream", [True, False])
+def test_host_without_the_path_is_asked_for_chat(tmp_path: Any, no: Answer, stream: bool) -> None:
+    with served(tmp_path, no, saying(PLAIN)) as (url, fake):
+        result = call(url, "/v1/completions", {**TEXT_ASK, "stream": stream})
+        assert [received.path for received in fake.received] == ["/v1/completions", "/v1/chat/completions"]
+        assert fake.received[1].json["messages"] == [{"role": "user", "content": "Tell"}]
+    assert text_of(result) == SAID and result.headers["x-pigateway-lane"] == "translated"
+
+
+def test_what_cannot_be_translated_is_not(tmp_path: Any) -> None:
+    with served(tmp_path, failing(404, "no such model")) as (url, fake):
+        result = call(url, "/v1/completions", {**TEXT_ASK, "suffix": "x"})
+        assert (result.status, len(fake.received)) == (404, 1) and result.json["error"]["message"] == "no such model"
+
+
+@pytest.mark.parametrize("script, reason", [(PLAIN, "stop"), (THINKS, "stop"), (CUT_SHORT, "length")],
+                         ids=["text", "thinking", "length"])
+@pytest.mark.parametrize("stream", [True, False])
+def test_texts_are_translated(tmp_path: Any, script: Script, reason: str, stream: bool) -> None:
+    body = {**TEXT_ASK, "model": "anth/m1", "stream": stream, "stop": "END", "temperature": 0.5, "user": "u",
+            "stream_options": {"include_usage": True}, "seed": 3, "own": 1}
+    with served(tmp_path, saying(script)) as (url, fake):
+        result = call(url, "/v1/completions", body)
+        sent = fake.received[0].json
+    assert sent["messages"][0]["role"] == "user" and "Tell" in json.dumps(sent["messages"])
+    assert (sent["max_tokens"], sent["stop_sequences"], sent["temperature"]) == (7, ["END"], 0.5)
+    assert text_of(result) == script.text and result.headers["x-pigateway-dropped"] == "own, seed"
+    objects = [event for event in result.events if event != "[DONE]"] if stream else [result.json]
+    assert {item["object"] for item in objects} == {"text_completion"}
+    assert {item["model"] for item in objects} == {"anth/m1"} and (result.events[-1:] == ["[DONE]"]) is stream
+    assert [choice["finish_reason"] for item in objects for choice in item["choices"]][-1] == reason
+    assert objects[-1]["usage"]["completion_tokens"] == ANSWER_TOKENS
+
+
+@pytest.mark.parametrize("fields, param", [
+    ({"suffix": "s"}, "suffix"), ({"best_of": 2}, "best_of"), ({"echo": True}, "echo"), ({"logprobs": 0}, "logprobs"),
+    ({"n": 2}, "n"), ({"prompt": [1, 2]}, "prompt"), ({"prompt": ["a", "b"]}, "prompt"), ({"prompt": ""}, "prompt"),
+    ({"prompt": [[1]]}, "prompt"), ({"max_tokens": 0}, "max_tokens"), ({"prompt": None}, "prompt"),
+    ({"prompt": {}}, "prompt"), ({"temperature": 3}, "temperature"), ({"stream": "yes"}, "stream")])
+def test_texts_that_are_refused(tmp_path: Any, fields: Dict[str, Any], param: str) -> None:
+    with served(tmp_path, saying(PLAIN)) as (url, fake):
+        result = call(url, "/v1/completions", {**TEXT_ASK, "model": "anth/m1", **fields})
+        assert (result.status, result.json["error"]["param"], fake.received) == (400, param, [])
+
+
+@pytest.mark.parametrize("fields", [{"suffix": ""}, {"best_of": 1}, {"echo": False}, {"logprobs": None}, {"n": 1},
+                                    {"prompt": ["Tell"]}, {"stop": None}, {"frequency_penalty": 0}])
+def test_fields_of_texts_that_ask_for_nothing(tmp_path: Any, fields: Dict[str, Any]) -> None:
+    with served(tmp_path, saying(PLAIN)) as (url, _):
+        result = call(url, "/v1/completions", {**TEXT_ASK, "model": "anth/m1", **fields})
+        assert result.status == 200 and "x-pigateway-dropped" not in result.headers
+
+
+@each_provider
+@pytest.mark.parametrize("message", ["", "it broke"], ids=["cut", "error event"])
+def test_translated_texts_that_break_off(tmp_path: Any, provider: str, message: str) -> None:
+    with served(tmp_path, *([failing(404)] if provider == "chat" else []), breaking(PLAIN, message)) as (url, _):
+        result = call(url, "/v1/completions", {**TEXT_ASK, "model": f"{provider}/m1", "stream": True})
+    assert result.status == 200 and message in result.events[-1]["error"]["message"] and "[DONE]" not in result.events
+
+
+def test_demo_texts(tmp_path: Any) -> None:
+    with running(tmp_path) as handle:
+        for stream in (True, False):
+            result = call(handle.url, "/v1/completions", {"model": "demo", "prompt": "Say it", "stream": stream})
+            assert text_of(result) == "Say it" and result.headers["x-pigateway-lane"] == "native"
+        assert call(handle.url, "/v1/completions", {"model": "demo", "prompt": "x", "echo": True}).status == 400
+
+
+@needs("openai")
+@pytest.mark.parametrize("target", ["chat/m1", "anth/m1", "demo"])
+def test_texts_with_the_sdk(tmp_path: Any, target: str) -> None:
+    with served(tmp_path, saying(PLAIN) if target == "anth/m1" else text_answer, demo=True) as (url, _):
+        client = OpenAISdk(url).client
+        whole = client.completions.create(model=target, prompt="Tell", max_tokens=7)
+        chunks = list(client.completions.create(model=target, prompt="Tell", max_tokens=7, stream=True,
+                                                stream_options={"include_usage": True}))
+    text = "".join(chunk.choices[0].text for chunk in chunks if chunk.choices)
+    assert text == whole.choices[0].text == {"chat/m1": "Once upon", "anth/m1": SAID, "demo": "Tell"}[target]
+    assert chunks[-1].usage.total_tokens == whole.usage.total_tokens > 0 and whole.model == target
+
+
+# --- What is not offered ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path, words", [
@@ -13971,6 +14186,40 @@ def lone(tmp_path_factory: Any) -> Iterator[pg.ServerHandle]:
     """A gateway that nothing stands behind."""
     with running(tmp_path_factory.mktemp("lone")) as handle:
         yield handle
+
+
+# --- Their contract ---------------------------------------------------------------------------------------------------
+
+
+@needs("jsonschema")
+@pytest.mark.parametrize("target", ["chat/m1", "anth/m1", "demo"])
+def test_contract_of_texts(tmp_path: Any, target: str, legacy_spec: Any) -> None:
+    provider = saying(PLAIN) if target == "anth/m1" else text_answer
+    with served(tmp_path, provider, demo=True) as (url, _):
+        for extra in ({}, {"stream": True}, {"stream": True, "stream_options": {"include_usage": True}}):
+            body = {**TEXT_ASK, "model": target, **extra}
+            fit("openai-completion-request", body)
+            assert not told_errors(legacy_spec["CreateCompletionRequest"], body)
+            result = call(url, "/v1/completions", body)
+            for event in result.events[:-1] if extra else ():
+                fit("openai-completion-chunk", event)
+            if not extra:
+                fit("openai-completion", result.json)
+                assert not told_errors(legacy_spec["CreateCompletionResponse"], result.json)
+        fit("openai-error", call(url, "/v1/completions", {"model": target}).json)
+
+
+@pytest.fixture(scope="module")
+def legacy_spec() -> Dict[str, Any]:
+    """Like `openai_spec`: validators by name, which let everything pass where the document is not at hand."""
+    jsonschema = importlib.import_module("jsonschema")
+    names = ("CreateCompletionRequest", "CreateCompletionResponse")
+    if not os.path.exists(OPENAI_SPEC):
+        return {name: jsonschema.Draft202012Validator({}) for name in names}
+    with open(OPENAI_SPEC, encoding="utf-8") as file:
+        components = nullable(json.load(file)["components"])
+    return {name: jsonschema.Draft202012Validator({"$ref": f"#/components/schemas/{name}", "components": components})
+            for name in names}
 
 
 # ======================================================================================================================
