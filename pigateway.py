@@ -68,6 +68,7 @@ import shlex
 import signal
 import socket
 import socketserver
+import struct
 import subprocess
 import sys
 import threading
@@ -100,6 +101,7 @@ RECEIVE_BYTES = 64 * KIB          # one receive; large enough that a busy stream
 MAX_HEAD_BYTES = 64 * KIB         # request line and headers, from either side
 MAX_HEADERS = 200
 MAX_EVENT_BYTES = 32 * MIB        # one server-sent event, or one whole provider answer
+MAX_VECTORS_BYTES = 128 * MIB     # one provider answer of embeddings: 2048 of 3072 numbers, written out, are 80 MB
 MAX_ERROR_BYTES = 64 * KIB        # a provider's error body; more is cut
 MAX_MESSAGE_CHARS = 4000          # a provider's error text as shown to a client
 BACKLOG = 1024                    # the default of 5 drops connections when a few hundred clients start at once
@@ -2259,6 +2261,27 @@ class TextWriter(Writer):
                 Failed: _failed}
 
 
+# --- OpenAI Embeddings ------------------------------------------------------------------------------------------------
+
+EMBEDDING_FORMATS = ("float", "base64")
+
+
+class OpenAIEmbeddings(OpenAIChat):
+    """OpenAI Embeddings: POST /v1/embeddings. No conversation: an `EmbeddingLane` works on the fields as they came."""
+
+    name = "openai-embeddings"
+
+    def parse(self, data: Dict[str, Any]) -> Request:
+        """See `ClientProtocol.parse`."""
+        model = required(data, "model", "a string")
+        texts_or_tokens(data, "input")
+        optional(data, "dimensions", "an integer", low=1)
+        optional(data, "user", "a string")
+        if data.get("encoding_format") not in (None, *EMBEDDING_FORMATS):
+            raise BadRequest("encoding_format: must be float or base64", param="encoding_format")
+        return Request(model=model, messages=(), protocol=self.name, data=data)
+
+
 # --- Anthropic Messages -----------------------------------------------------------------------------------------------
 
 ANTHROPIC_ID_LIMIT = 64     # tool ids match ^[a-zA-Z0-9_-]{1,64}$ (Messages API, tool_use), also when they come back
@@ -2693,8 +2716,9 @@ class MessagesWriter(Writer):
 
 CHAT = OpenAIChat()
 TEXTS = OpenAITexts()
+EMBEDDINGS = OpenAIEmbeddings()
 MESSAGES = AnthropicClient()
-CLIENT_PROTOCOLS: Dict[str, ClientProtocol] = {client.name: client for client in (CHAT, MESSAGES, TEXTS)}
+CLIENT_PROTOCOLS: Dict[str, ClientProtocol] = {client.name: client for client in (CHAT, MESSAGES, TEXTS, EMBEDDINGS)}
 
 
 # ======================================================================================================================
@@ -4878,6 +4902,16 @@ def bare_id(model_id: str) -> str:
     return model_id.rpartition("/")[2]
 
 
+def gemini_name(model_id: str) -> str:
+    """The model as a resource of the API."""
+    return model_id if model_id.startswith("tunedModels/") else "models/" + bare_id(model_id)
+
+
+def gemini_url(model: Model, method: str) -> str:
+    """Where a method of the model is."""
+    return join_url(model.base_url, "/" + urllib.parse.quote(gemini_name(model.id), safe="/@:") + method)
+
+
 def gemini_major(model_id: str) -> Optional[int]:
     """3 for gemini-3.1-pro and gemini-live-3-x; None for what has no number, or is not Gemini."""
     match = re.match(r"gemini(?:-live)?-(\d+)", bare_id(model_id))
@@ -4938,10 +4972,8 @@ class GoogleGenerativeAI(UpstreamProtocol):
 
     def build(self, request: Request, model: Model, credential: Credential) -> Call:
         """See `UpstreamProtocol.build`."""
-        model_id = model.id if model.id.startswith("tunedModels/") else "models/" + bare_id(model.id)
-        path = "/" + urllib.parse.quote(model_id, safe="/@:") + self.method(request)
-        headers = self.headers(model, credential)
-        return Call("POST", join_url(model.base_url, path), headers, dumps(self.body(request, model)).encode("ascii"))
+        url = gemini_url(model, self.method(request))
+        return Call("POST", url, self.headers(model, credential), dumps(self.body(request, model)).encode("ascii"))
 
     def method(self, request: Request) -> str:
         """The end of the URL. Without alt=sse a stream would be a JSON array that comes bit by bit."""
@@ -6995,6 +7027,110 @@ def request_headers(request: Request, model: Model) -> Dict[str, str]:
     return REQUEST_HEADERS[name](request) if name in REQUEST_HEADERS else {}
 
 
+# --- Embeddings -------------------------------------------------------------------------------------------------------
+
+
+class Embedder:
+    """How the hosts of a wire format embed texts. Most do it as OpenAI does: the client's fields pass as they are."""
+
+    lane = "native"
+    takes_tokens = True
+
+    def fields(self, data: Mapping[str, Any]) -> Tuple[Dict[str, Any], List[str]]:
+        """The client's fields as the host calls them, and the names of those that it has none for."""
+        return dict(data), []
+
+    def build(self, upstream: Any, fields: Dict[str, Any], request: Request, model: Model,
+              credential: Credential) -> Call:
+        """The call that asks for the embeddings of `request`."""
+        call: Call = upstream.relay("/embeddings", {**fields, "model": model.id}, request, model, credential)
+        return call._replace(headers={**carried_headers(request), **call.headers})
+
+    def read(self, data: Dict[str, Any]) -> Dict[str, Any]:
+        """The host's answer in OpenAI's shape."""
+        return data
+
+
+class MistralEmbedder(Embedder):
+    """Mistral: close to OpenAI's, but texts only, another name for the dimensions, and unknown fields are refused."""
+
+    lane = "translated"
+    takes_tokens = False
+    names: Mapping[str, str] = {
+        "model": "model", "input": "input", "encoding_format": "encoding_format", "dimensions": "output_dimension",
+        "output_dimension": "output_dimension", "output_dtype": "output_dtype", "metadata": "metadata"}
+
+    def fields(self, data: Mapping[str, Any]) -> Tuple[Dict[str, Any], List[str]]:
+        """See `Embedder.fields`."""
+        said = present(**data)
+        return ({self.names[name]: value for name, value in said.items() if name in self.names},
+                [name for name in said if name not in self.names])
+
+    def build(self, upstream: Any, fields: Dict[str, Any], request: Request, model: Model,
+              credential: Credential) -> Call:
+        """See `Embedder.build`."""
+        headers = authorization(model, credential, model.flag("auth", "bearer"))
+        body = dumps({**fields, "model": model.id}).encode("ascii")
+        return Call("POST", join_url(model.base_url, "/v1/embeddings"), headers, body)
+
+
+class GeminiEmbedder(MistralEmbedder):
+    """Gemini: :embedContent for one text, :batchEmbedContents for several. Their numbers have one form only, and older
+    models tell no usage."""
+
+    names = {"model": "model", "input": "input", "encoding_format": "", "dimensions": "outputDimensionality",
+             "task_type": "taskType", "title": "title"}
+
+    def build(self, upstream: Any, fields: Dict[str, Any], request: Request, model: Model,
+              credential: Credential) -> Call:
+        """See `Embedder.build`."""
+        given, name = request.data["input"], gemini_name(model.id)
+        options = {own: value for own, value in fields.items() if own not in ("model", "input", "")}
+        asked = [{"model": name, "content": {"parts": [{"text": text}]}, **options}
+                 for text in texts_or_tokens(request.data, "input")]
+        method, body = ((":embedContent", asked[0]) if isinstance(given, str) else
+                        (":batchEmbedContents", {"requests": asked}))
+        return Call("POST", gemini_url(model, method), upstream.headers(model, credential), dumps(body).encode("ascii"))
+
+    def read(self, data: Dict[str, Any]) -> Dict[str, Any]:
+        """See `Embedder.read`."""
+        if data.get("error"):
+            return data
+        items = data["embeddings"] if "embeddings" in data else [data["embedding"]]
+        read = read_gemini_usage(as_dict(data.get("usageMetadata"))).prompt
+        return {"data": [{"embedding": item["values"]} for item in items],
+                "usage": {"prompt_tokens": read, "total_tokens": read}}
+
+
+EMBEDDERS: Dict[str, Embedder] = {
+    OpenAICompletions.name: Embedder(), OpenAIResponses.name: Embedder(), AzureResponses.name: Embedder(),
+    MistralConversations.name: MistralEmbedder(), GoogleGenerativeAI.name: GeminiEmbedder()}
+
+
+def is_vector(value: Any) -> bool:
+    """Whether it is a row of numbers."""
+    return isinstance(value, list) and bool(value) and set(map(type, value)) <= {int, float}
+
+
+def as_floats(vector: Any) -> List[Any]:
+    """An embedding as numbers. Raises ValueError or TypeError when it is none."""
+    if is_vector(vector):
+        return vector
+    raw = base64.b64decode(vector, validate=True)
+    if not raw or len(raw) % 4:
+        raise ValueError("not a row of 32-bit numbers")
+    return list(struct.unpack(f"<{len(raw) // 4}f", raw))
+
+
+def as_base64(vector: Any) -> str:
+    """An embedding as base64 of little-endian 32-bit numbers. Raises TypeError, OverflowError or struct.error."""
+    if isinstance(vector, str) and vector:
+        return vector
+    if not is_vector(vector):
+        raise TypeError("not a row of numbers")
+    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode("ascii")
+
+
 # --- Lanes ------------------------------------------------------------------------------------------------------------
 
 
@@ -7006,6 +7142,7 @@ class Lane:
     HTTP status, after it the returned bytes already tell the client."""
 
     name = ""
+    limit_bytes = MAX_EVENT_BYTES           # of a whole answer
 
     def __init__(self, client: ClientProtocol, upstream: UpstreamProtocol, request: Request, model: Model,
                  stamp: Stamp) -> None:
@@ -7652,17 +7789,89 @@ class TextLane(ChatLane):
             raise UpstreamError(f"the provider stopped: {choice['finish_reason']}")
 
 
+class EmbeddingLane(Lane):
+    """Embeddings to any host that has them. What comes back is put right: the model's name, the form of the numbers
+    that the client asked for, one embedding for each text, usage."""
+
+    limit_bytes = MAX_VECTORS_BYTES
+    forms: Mapping[Optional[str], Callable[[Any], Any]] = {None: as_floats, "float": as_floats, "base64": as_base64}
+
+    def call(self, credential: Credential) -> Tuple[Call, List[str]]:
+        """See `Lane.call`. Raises `NotSupported` when the host's protocol has no embeddings."""
+        request, model = self.request, self.model
+        embedder = EMBEDDERS.get(self.upstream.name)
+        if embedder is None:
+            raise NotSupported(f'"{model.full_id}" cannot make embeddings: {self.upstream.name} has none',
+                               param="model")
+        if not embedder.takes_tokens and not all(isinstance(text, str) for text in self._inputs()):
+            refuse([("input", f"{model.full_id} takes text, not tokens")])
+        self.name, self._embedder = embedder.lane, embedder
+        fields, dropped = embedder.fields(request.data)
+        return embedder.build(self.upstream, fields, request, model, credential), dropped
+
+    def _inputs(self) -> List[Any]:
+        return texts_or_tokens(self.request.data, "input")
+
+    def feed(self, data: bytes) -> bytes:
+        """See `Lane.feed`: nobody streams embeddings."""
+        raise UpstreamProtocolError("the provider streams where embeddings were asked for")
+
+    def end(self) -> bytes:
+        """See `Lane.end`."""
+        return self.feed(b"")
+
+    def whole(self, body: bytes) -> bytes:
+        """See `Lane.whole`."""
+        data = parse_answer(body)
+        try:
+            answer = self._answer(self._embedder.read(data))
+            out = self._same_but_model(body, data, answer) or dumps(answer).encode("ascii")
+            self.started = self.finished = True
+            return out
+        except (*MALFORMED, struct.error) as error:
+            log.debug("malformed provider answer", exc_info=True)
+            raise UpstreamProtocolError(f"the provider's answer is malformed ({type(error).__name__})") from None
+
+    def _same_but_model(self, body: bytes, data: Dict[str, Any], answer: Dict[str, Any]) -> bytes:
+        """The provider's bytes with the one model name in them replaced, b"" when more has to change: writing millions
+        of numbers takes seconds, in which no other thread runs."""
+        found = _MODEL_VALUE.search(body)
+        is_plain = body.startswith(b"{") and b"\\" not in body and body.count(b'"model"') == 1
+        if not found or not is_plain or answer != {**data, "model": self.request.model} or (
+                json.loads(found.group(1)) != data.get("model")):
+            return b""
+        return body[:found.start(1)] + dumps(self.request.model).encode("ascii") + body[found.end(1):]
+
+    def _answer(self, data: Dict[str, Any]) -> Dict[str, Any]:
+        """The host's answer, in OpenAI's shape, put right."""
+        items, asked = data.get("data"), len(self._inputs())
+        if not isinstance(items, list):
+            raise stream_error(data) if data.get("error") else UpstreamProtocolError(
+                "the provider's answer has no data")
+        if len(items) != asked:
+            raise UpstreamProtocolError(f"the provider made {len(items)} embeddings of {asked} texts")
+        form = self.forms[self.request.data.get("encoding_format")]
+        usage = {"prompt_tokens": 0, "total_tokens": 0, **as_dict(data.get("usage"))}
+        rest = clean_strings({name: value for name, value in data.items() if name != "data"})
+        self.usage = read_chat_usage(usage)
+        return {**rest, "object": "list", "model": self.request.model, "usage": usage, "data": [
+            {"index": place, **item, "object": "embedding", "embedding": form(item["embedding"])}
+            for place, item in enumerate(items)]}
+
+
 NATIVE_LANES: Dict[Tuple[str, str], Type[NativeLane]] = {
     (OpenAIChat.name, OpenAICompletions.name): ChatLane,
     (OpenAITexts.name, OpenAICompletions.name): TextLane, (OpenAITexts.name, OpenAIResponses.name): TextLane,
     (OpenAITexts.name, AzureResponses.name): TextLane,
     (AnthropicClient.name, AnthropicMessages.name): AnthropicLane}
+# Client protocols whose requests are no conversation, so that there is nothing to translate.
+OWN_LANES: Dict[str, Type[Lane]] = {OpenAIEmbeddings.name: EmbeddingLane}
 
 
 def choose_lane(client: ClientProtocol, upstream: UpstreamProtocol, request: Request) -> Type[Lane]:
     """Native when both sides speak the same protocol. A chat conversation that every provider would refuse as it is
     (calls and results that do not pair up, images in tool messages) is translated all the same."""
-    lane = NATIVE_LANES.get((client.name, upstream.name), TranslatedLane)
+    lane = NATIVE_LANES.get((client.name, upstream.name), OWN_LANES.get(client.name, TranslatedLane))
     if lane is not ChatLane:
         return lane
     has_tool_image = any(isinstance(part, (Image, Document)) for message in request.messages if message.role == "tool"
@@ -7783,9 +7992,40 @@ def demo_stream(body: bytes, stamp: Stamp, client: ClientProtocol = CHAT) -> Tup
     return "text/event-stream", [piece for piece in pieces if piece]
 
 
+DEMO_DIMENSIONS, MAX_DEMO_DIMENSIONS = 64, 4096
+
+
+def demo_embeddings(body: bytes, stamp: Stamp) -> Tuple[str, List[bytes]]:
+    """The built-in model's embeddings: texts that share words are near each other, and the same text is the same."""
+    data = parse_json_object(body)
+    texts, size = texts_or_tokens(data, "input"), data.get("dimensions") or DEMO_DIMENSIONS
+    items = [{"object": "embedding", "index": place, "embedding": _demo_vector(text, size)}
+             for place, text in enumerate(texts)]
+    read = sum(len(_demo_words(text)) for text in texts)
+    answer = {"object": "list", "data": items, "model": data.get("model"),
+              "usage": {"prompt_tokens": read, "total_tokens": read}}
+    return "application/json", [dumps(answer).encode("ascii")]
+
+
+def _demo_words(text: Any) -> List[str]:
+    return text.lower().split() if isinstance(text, str) else list(map(str, text))
+
+
+def _demo_vector(text: Any, size: int) -> List[float]:
+    """Each word counts at a place of its own; of length 1."""
+    if size > MAX_DEMO_DIMENSIONS:
+        raise BadRequest(f"dimensions: must be at most {MAX_DEMO_DIMENSIONS}", param="dimensions")
+    vector = [0.0] * size
+    for word in _demo_words(text) or [""]:
+        vector[zlib.crc32(word.encode("utf-8", "replace")) % size] += 1.0
+    length = math.sqrt(sum(value * value for value in vector))
+    return [value / length for value in vector]
+
+
 # What the built-in model answers at which path.
 DEMO_PATHS: Dict[str, Callable[[bytes, Stamp], Tuple[str, List[bytes]]]] = {
-    "/chat/completions": demo_stream, "/completions": functools.partial(demo_stream, client=TEXTS)}
+    "/chat/completions": demo_stream, "/completions": functools.partial(demo_stream, client=TEXTS),
+    "/embeddings": demo_embeddings}
 
 
 # ======================================================================================================================
@@ -7960,7 +8200,9 @@ def unlisted_model(provider: Provider, model_id: str, **facts: Any) -> Model:
 
 # Models that are no chat models and so are not listed, by the bare name that clients have for them.
 UNLISTED = {name: f"{maker}/{name}" for maker, names in {
-    "openai": ("gpt-3.5-turbo-instruct", "davinci-002", "babbage-002"),
+    "openai": ("text-embedding-3-small", "text-embedding-3-large", "text-embedding-ada-002", "gpt-3.5-turbo-instruct",
+               "davinci-002", "babbage-002"),
+    "google": ("gemini-embedding-001",), "mistral": ("mistral-embed", "codestral-embed"),
 }.items() for name in names}
 
 
@@ -11330,7 +11572,8 @@ class Quirks:
 
 # Without these a request is another one.
 KEPT_PARAMETERS = frozenset({"model", "messages", "input", "contents", "request", "stream", "system", "instructions",
-                             "tools", "response_format", "text", "output_config", "prompt", "suffix", "echo"})
+                             "tools", "response_format", "text", "output_config", "prompt", "suffix", "echo", "content",
+                             "requests", "dimensions", "output_dimension", "outputDimensionality"})
 _UNSUPPORTED = tuple(re.compile(pattern, re.IGNORECASE) for pattern in (
     r"(?:unsupported|unknown|unrecognized|invalid) (?:parameter|argument|field|value)s?:? ['\"`]?([a-z_][\w.]*)",
     r"unrecognized request arguments? supplied: ['\"`]?([a-z_][\w.]*)",
@@ -11791,7 +12034,7 @@ class Gateway:
     def _outputs(self, lane: Lane, response: Response, is_stream: bool) -> Iterator[bytes]:
         try:
             if not is_stream:
-                yield lane.whole(response.read(MAX_EVENT_BYTES))
+                yield lane.whole(response.read(lane.limit_bytes))
                 return
             size, heard, heard_at = 0, 0, time.monotonic()
             for data in response:
@@ -12704,6 +12947,7 @@ class Handler(socketserver.BaseRequestHandler):
 ROUTES: Dict[str, Dict[str, Callable[[Handler, Head, Exchange, bytes], None]]] = {
     "/chat/completions": {"POST": Handler._complete},
     "/completions": {"POST": Handler._complete},
+    "/embeddings": {"POST": Handler._complete},
     "/messages": {"POST": Handler._complete},
     "/messages/count_tokens": {"POST": Handler._count_tokens},
     "/models": {"GET": Handler._models},
@@ -12732,7 +12976,7 @@ def route_not_found(path: str, shown: str) -> RouteNotFound:
     return RouteNotFound(f"{shown}: this gateway does not offer {name}" if name else f"no such path: {shown}")
 
 
-CLIENT_BY_PATH: Dict[str, ClientProtocol] = {"/completions": TEXTS}
+CLIENT_BY_PATH: Dict[str, ClientProtocol] = {"/completions": TEXTS, "/embeddings": EMBEDDINGS}
 
 
 def client_protocol(head: Head) -> ClientProtocol:

@@ -6190,7 +6190,7 @@ def test_nothing_secret_was_written(tmp_path: Any) -> None:
 #   PIGATEWAY_CLAUDE                         Claude Code's program
 #   PIGATEWAY_OLD_SDK_PYTHON                 a Python with openai<2, anthropic<1 and pytest
 #   PIGATEWAY_LITELLM_PYTHON                 a Python with litellm
-#   PIGATEWAY_REAL_MODEL                     the base URL of a llama.cpp server
+#   PIGATEWAY_REAL_MODEL                     the base URL of a llama.cpp server, with embeddings on
 #   PIGATEWAY_PYTHONS                        other interpreters, separated as in PATH
 
 
@@ -10976,6 +10976,30 @@ def test_real_model_is_discovered(real_model: pg.ServerHandle) -> None:
         assert said.strip()
 
 
+@pytest.mark.parametrize("given", ["Rome", ["Rome", "Paris"], [1, 2, 3], [[1, 2], [3]]],
+                         ids=["text", "texts", "tokens", "lists of tokens"])
+@pytest.mark.parametrize("form", ["float", "base64"])
+def test_real_model_embeds_as_it_does_directly(real_model: pg.ServerHandle, given: Any, form: str) -> None:
+    body = {"model": "small", "input": given, "encoding_format": form}
+    direct = call(program("PIGATEWAY_REAL_MODEL"), "/v1/embeddings", body, content_type="application/json")
+    assert direct.status == 200, direct
+    answer = call(real_model.url, "/v1/embeddings", {**body, "model": "chat/small"})
+    assert [(item["index"], item["embedding"]) for item in answer.json["data"]] == [
+        (item["index"], item["embedding"]) for item in direct.json["data"]]
+    assert (answer.json["usage"], answer.json["model"]) == (direct.json["usage"], "chat/small")
+    assert call(real_model.url, "/v1/embeddings", {**body, "model": "anth/small"}).status == 404
+
+
+@needs("openai")
+def test_real_model_embeds_for_the_sdk(real_model: pg.ServerHandle) -> None:
+    ways = [OpenAISdk(url).client.embeddings.create(model=name, input=["Rome", "Paris"], **form)
+            for url, name in ((real_model.url, "chat/small"), (program("PIGATEWAY_REAL_MODEL"), "small"))
+            for form in ({}, {"encoding_format": "float"})]
+    for made in ways[1:]:
+        for left, right in zip(made.data, ways[0].data):
+            assert list(left.embedding) == pytest.approx(list(right.embedding), abs=1e-6)
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_real_model_goes_on_with_a_text(real_model: pg.ServerHandle, stream: bool) -> None:
     body = {"prompt": "The capital of Italy is", "max_tokens": 8, "temperature": 0, "stream": stream}
@@ -13956,8 +13980,301 @@ def test_router_log_in_file(tmp_path: Any) -> None:
 
 
 # ======================================================================================================================
-# §7, §8 and §12 Legacy Completions, and what is not offered
+# §7, §8 and §12 Embeddings, legacy Completions, and what is not offered
 # ======================================================================================================================
+
+# What embeddings say in each form; 32-bit numbers hold all of these exactly.
+VECTORS = [[0.5, -0.25, 1.0], [2.0, 0.0, -8.0], [0.125, 3.0, 7.0]]
+IN_BASE64 = ["AAAAPwAAgL4AAIA/", "AAAAQAAAAAAAAADB", "AAAAPgAAQEAAAOBA"]
+EMBEDDINGS, TEXTS = pg.EMBEDDINGS, pg.TEXTS
+MISTRAL_EMBEDS, GEMINI_EMBEDS = "mistral-conversations", "google-generative-ai"
+
+
+def embedded(count: int, form: str = "float", **fields: Any) -> Answer:
+    """A host's answer for so many texts, in OpenAI's shape."""
+    vectors: Sequence[Any] = IN_BASE64 if form == "base64" else VECTORS
+    data = [{"object": "embedding", "index": place, "embedding": vectors[place]} for place in range(count)]
+    return Answer(body=json.dumps({"object": "list", "data": data, "model": "m1-2026", "usage": {
+        "prompt_tokens": 5, "total_tokens": 5}, **fields}).encode())
+
+
+def embedding_lane(protocol: str, body: Dict[str, Any], **facts: Any) -> pg.Lane:
+    """The lane of an embeddings request to a model of that protocol."""
+    target = model(protocol, **{"id": "m1", "base_url": "http://127.0.0.1:9/v1", **facts})
+    request = EMBEDDINGS.parse({"model": "p/m1", **body})
+    upstream = pg.UPSTREAM_PROTOCOLS[protocol]
+    return pg.choose_lane(EMBEDDINGS, upstream, request)(EMBEDDINGS, upstream, request, target, STAMP)
+
+
+AZURE_PARTS = {"base_url": "https://r.openai.azure.com", "api_version": "2026-01-01", "deployment_map": "m1=mine"}
+GEMINI_ONE = {"model": "models/m1", "content": {"parts": [{"text": "a"}]}}
+EMBEDDING_CALLS: Dict[str, Tuple[str, Dict[str, Any], str, Dict[str, str], Dict[str, Any], List[str], str]] = {
+    "openai-completions": (
+        "openai-completions", {"input": "a", "encoding_format": "base64", "dimensions": 3, "user": "u", "own": [1]},
+        "http://127.0.0.1:9/v1/embeddings", {"authorization": "Bearer sk-test", "openai-project": "proj"},
+        {"model": "m1", "input": "a", "encoding_format": "base64", "dimensions": 3, "user": "u", "own": [1]}, [],
+        "native"),
+    "openai-responses, tokens": (
+        "openai-responses", {"input": [[1, 2], [3]]}, "http://127.0.0.1:9/v1/embeddings",
+        {"authorization": "Bearer sk-test"}, {"model": "m1", "input": [[1, 2], [3]]}, [], "native"),
+    "azure": (
+        "azure-openai-responses", {"input": [7, 8]},
+        "https://r.openai.azure.com/openai/v1/embeddings?api-version=2026-01-01", {"api-key": "sk-test"},
+        {"model": "mine", "input": [7, 8]}, [], "native"),
+    "mistral": (
+        MISTRAL_EMBEDS, {"input": ["a", "b"], "encoding_format": "float", "dimensions": 3, "user": "u", "x": None},
+        "http://127.0.0.1:9/v1/embeddings", {"authorization": "Bearer sk-test"},
+        {"model": "m1", "input": ["a", "b"], "encoding_format": "float", "output_dimension": 3}, ["user"],
+        "translated"),
+    "gemini, one": (
+        GEMINI_EMBEDS, {"input": "a", "encoding_format": "base64", "user": "u", "task_type": "CLUSTERING"},
+        "http://127.0.0.1:9/v1/models/m1:embedContent", {"x-goog-api-key": "sk-test"},
+        {**GEMINI_ONE, "taskType": "CLUSTERING"}, ["user"], "translated"),
+    "gemini, several": (
+        GEMINI_EMBEDS, {"input": ["a", "b"], "dimensions": 3}, "http://127.0.0.1:9/v1/models/m1:batchEmbedContents",
+        {"x-goog-api-key": "sk-test"}, {"requests": [
+            {**GEMINI_ONE, "outputDimensionality": 3},
+            {"model": "models/m1", "content": {"parts": [{"text": "b"}]}, "outputDimensionality": 3}]}, [],
+        "translated"),
+    "gemini, a list of one": (
+        GEMINI_EMBEDS, {"input": ["a"]}, "http://127.0.0.1:9/v1/models/m1:batchEmbedContents", {},
+        {"requests": [GEMINI_ONE]}, [], "translated"),
+}
+
+
+@pytest.mark.parametrize("name", EMBEDDING_CALLS)
+def test_embedding_calls(name: str) -> None:
+    protocol, body, url, headers, sent, dropped, lane_name = EMBEDDING_CALLS[name]
+    lane = embedding_lane(protocol, body)
+    lane.request = pg.replace(lane.request, headers={"openai-project": "proj"}, session="s1")
+    made, left_out = lane.call(pg.Credential("api_key", "sk-test", parts=AZURE_PARTS if name == "azure" else {}))
+    assert (made.method, made.url, json.loads(made.body), left_out, lane.name) == (
+        "POST", url, sent, dropped, lane_name)
+    assert {name: made.headers.get(name) for name in headers} == headers
+    assert ("openai-project" in made.headers) == (lane_name == "native")
+
+
+@pytest.mark.parametrize("asked", [None, "float", "base64"])
+@pytest.mark.parametrize("given", ["float", "base64"])
+@pytest.mark.parametrize("form, count", [("one", 1), ([1, 2], 1), (["a", "b", "c"], 3), ([[1], [2, 3]], 2)],
+                         ids=["text", "tokens", "texts", "lists of tokens"])
+def test_embeddings_come_in_the_form_asked_for(tmp_path: Any, asked: Any, given: str, form: Any, count: int) -> None:
+    body = {"model": "chat/m1", "input": form, **pg.present(encoding_format=asked)}
+    with served(tmp_path, embedded(count, given, id="e1")) as (url, fake):
+        result = call(url, "/v1/embeddings", body)
+        assert fake.received[0].json == {**body, "model": "m1"} and fake.received[0].path == "/v1/embeddings"
+        assert call(url, "/embeddings", body).json == result.json
+    wanted: Sequence[Any] = IN_BASE64 if asked == "base64" else VECTORS
+    assert result.json == {
+        "object": "list", "model": "chat/m1", "id": "e1", "usage": {"prompt_tokens": 5, "total_tokens": 5},
+        "data": [{"object": "embedding", "index": place, "embedding": wanted[place]} for place in range(count)]}
+    assert (result.headers["x-pigateway-lane"], result.headers["x-pigateway-model"]) == ("native", "chat/m1")
+
+
+@pytest.mark.parametrize("wire, given, usage", [
+    ({"embedding": {"values": VECTORS[0]}}, "a", 0),
+    ({"embedding": {"values": VECTORS[0]}, "usageMetadata": {"promptTokenCount": 3}}, "a", 3),
+    ({"embeddings": [{"values": vector} for vector in VECTORS], "usageMetadata": {"promptTokenCount": 9}},
+     ["a", "b", "c"], 9)], ids=["one", "usage", "several"])
+@pytest.mark.parametrize("form", ["float", "base64"])
+def test_embeddings_of_gemini(wire: Dict[str, Any], given: Any, usage: int, form: str) -> None:
+    lane = embedding_lane(GEMINI_EMBEDS, {"input": given, "encoding_format": form})
+    lane.call(pg.Credential("api_key", "k"))
+    answer = json.loads(lane.whole(json.dumps(wire).encode()))
+    vectors: Sequence[Any] = IN_BASE64 if form == "base64" else VECTORS
+    assert [item["embedding"] for item in answer["data"]] == list(vectors[:len(answer["data"])])
+    assert [item["index"] for item in answer["data"]] == list(range(1 if given == "a" else 3))
+    assert (answer["object"], answer["model"]) == ("list", "p/m1")
+    assert answer["usage"] == {"prompt_tokens": usage, "total_tokens": usage}
+    assert lane.usage.prompt == usage and lane.finished
+
+
+@pytest.mark.parametrize("body, status, param, words", [
+    ({"model": "chat/m1"}, 400, "input", "Field required"),
+    ({"input": "a"}, 400, "model", "Field required"),
+    ({"model": "chat/m1", "input": []}, 400, "input", "not empty"),
+    ({"model": "chat/m1", "input": {"text": "a"}}, 400, "input", "string or an array"),
+    ({"model": "chat/m1", "input": [1, "a"]}, 400, "input[0]", "array of tokens"),
+    ({"model": "chat/m1", "input": ["a", [1, 2.5]]}, 400, "input[1]", "array of tokens"),
+    ({"model": "chat/m1", "input": [[]]}, 400, "input[0]", "array of tokens"),
+    ({"model": "chat/m1", "input": [True]}, 400, "input[0]", "array of tokens"),
+    ({"model": "chat/m1", "input": "a", "encoding_format": "int8"}, 400, "encoding_format", "float or base64"),
+    ({"model": "chat/m1", "input": "a", "dimensions": 0}, 400, "dimensions", "at least 1"),
+    ({"model": "chat/m1", "input": "a", "dimensions": "3"}, 400, "dimensions", "an integer"),
+    ({"model": "mis/m1", "input": [1, 2]}, 400, "input", "not tokens"),
+    ({"model": "gem/m1", "input": [["a"], [1]]}, 400, "input[0]", "array of tokens"),
+    ({"model": "gem/m1", "input": [[1]]}, 400, "input", "not tokens"),
+    ({"model": "anth/m1", "input": "a"}, 404, "model", "cannot make embeddings"),
+    ({"model": "nobody/m1", "input": "a"}, 404, "model", "no model"),
+    ({"model": "demo", "input": "a", "dimensions": 5000}, 400, None, "at most 4096")])
+def test_embeddings_that_are_refused(tmp_path: Any, body: Dict[str, Any], status: int, param: Any, words: str) -> None:
+    with fake_upstream(embedded(1)) as fake:
+        models = two_providers(fake.url)
+        entry = models["providers"]["chat"]
+        models["providers"].update(mis={**entry, "api": MISTRAL_EMBEDS}, gem={**entry, "api": GEMINI_EMBEDS})
+        write_agent_files(tmp_path, models=models)
+        with running(tmp_path) as handle:
+            result = call(handle.url, "/v1/embeddings", body)
+    error = result.json["error"]
+    assert (result.status, error["param"], error["type"]) == (status, param, "invalid_request_error")
+    assert words in error["message"] and fake.received == []
+
+
+@pytest.mark.parametrize("protocol", sorted(set(pg.UPSTREAM_PROTOCOLS) - set(pg.EMBEDDERS)))
+def test_protocols_without_embeddings_say_so(protocol: str) -> None:
+    with pytest.raises(pg.NotSupported, match=protocol + " has none"):
+        embedding_lane(protocol, {"input": "a"}).call(pg.Credential("api_key", "k"))
+
+
+def test_client_that_passes_dropped_fields_is_told_or_refused(tmp_path: Any) -> None:
+    with fake_upstream(embedded(1)) as fake:
+        models = two_providers(fake.url)
+        models["providers"]["mis"] = {**models["providers"]["chat"], "api": MISTRAL_EMBEDS}
+        write_agent_files(tmp_path, models=models)
+        with running(tmp_path) as handle:
+            body = {"model": "mis/m1", "input": "a", "user": "u"}
+            told = call(handle.url, "/v1/embeddings", body)
+            assert (told.headers["x-pigateway-dropped"], told.headers["x-pigateway-lane"]) == ("user", "translated")
+            assert call(handle.url, "/v1/embeddings", body, x_pigateway_strict="1").status == 400
+
+
+@pytest.mark.parametrize("answer, words", [
+    (embedded(1), "made 1 embeddings of 2 texts"), (Answer(body=b"<html>"), "not JSON"), (Answer(), "empty"),
+    (Answer(body=b'{"object": "list"}'), "no data"), (Answer(body=b'{"data": [1, 2]}'), "malformed"),
+    (Answer(body=b'{"data": [{}, {}]}'), "malformed"),
+    (Answer(body=b'{"error": {"message": "it broke", "type": "server_error"}}'), "it broke"),
+    (Answer(body=b'{"data": [{"embedding": []}, {"embedding": [1]}]}'), "malformed"),
+    (Answer(body=b'{"data": [{"embedding": ["x"]}, {"embedding": [1]}]}'), "malformed"),
+    (Answer(body=b'{"data": [{"embedding": [1e300]}, {"embedding": [1]}]}'), "malformed"),
+    (Answer(body=b'{"data": [{"embedding": {"0": 1}}, {"embedding": [1]}]}'), "malformed"),
+    (Answer(body=b'{"data": [{"embedding": [true]}, {"embedding": [1]}]}'), "malformed"),
+    (Answer(body=b'{"data": [{"embedding": [1%s]}, {"embedding": [1]}]}' % (b"0" * 400)), "malformed"),
+    (Answer(200, [b'data: {"data": []}\n\n'], "text/event-stream"), "streams"),
+    (Answer(200, [], "text/event-stream"), "streams"),
+    (Answer(200, [b'{"data": [', b""]), "")])
+def test_bad_answers_of_embeddings(tmp_path: Any, answer: Answer, words: str) -> None:
+    with served(tmp_path, answer) as (url, _):
+        result = call(url, "/v1/embeddings", {"model": "chat/m1", "input": ["a", "b"], "encoding_format": "base64"})
+    assert result.status == 502 and words in result.json["error"]["message"]
+
+
+@pytest.mark.parametrize("text", ["AAA", "AAAA", "!!!!", "AAAAPwAA", "AADAfw=="], ids=[
+    "padding", "three bytes", "letters", "six bytes", "not a number"])
+def test_base64_that_holds_no_numbers(tmp_path: Any, text: str) -> None:
+    body = json.dumps({"data": [{"embedding": text}]}).encode()
+    with served(tmp_path, Answer(body=body)) as (url, _):
+        assert call(url, "/v1/embeddings", {"model": "chat/m1", "input": "a"}).status == 502
+
+
+@pytest.mark.parametrize("answers, retries, status, calls", [
+    ([failing(429), embedded(1)], 1, 200, 2), ([failing(429)], 1, 429, 2), ([Answer(body=b""), embedded(1)], 1, 200, 2),
+    ([failing(501, "no embeddings here")], 2, 404, 1), ([failing(404)], 2, 404, 1), ([failing(401)], 2, 502, 1),
+    ([failing(400, "key sk-upstream-chat-key is bad")], 2, 400, 1)])
+def test_embeddings_fail_as_everything_else(tmp_path: Any, quick: Any, answers: List[Answer], retries: int, status: int,
+                                            calls: int) -> None:
+    with served(tmp_path, *answers, retries=retries) as (url, fake):
+        result = call(url, "/v1/embeddings", {"model": "chat/m1", "input": "a"})
+        assert (result.status, len(fake.received)) == (status, calls)
+        assert b"sk-upstream" not in result.body
+        assert fake.received[0].headers["authorization"] == "Bearer sk-upstream-chat-key"
+
+
+def test_chain_of_embedders_passes_over_who_has_none(tmp_path: Any) -> None:
+    chain = {"e": ["anth/m1", "chat/m1"], "both": ["anth/m1", "chat/m1"]}
+    with served(tmp_path, embedded(1), ANTH_FINE, model_map=chain) as (url, fake):
+        result = call(url, "/v1/embeddings", {"model": "e", "input": "a"})
+        assert (result.status, result.json["model"]) == (200, "e")
+        assert result.headers["x-pigateway-fallback"] == "anth/m1: not_supported"
+        # the model has done nothing wrong, so it need not rest
+        assert call(url, "/v1/chat/completions", {**ASK, "model": "both"}).headers["x-pigateway-model"] == "anth/m1"
+        assert len(fake.received) == 2
+
+
+@pytest.mark.parametrize("name, status, calls", [("user", 200, 2), ("dimensions", 400, 1), ("input", 400, 1)])
+def test_only_what_does_not_change_the_numbers_is_left_out(tmp_path: Any, name: str, status: int, calls: int) -> None:
+    with served(tmp_path, failing(400, f"Unknown parameter: '{name}'."), embedded(1)) as (url, fake):
+        result = call(url, "/v1/embeddings", {"model": "chat/m1", "input": "a", "user": "u", "dimensions": 3})
+        assert (result.status, len(fake.received)) == (status, calls)
+
+
+def test_embeddings_are_logged(tmp_path: Any, caplog: Any) -> None:
+    with caplog.at_level(logging.INFO, logger="pigateway"), served(tmp_path, embedded(1)) as (url, _):
+        call(url, "/v1/embeddings", {"model": "chat/m1", "input": "a"})
+    line = next(record.fields for record in caplog.records if getattr(record, "fields", {}).get("kind") == "access")
+    assert (line["model"], line["lane"], line["tokens_in"], line["status"]) == ("chat/m1", "native", 5, 200)
+
+
+@pytest.mark.parametrize("name, full", [
+    ("text-embedding-3-small", "openai/text-embedding-3-small"), ("mistral-embed", "mistral/mistral-embed"),
+    ("gemini-embedding-001", "google/gemini-embedding-001"), ("gpt-3.5-turbo-instruct", "openai/gpt-3.5-turbo-instruct"),
+    ("openrouter/openai/text-embedding-3-small", "openrouter/openai/text-embedding-3-small")])
+def test_models_that_no_list_has_are_found(name: str, full: str) -> None:
+    catalogue = pg.Catalogue(pg.PROVIDERS)
+    assert catalogue.resolve(name, lambda provider: False).full_id == full
+    assert full not in {listed.full_id for listed in catalogue.listing(lambda provider: True)}
+
+
+def test_demo_embeddings(tmp_path: Any) -> None:
+    with running(tmp_path) as handle:
+        texts = ["red apples", "red pears", "blue sky", "red apples", ""]
+        result = call(handle.url, "/v1/embeddings", {"model": "demo", "input": texts, "dimensions": 256})
+        one, two, three, again, _ = [item["embedding"] for item in result.json["data"]]
+        assert one == again and len(one) == 256 and result.json["usage"]["prompt_tokens"] == 8
+
+        def nearness(left: List[float], right: List[float]) -> float:
+            return sum(a * b for a, b in zip(left, right))
+
+        assert nearness(one, one) == pytest.approx(1) and nearness(one, two) > nearness(one, three)
+        assert call(handle.url, "/v1/embeddings", {"model": "demo", "input": [1, 2]}).status == 200
+
+
+@pytest.mark.parametrize("body, is_same", [
+    (b'{"object":"list", "model" : "m1","data":[{"object":"embedding","index":0,"embedding":[0.10, 1e-2]}],'
+     b'"usage":{"prompt_tokens":1,"total_tokens":1}}', True),
+    (b'{"object":"list","data":[{"object":"embedding","index":0,"embedding":[0.10],"model":"m1"}],'
+     b'"usage":{"prompt_tokens":1,"total_tokens":1}}', False),
+    (b'\xef\xbb\xbf{"object":"list","model":"m1","data":[{"object":"embedding","index":0,"embedding":[0.10]}],'
+     b'"usage":{"prompt_tokens":1,"total_tokens":1}}', False),
+    (b'{"object":"list","mod\\u0065l":"m1","data":[{"object":"embedding","index":0,"embedding":[0.10],'
+     b'"x":{"model":"m1"}}],"usage":{"prompt_tokens":1,"total_tokens":1}}', False),
+    (b'{"object":"list","model":"m1","data":[{"object":"embedding","index":0,"embedding":[0.10],"x":{"model":"m1"}}],'
+     b'"usage":{"prompt_tokens":1,"total_tokens":1}}', False),
+    (b'{"model":"m1","data":[{"embedding":[0.10]}]}', False)],
+    ids=["in order", "nested", "BOM", "escaped key", "two models", "incomplete"])
+def test_numbers_pass_as_they_are_written(body: bytes, is_same: bool) -> None:
+    lane = embedding_lane("openai-completions", {"input": "a"})
+    lane.call(pg.Credential("api_key", "k"))
+    out = lane.whole(body)
+    assert (b"[0.10" in out) is is_same and json.loads(out)["model"] == "p/m1" and json.loads(out)["usage"]
+    given = json.loads(body.decode("utf-8-sig"))["data"][0]
+    assert json.loads(out)["data"][0] == {"object": "embedding", "index": 0, **given}
+
+
+def test_large_embeddings_fit(tmp_path: Any) -> None:
+    """More than a provider's answer may hold elsewhere: a thousand texts at 3072 numbers."""
+    row = "[" + ",".join(["-0.012345678"] * 3072) + "]"
+    data = ",".join(f'{{"embedding":{row},"index":{place}}}' for place in range(1000))
+    with served(tmp_path, Answer(body=f'{{"data":[{data}]}}'.encode())) as (url, _):
+        result = call(url, "/v1/embeddings", {"model": "chat/m1", "input": ["a"] * 1000, "encoding_format": "base64"})
+    assert result.status == 200 and len(result.json["data"]) == 1000
+    assert len(base64.b64decode(result.json["data"][999]["embedding"])) == 4 * 3072
+
+
+@needs("openai")
+@pytest.mark.parametrize("target", ["chat/m1", "demo"])
+@pytest.mark.parametrize("given", ["float", "base64"])
+def test_embeddings_with_the_sdk(tmp_path: Any, target: str, given: str) -> None:
+    with served(tmp_path, embedded(2, given), demo=True) as (url, fake):
+        client = OpenAISdk(url).client
+        made = client.embeddings.create(model=target, input=["Hi", "there"])
+        plain = client.embeddings.create(model=target, input=["Hi", "there"], encoding_format="float")
+    for packed, numbers in zip(made.data, plain.data):
+        assert list(packed.embedding) == pytest.approx(numbers.embedding)
+    assert made.model == target and made.usage.prompt_tokens == made.usage.total_tokens > 0
+    if target != "demo":
+        assert [received.json["encoding_format"] for received in fake.received] == ["base64", "float"]
+        assert [list(item.embedding) for item in made.data] == VECTORS[:2]
+
 
 # --- Legacy Completions -----------------------------------------------------------------------------------------------
 
@@ -14192,6 +14509,26 @@ def lone(tmp_path_factory: Any) -> Iterator[pg.ServerHandle]:
 
 
 @needs("jsonschema")
+@pytest.mark.parametrize("target", ["chat/m1", "demo"])
+def test_contract_of_embeddings(tmp_path: Any, target: str, legacy_spec: Any) -> None:
+    def provider(request: Received) -> Answer:
+        return embedded(len(pg.texts_or_tokens(request.json, "input")))
+
+    with served(tmp_path, provider, demo=True) as (url, _):
+        for given in ("a", ["a", "b"], [1, 2], [[1], [2]]):
+            for form in ("float", "base64"):
+                body = {"model": target, "input": given, "encoding_format": form, "dimensions": 3, "user": "u"}
+                fit("openai-embeddings-request", body)
+                result = call(url, "/v1/embeddings", body)
+                fit("openai-embeddings", result.json)
+                # their description of the answer only knows numbers
+                assert form == "base64" or not told_errors(legacy_spec["CreateEmbeddingResponse"], result.json)
+                assert not told_errors(legacy_spec["CreateEmbeddingRequest"], body)
+        fit("openai-error", call(url, "/v1/embeddings", {"model": target}).json)
+        fit("openai-error", call(url, "/v1/images/generations", {}).json)
+
+
+@needs("jsonschema")
 @pytest.mark.parametrize("target", ["chat/m1", "anth/m1", "demo"])
 def test_contract_of_texts(tmp_path: Any, target: str, legacy_spec: Any) -> None:
     provider = saying(PLAIN) if target == "anth/m1" else text_answer
@@ -14213,7 +14550,7 @@ def test_contract_of_texts(tmp_path: Any, target: str, legacy_spec: Any) -> None
 def legacy_spec() -> Dict[str, Any]:
     """Like `openai_spec`: validators by name, which let everything pass where the document is not at hand."""
     jsonschema = importlib.import_module("jsonschema")
-    names = ("CreateCompletionRequest", "CreateCompletionResponse")
+    names = ("CreateEmbeddingRequest", "CreateEmbeddingResponse", "CreateCompletionRequest", "CreateCompletionResponse")
     if not os.path.exists(OPENAI_SPEC):
         return {name: jsonschema.Draft202012Validator({}) for name in names}
     with open(OPENAI_SPEC, encoding="utf-8") as file:
