@@ -152,6 +152,7 @@ log.addHandler(logging.NullHandler())
 #   GatewayError            500   message, code, param, retry_after (seconds)
 #   ├─ BadRequest           400   ← ContextOverflow 400, ModelNotFound 404 ← NotSupported, RouteNotFound 404,
 #   │                               MethodNotAllowed 405, RequestTimeout 408, Conflict 409, BodyTooLarge 413,
+#   │                               UpgradeRefused 426,
 #   │                               HeadTooLarge 431
 #   ├─ Unauthorized         401   the client's key for us, or no key of ours for the provider ← LogInOver 401
 #   ├─ Forbidden            403   a host, an origin or a subscription that may not be used; a provider's own 403
@@ -253,6 +254,12 @@ class BodyTooLarge(BadRequest):
     """The body is over our limit, or over the provider's."""
 
     status, code = 413, "request_body_too_large"
+
+
+class UpgradeRefused(BadRequest):
+    """The client wants to speak another protocol on this connection."""
+
+    status, code = 426, "upgrade_refused"
 
 
 class HeadTooLarge(BadRequest):
@@ -575,13 +582,15 @@ class Message:
 @dataclass(frozen=True)
 class Tool:
     """A function that the model may call; `schema` is the JSON Schema of its arguments. A `custom` tool takes free text
-    and travels as a function with the single string property `input`."""
+    and travels as a function with the single string property `input`. `path` is what the client calls a tool that it
+    has put into a namespace: that namespace, and the tool's name there."""
 
     name: str
     description: Optional[str] = None
     schema: Mapping[str, Any] = field(default_factory=lambda: {"type": "object", "properties": {}})
     strict: Optional[bool] = None
     custom: bool = False
+    path: Tuple[str, ...] = ()
 
 
 class ToolChoice(NamedTuple):
@@ -1258,7 +1267,8 @@ def normalise(request: Request, model: Model, upstream: UpstreamProtocol, names:
     request = replace(request, **{name: () if name == "stop" else None for name in missing})
     request = fit_history(request, model, upstream)
     if not request.messages and not request.system:
-        raise BadRequest("messages: there is nothing in them", param="messages")
+        where = names.get("messages", "messages")
+        raise BadRequest(f"{where}: there is nothing in them", param=where)
     return replace(request, max_tokens=fit_max_tokens(request.max_tokens, model)), dropped
 
 
@@ -1493,6 +1503,73 @@ class Writer:
     handlers: Mapping[type, Callable[[Any, Any], bytes]] = {}
 
 
+class SerialWriter(Writer):
+    """A writer for clients that see one part at a time: the events of a part that overlaps the open one wait until that
+    ends. A text begins with its first piece, so that empty ones are never sent."""
+
+    def __init__(self, request: Request, stamp: Stamp) -> None:
+        self._request = request
+        self._stamp = stamp
+        self._open: Optional[int] = None        # the representation's index of the open part
+        self._unsent: Optional[Part] = None     # an open text of which nothing was sent
+        self._waiting: Dict[int, List[Event]] = {}
+        self._hidden: set[int] = set()
+
+    def hides(self, part: Part) -> bool:
+        """Whether the client is not to see this part."""
+        return False
+
+    def begin(self, part: Part) -> bytes:
+        """The beginning of a part."""
+        raise NotImplementedError
+
+    def piece(self, text: str) -> bytes:
+        """More of the open part."""
+        raise NotImplementedError
+
+    def finish(self, part: Part) -> bytes:
+        """The end of the open part, which is the whole of it."""
+        raise NotImplementedError
+
+    def part_start(self, event: PartStart) -> bytes:
+        """Handles the event."""
+        if self.hides(event.part):
+            self._hidden.add(event.index)
+            return b""
+        if self._open is not None:
+            self._waiting[event.index] = [event]
+            return b""
+        self._open = event.index
+        if isinstance(event.part, Text):
+            self._unsent = event.part
+            return b""
+        return self.begin(event.part)
+
+    def part_delta(self, event: PartDelta) -> bytes:
+        """Handles the event."""
+        if event.index != self._open:
+            if event.index not in self._hidden:
+                self._waiting[event.index].append(event)
+            return b""
+        if self._unsent is None:
+            return self.piece(event.text)
+        opening, self._unsent = self.begin(self._unsent), None
+        return opening + self.piece(event.text)
+
+    def part_end(self, event: PartEnd) -> bytes:
+        """Handles the event, and those that have waited for it."""
+        if event.index in self._hidden:
+            return b""
+        if event.index != self._open:
+            self._waiting[event.index].append(event)
+            return b""
+        out = self.finish(event.part) if self._unsent is None else b""
+        self._open, self._unsent = None, None
+        if self._waiting:
+            out += self.write(self._waiting.pop(min(self._waiting)))
+        return out
+
+
 class Notes:
     """What a parser finds beside the conversation; see `Request`."""
 
@@ -1640,11 +1717,166 @@ def unseal(signature: Optional[str], protocol: str) -> Tuple[Optional[str], str,
     return (inner, maker, origin) if all(isinstance(text, str) for text in (maker, inner, origin)) else (None, "", "")
 
 
+# --- OpenAI, both APIs ------------------------------------------------------------------------------------------------
+
+TOOL_CHOICES = ("auto", "none", "required")
+
+
+class OpenAIClient(ClientProtocol):
+    """What OpenAI's two APIs have in common: how they say that something went wrong."""
+
+    error_types = {
+        GatewayError: (None, "server_error"), BadRequest: (None, "invalid_request_error"),
+        Unauthorized: (None, "authentication_error"), Forbidden: (None, "permission_error"),
+        ShuttingDown: (None, "service_unavailable_error"),
+        UpstreamError: (None, "upstream_error"), CredentialRefused: (None, "authentication_error"),
+        RateLimited: (None, "rate_limit_error"), QuotaExceeded: (None, "insufficient_quota"),
+        Overloaded: (None, "service_unavailable_error"), UpstreamTimeout: (None, "server_error"),
+    }
+    content_parts: Mapping[str, Callable[..., Optional[Part]]] = {}
+
+    def content(self, content: Any, path: str, notes: Notes) -> Tuple[Part, ...]:
+        """A string or an array of parts, each read by `content_parts`."""
+        if isinstance(content, str):
+            return (Text(content),) if content else ()
+        if not isinstance(content, list):
+            raise BadRequest(f"{path}: must be a string or an array of parts", code="invalid_type", param=path)
+        parts = []
+        for where, part in objects(content, path):
+            kind = required(part, "type", "a string", where)
+            if part.get("cache_control") is not None:
+                notes.lose(f"{where}.cache_control")
+            if kind in self.content_parts:
+                parts.append(self.content_parts[kind](self, part, where, notes))
+            else:
+                notes.refused.append((f"{where}.type", f"content of type {kind[:40]!r} cannot go to this model"))
+        return tuple(part for part in parts if part is not None)
+
+    def text_part(self, part: Dict[str, Any], path: str, notes: Notes) -> Text:
+        """Reads text."""
+        return Text(required(part, "text", "a string", path))
+
+    def refusal_part(self, part: Dict[str, Any], path: str, notes: Notes) -> Text:
+        """Reads an earlier refusal, which to other models is text."""
+        return Text(required(part, "refusal", "a string", path))
+
+    def render_error(self, error: GatewayError, request_id: str) -> Tuple[int, Dict[str, Any]]:
+        """The envelope {"error": {message, type, param, code}}."""
+        status, word = self.classify(error)
+        return status, {"error": {"message": error.message, "type": word, "param": error.param, "code": error.code}}
+
+
+def checked_fields(data: Mapping[str, Any], table: Mapping[str, Tuple[str, Optional[float], Optional[float]]],
+                   ) -> Dict[str, Any]:
+    """The scalar fields of a request, checked by a table of kinds and ranges."""
+    return {name: optional(data, name, kind, "", low, high) for name, (kind, low, high) in table.items()}
+
+
+def without_defaults(fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> Dict[str, Any]:
+    """The fields with None for values that ask for nothing."""
+    return {name: None if name in defaults and value == defaults[name] else value for name, value in fields.items()}
+
+
+def extra_fields(data: Mapping[str, Any], known: FrozenSet[str], defaults: Mapping[str, Any],
+                 refusals: Mapping[str, str], notes: Notes) -> Dict[str, Any]:
+    """What a request says beyond the known fields; what would change the answer is noted as refused instead."""
+    extra = {}
+    for name, value in data.items():
+        if name in known or value is None or (name in defaults and value == defaults[name]):
+            continue
+        if name in refusals:
+            notes.refused.append((name, refusals[name]))
+        else:
+            extra[name] = value
+    return extra
+
+
+def leading_texts(turns: Iterable[Message]) -> Tuple[Text, ...]:
+    """The texts of the system turns with which a conversation begins."""
+    return tuple(part for turn in turns for part in turn.parts if isinstance(part, Text))
+
+
+def function_tool(item: Dict[str, Any], path: str) -> Tool:
+    """A function as OpenAI declares it."""
+    return Tool(required(item, "name", "a string", path), optional(item, "description", "a string", path),
+                optional(item, "parameters", "an object", path) or {"type": "object", "properties": {}},
+                optional(item, "strict", "a boolean", path))
+
+
+def custom_tool(item: Dict[str, Any], grammar: Any, path: str) -> Tool:
+    """A tool that takes free text; its grammar, which other providers cannot enforce, is described to the model."""
+    description = optional(item, "description", "a string", path) or ""
+    if isinstance(grammar, dict) and grammar.get("definition"):
+        description += f"\n\nThe input must follow this {grammar.get('syntax')} grammar:\n{grammar['definition']}"
+    schema = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
+    return Tool(required(item, "name", "a string", path), description or None, schema, custom=True)
+
+
+def plain_choice(value: str, path: str) -> ToolChoice:
+    """A tool choice that is a word."""
+    if value not in TOOL_CHOICES:
+        raise BadRequest(f"{path}: must be none, auto, required or an object", param=path)
+    return ToolChoice(value)
+
+
+def named_choice(name: str, tools: Sequence[Tool], path: str) -> ToolChoice:
+    """The choice of one tool, by its own name or by that in its namespace."""
+    for tool in tools:
+        if name in (tool.name, *tool.path[1:]):
+            return ToolChoice("tool", tool.name)
+    raise BadRequest(f"{path}: no tool is called {name!r}", param=path)
+
+
+def allowed_choice(mode: Any, names: Sequence[str], tools: Sequence[Tool]) -> Tuple[ToolChoice, List[Tool]]:
+    """The choice among some of the tools, and these."""
+    allowed = [tool for tool in tools if {tool.name, *tool.path[1:]}.intersection(names)]
+    return ToolChoice("required" if mode == "required" else "auto"), allowed
+
+
+def format_kind(value: Mapping[str, Any], path: str) -> str:
+    """The type of a response format: text, json_object or json_schema."""
+    kind = value.get("type")
+    if kind not in ("text", "json_object", "json_schema"):
+        raise BadRequest(f"{path}.type: must be text, json_object or json_schema", param=f"{path}.type")
+    return str(kind)
+
+
+def schema_format(value: Dict[str, Any], path: str) -> OutputFormat:
+    """Structured output by a schema: {name, schema, strict}."""
+    return OutputFormat(optional(value, "schema", "an object", path) or {"type": "object"},
+                        optional(value, "name", "a string", path) or "output",
+                        optional(value, "strict", "a boolean", path))
+
+
+def url_image(url: str, detail: Optional[str], path: str) -> Image:
+    """A picture by its address or data URL."""
+    if not url.startswith("data:"):
+        return Image(url=check_url(url, path), detail=detail)
+    media_type, payload = parse_data_url(url, path)
+    if not media_type.startswith("image/"):
+        raise BadRequest(f"{path}: {media_type} is not an image type", param=path)
+    return Image(media_type, payload, detail=detail)
+
+
+def file_document(payload: str, name: Optional[str], path: str) -> Document:
+    """A file by its data URL, or by base64 of a PDF."""
+    media_type = "application/pdf"
+    if payload.startswith("data:"):
+        media_type, payload = parse_data_url(payload, path)
+    return Document(media_type, payload, name=name)
+
+
+def call_arguments(value: Any, path: str) -> str:
+    """The arguments of a call, which are JSON text; some clients forget to encode them."""
+    if isinstance(value, dict):
+        return json_text(value)
+    return "" if value is None else check(value, "a string", path)
+
+
 # --- OpenAI Chat Completions ------------------------------------------------------------------------------------------
 
 CHAT_FINISH = {"stop": "stop", "stop_sequence": "stop", "pause": "stop", "length": "length", "overflow": "length",
                "tool_use": "tool_calls", "refusal": "content_filter"}
-CHAT_CHOICES = {"auto": "auto", "none": "none", "required": "required"}
 
 # Scalar request fields: (kind, low, high). Ranges by the OpenAI API description, 2.3.0.
 CHAT_FIELDS: Dict[str, Tuple[str, Optional[float], Optional[float]]] = {
@@ -1679,26 +1911,18 @@ CHAT_KNOWN = frozenset({
     "tool_choice", "functions", "function_call", "parallel_tool_calls", "user", "safety_identifier", "verbosity"})
 
 
-class OpenAIChat(ClientProtocol):
+class OpenAIChat(OpenAIClient):
     """OpenAI Chat Completions: POST /v1/chat/completions."""
 
     name = "openai-chat"
     field_names = {"parallel_tools": "parallel_tool_calls", "output": "response_format",
                    "reasoning": "reasoning_effort"}
-    error_types = {
-        GatewayError: (None, "server_error"), BadRequest: (None, "invalid_request_error"),
-        Unauthorized: (None, "authentication_error"), Forbidden: (None, "permission_error"),
-        ShuttingDown: (None, "service_unavailable_error"),
-        UpstreamError: (None, "upstream_error"), CredentialRefused: (None, "authentication_error"),
-        RateLimited: (None, "rate_limit_error"), QuotaExceeded: (None, "insufficient_quota"),
-        Overloaded: (None, "service_unavailable_error"), UpstreamTimeout: (None, "server_error"),
-    }
 
     def parse(self, data: Dict[str, Any]) -> Request:
         """See `ClientProtocol.parse`; fields by the OpenAI API description, 2.3.0."""
         notes = Notes()
-        fields = {name: optional(data, name, kind, "", low, high) for name, (kind, low, high) in CHAT_FIELDS.items()}
-        said = {name: None if value == CHAT_DEFAULTS.get(name, self) else value for name, value in fields.items()}
+        fields = checked_fields(data, CHAT_FIELDS)
+        said = without_defaults(fields, CHAT_DEFAULTS)
         model = required(data, "model", "a string")
         turns = self._messages(required(data, "messages", "an array"), notes)
         leading = next((place for place, turn in enumerate(turns) if turn.role != "system"), len(turns))
@@ -1708,7 +1932,7 @@ class OpenAIChat(ClientProtocol):
         extra = extra_fields(data, CHAT_KNOWN.union(reasoning_fields), CHAT_DEFAULTS, CHAT_REFUSALS, notes)
         return Request(
             model=model, messages=tuple(turns[leading:]), tools=tuple(tools), tool_choice=tool_choice,
-            system=tuple(part for turn in turns[:leading] for part in turn.parts if isinstance(part, Text)),
+            system=leading_texts(turns[:leading]),
             max_tokens=said["max_completion_tokens"] or said["max_tokens"], stop=self._stop(data.get("stop")),
             output=self._output(fields["response_format"]), reasoning=reasoning,
             user=said["user"] or said["safety_identifier"], parallel_tools=False if fields["parallel_tool_calls"] is False
@@ -1724,18 +1948,11 @@ class OpenAIChat(ClientProtocol):
         return tuple(check(text, "a string", f"stop[{index}]") for index, text in enumerate(texts) if text != "")
 
     def _output(self, value: Optional[Dict[str, Any]]) -> Optional[OutputFormat]:
-        if value is None or value.get("type") == "text":
-            return None
-        if value.get("type") == "json_object":
-            return OutputFormat()
-        if value.get("type") != "json_schema":
-            raise BadRequest("response_format.type: must be text, json_object or json_schema",
-                             param="response_format.type")
+        kind = "text" if value is None else format_kind(value, "response_format")
+        if value is None or kind != "json_schema":
+            return OutputFormat() if kind == "json_object" else None
         inner = required(value, "json_schema", "an object", "response_format")
-        path = "response_format.json_schema"
-        return OutputFormat(optional(inner, "schema", "an object", path) or {"type": "object"},
-                            optional(inner, "name", "a string", path) or "output",
-                            optional(inner, "strict", "a boolean", path))
+        return schema_format(inner, "response_format.json_schema")
 
     def reasoning(self, data: Dict[str, Any]) -> Tuple[Optional[Reasoning], List[str]]:
         """How hard to think, in any of the spellings in use, and the names of the fields that said so."""
@@ -1767,27 +1984,17 @@ class OpenAIChat(ClientProtocol):
         for path, item in objects(data.get("tools"), "tools"):
             kind = item.get("type", "function")
             if kind == "function":
-                tools.append(self._function(required(item, "function", "an object", path), f"{path}.function"))
+                tools.append(function_tool(required(item, "function", "an object", path), f"{path}.function"))
             elif kind == "custom":
-                tools.append(self._custom_tool(required(item, "custom", "an object", path), f"{path}.custom"))
+                inner = required(item, "custom", "an object", path)
+                form = inner.get("format")
+                grammar = form.get("grammar") if isinstance(form, dict) else None
+                tools.append(custom_tool(inner, grammar, f"{path}.custom"))
             else:
                 notes.lose(path)
         for path, item in objects(data.get("functions"), "functions"):
-            tools.append(self._function(item, path))
+            tools.append(function_tool(item, path))
         return tools
-
-    def _function(self, item: Dict[str, Any], path: str) -> Tool:
-        return Tool(required(item, "name", "a string", path), optional(item, "description", "a string", path),
-                    optional(item, "parameters", "an object", path) or {"type": "object", "properties": {}},
-                    optional(item, "strict", "a boolean", path))
-
-    def _custom_tool(self, item: Dict[str, Any], path: str) -> Tool:
-        grammar = (item.get("format") or {}).get("grammar") if isinstance(item.get("format"), dict) else None
-        description = optional(item, "description", "a string", path) or ""
-        if isinstance(grammar, dict):
-            description += f"\n\nThe input must follow this {grammar.get('syntax')} grammar:\n{grammar.get('definition')}"
-        schema = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
-        return Tool(required(item, "name", "a string", path), description or None, schema, custom=True)
 
     def _tool_choice(self, data: Dict[str, Any], tools: List[Tool]) -> Tuple[Optional[ToolChoice], List[Tool]]:
         value, path = data.get("tool_choice"), "tool_choice"
@@ -1798,23 +2005,18 @@ class OpenAIChat(ClientProtocol):
         if value is None:
             return None, tools
         if isinstance(value, str):
-            if value not in CHAT_CHOICES:
-                raise BadRequest(f"{path}: must be none, auto, required or an object", param=path)
-            return ToolChoice(CHAT_CHOICES[value]), tools
+            return plain_choice(value, path), tools
         check(value, "an object", path)
         kind = value.get("type")
         if kind in ("function", "custom"):
             name = required(required(value, kind, "an object", path), "name", "a string", f"{path}.{kind}")
-            if name not in {tool.name for tool in tools}:
-                raise BadRequest(f"{path}.{kind}.name: no tool is called {name!r}", param=f"{path}.{kind}.name")
-            return ToolChoice("tool", name), tools
+            return named_choice(name, tools, f"{path}.{kind}.name"), tools
         if kind != "allowed_tools":
             raise BadRequest(f"{path}.type: must be function, custom or allowed_tools", param=f"{path}.type")
         allowed = required(value, "allowed_tools", "an object", path)
         names = [self._allowed_name(item, where)
                  for where, item in objects(allowed.get("tools"), f"{path}.allowed_tools.tools")]
-        mode = "required" if allowed.get("mode") == "required" else "auto"
-        return ToolChoice(mode), [tool for tool in tools if tool.name in names]
+        return allowed_choice(allowed.get("mode"), names, tools)
 
     def _allowed_name(self, item: Dict[str, Any], path: str) -> str:
         kind = optional(item, "type", "a string", path) or "function"
@@ -1886,12 +2088,8 @@ class OpenAIChat(ClientProtocol):
             text = optional(custom, "input", "a string", f"{path}.custom") or ""
             return ToolCall(call_id, required(custom, "name", "a string", f"{path}.custom"), json_text({"input": text}))
         function = required(call, "function", "an object", path)
-        arguments = function.get("arguments")
-        if isinstance(arguments, dict):         # some clients forget to encode them
-            arguments = json_text(arguments)
-        if arguments is not None:
-            check(arguments, "a string", f"{path}.function.arguments")
-        return ToolCall(call_id, required(function, "name", "a string", f"{path}.function"), arguments or "")
+        arguments = call_arguments(function.get("arguments"), f"{path}.function.arguments")
+        return ToolCall(call_id, required(function, "name", "a string", f"{path}.function"), arguments)
 
     def _tool(self, item: Dict[str, Any], path: str, notes: Notes) -> Message:
         call_id = required(item, "tool_call_id", "a string", path)
@@ -1903,29 +2101,8 @@ class OpenAIChat(ClientProtocol):
         return Message("tool", (ToolResult(call_id, self._content(item, path, notes)),))
 
     def _content(self, item: Dict[str, Any], path: str, notes: Notes) -> Tuple[Part, ...]:
-        content, path = item.get("content"), f"{path}.content"
-        if content is None:
-            return ()
-        if isinstance(content, str):
-            return (Text(content),) if content else ()
-        if not isinstance(content, list):
-            raise BadRequest(f"{path}: must be a string or an array of parts", code="invalid_type", param=path)
-        parts = []
-        for where, part in objects(content, path):
-            kind = required(part, "type", "a string", where)
-            if part.get("cache_control") is not None:
-                notes.lose(f"{where}.cache_control")
-            if kind in self.content_parts:
-                parts.append(self.content_parts[kind](self, part, where, notes))
-            else:
-                notes.refused.append((f"{where}.type", f"content of type {kind[:40]!r} cannot go to this model"))
-        return tuple(part for part in parts if part is not None)
-
-    def _text_part(self, part: Dict[str, Any], path: str, notes: Notes) -> Text:
-        return Text(required(part, "text", "a string", path))
-
-    def _refusal_part(self, part: Dict[str, Any], path: str, notes: Notes) -> Text:
-        return Text(required(part, "refusal", "a string", path))
+        content = item.get("content")
+        return () if content is None else self.content(content, f"{path}.content", notes)
 
     def _image_part(self, part: Dict[str, Any], path: str, notes: Notes) -> Image:
         value, where = part.get("image_url"), f"{path}.image_url"
@@ -1936,12 +2113,7 @@ class OpenAIChat(ClientProtocol):
             raise missing_field(where)
         url = required(check(value, "an object", where), "url", "a string", where)
         detail = optional(value, "detail", "a string", where)
-        if not url.startswith("data:"):
-            return Image(url=check_url(url, f"{where}.url"), detail=detail)
-        media_type, payload = parse_data_url(url, f"{where}.url")
-        if not media_type.startswith("image/"):
-            raise BadRequest(f"{where}.url: {media_type} is not an image type", param=f"{where}.url")
-        return Image(media_type, payload, detail=detail)
+        return url_image(url, detail, f"{where}.url")
 
     def _file_part(self, part: Dict[str, Any], path: str, notes: Notes) -> Optional[Document]:
         value, where = required(part, "file", "an object", path), f"{path}.file"
@@ -1949,16 +2121,14 @@ class OpenAIChat(ClientProtocol):
         if payload is None:
             notes.refused.append((where, "only file_data can go to this model, not file_id"))
             return None
-        media_type = "application/pdf"
-        if payload.startswith("data:"):
-            media_type, payload = parse_data_url(payload, f"{where}.file_data")
-        return Document(media_type, payload, name=optional(value, "filename", "a string", where))
+        return file_document(payload, optional(value, "filename", "a string", where), f"{where}.file_data")
 
     roles: Mapping[str, Callable[..., Message]] = {
         "system": _system, "developer": _system, "user": _user, "assistant": _assistant, "tool": _tool,
         "function": _legacy_result}
     content_parts: Mapping[str, Callable[..., Optional[Part]]] = {
-        "text": _text_part, "refusal": _refusal_part, "image_url": _image_part, "file": _file_part}
+        "text": OpenAIClient.text_part, "refusal": OpenAIClient.refusal_part, "image_url": _image_part,
+        "file": _file_part}
 
     def render(self, request: Request, reply: Reply, stamp: Stamp) -> Dict[str, Any]:
         """A chat.completion object."""
@@ -1981,11 +2151,6 @@ class OpenAIChat(ClientProtocol):
     def writer(self, request: Request, stamp: Stamp) -> Writer:
         """See `ClientProtocol.writer`."""
         return ChatWriter(request, stamp)
-
-    def render_error(self, error: GatewayError, request_id: str) -> Tuple[int, Dict[str, Any]]:
-        """The envelope {"error": {message, type, param, code}}."""
-        status, word = self.classify(error)
-        return status, {"error": {"message": error.message, "type": word, "param": error.param, "code": error.code}}
 
 
 FINGERPRINT = f"fp_{NAME}"
@@ -2624,19 +2789,12 @@ def stop_fields(stop_reason: str, detail: Optional[str]) -> Dict[str, Any]:
     return fields
 
 
-class MessagesWriter(Writer):
-    """Events → Anthropic's server-sent events. One block is open at a time, numbered in the order they are opened: the
-    events of a part that overlaps it wait until it ends."""
+class MessagesWriter(SerialWriter):
+    """Events → Anthropic's server-sent events. Blocks are numbered in the order they are opened."""
 
     def __init__(self, request: Request, stamp: Stamp) -> None:
-        self._request = request
-        self._stamp = stamp
-        self._open: Optional[int] = None        # the representation's index of the open part
-        self._unsent: Optional[PartStart] = None     # an open text part of which nothing was sent: empty ones never are
+        super().__init__(request, stamp)
         self._block = -1                        # the client's index of the open block
-        self._kind: type = Text
-        self._waiting: Dict[int, List[Event]] = {}
-        self._hidden: set[int] = set()
 
     def _start(self, event: Start) -> bytes:
         usage = messages_usage(event.usage or Usage(estimate_tokens(self._request)))
@@ -2645,22 +2803,13 @@ class MessagesWriter(Writer):
                    "usage": usage}
         return sse({"type": "message_start", "message": message}, "message_start")
 
-    def _part_start(self, event: PartStart) -> bytes:
-        if not visible_parts(self._request, [event.part]):
-            self._hidden.add(event.index)
-            return b""
-        if self._open is not None:
-            self._waiting[event.index] = [event]
-            return b""
-        self._open, self._kind = event.index, type(event.part)
-        if self._kind is Text:
-            self._unsent = event
-            return b""
-        return self._open_block(event.part)
+    def hides(self, part: Part) -> bool:
+        """See `SerialWriter.hides`."""
+        return not visible_parts(self._request, [part])
 
-    def _open_block(self, part: Part) -> bytes:
+    def begin(self, part: Part) -> bytes:
+        """See `SerialWriter.begin`."""
         self._block += 1
-        self._unsent = None
         block: Dict[str, Any] = {"type": "text", "text": ""}
         if isinstance(part, Thinking):
             block = {"type": "thinking", "thinking": "", "signature": ""}
@@ -2675,27 +2824,12 @@ class MessagesWriter(Writer):
     _DELTAS = {Text: '{"type":"text_delta","text":', Thinking: '{"type":"thinking_delta","thinking":',
                ToolCall: '{"type":"input_json_delta","partial_json":'}
 
-    def _part_delta(self, event: PartDelta) -> bytes:
-        if event.index != self._open:
-            if event.index not in self._hidden:
-                self._waiting[event.index].append(event)
-            return b""
-        opening = self._open_block(self._unsent.part) if self._unsent else b""
-        return opening + (self._delta_head + dumps(event.text) + "}}\n\n").encode("ascii")
+    def piece(self, text: str) -> bytes:
+        """See `SerialWriter.piece`."""
+        return (self._delta_head + dumps(text) + "}}\n\n").encode("ascii")
 
-    def _part_end(self, event: PartEnd) -> bytes:
-        if event.index in self._hidden:
-            return b""
-        if event.index != self._open:
-            self._waiting[event.index].append(event)
-            return b""
-        out = b"" if self._unsent else self._close_block(event.part)
-        self._open, self._unsent = None, None
-        if self._waiting:
-            out += self.write(self._waiting.pop(min(self._waiting)))
-        return out
-
-    def _close_block(self, part: Part) -> bytes:
+    def finish(self, part: Part) -> bytes:
+        """See `SerialWriter.finish`."""
         out = b""
         if isinstance(part, Thinking) and part.signature and not part.redacted:
             delta = {"type": "signature_delta", "signature": seal(part, AnthropicClient.name)}
@@ -2710,15 +2844,569 @@ class MessagesWriter(Writer):
     def _failed(self, event: Failed) -> bytes:
         return MESSAGES.error_event(event.error, self._stamp.request_id)
 
-    handlers = {Start: _start, PartStart: _part_start, PartDelta: _part_delta, PartEnd: _part_end, Done: _done,
-                Failed: _failed}
+    handlers = {Start: _start, PartStart: SerialWriter.part_start, PartDelta: SerialWriter.part_delta,
+                PartEnd: SerialWriter.part_end, Done: _done, Failed: _failed}
+
+
+# --- OpenAI Responses -------------------------------------------------------------------------------------------------
+
+RESPONSES_END: Dict[str, Tuple[str, Optional[str]]] = {     # stop reason → status, and why it is incomplete
+    "stop": ("completed", None), "stop_sequence": ("completed", None), "tool_use": ("completed", None),
+    "pause": ("completed", None), "length": ("incomplete", "max_output_tokens"),
+    "overflow": ("incomplete", "max_output_tokens"), "refusal": ("incomplete", "content_filter")}
+# The codes of a failed response that Codex and OpenAI's SDKs tell apart; anything else is a server_error.
+RESPONSES_FAILURES: Tuple[Tuple[Type[GatewayError], str], ...] = (
+    (ContextOverflow, "context_length_exceeded"), (QuotaExceeded, "insufficient_quota"),
+    (RateLimited, "rate_limit_exceeded"), (Overloaded, "server_is_overloaded"), (ShuttingDown, "server_is_overloaded"),
+    (BadRequest, "invalid_prompt"))
+# Scalar request fields, as `CHAT_FIELDS`.
+RESPONSES_FIELDS: Dict[str, Tuple[str, Optional[float], Optional[float]]] = {
+    "instructions": ("a string", None, None), "tools": ("an array", None, None), "text": ("an object", None, None),
+    "parallel_tool_calls": ("a boolean", None, None), "reasoning": ("an object", None, None),
+    "max_output_tokens": ("an integer", 1, None), "max_tool_calls": ("an integer", 0, None),
+    "temperature": ("a number", 0, 2), "top_p": ("a number", 0, 1), "top_logprobs": ("an integer", 0, 20),
+    "stream": ("a boolean", None, None), "stream_options": ("an object", None, None),
+    "store": ("a boolean", None, None), "include": ("an array", None, None), "truncation": ("a string", None, None),
+    "metadata": ("an object", None, None), "user": ("a string", None, None),
+    "safety_identifier": ("a string", None, None), "service_tier": ("a string", None, None),
+    "prompt_cache_key": ("a string", None, None), "background": ("a boolean", None, None),
+    "previous_response_id": ("a string", None, None),
+}
+RESPONSES_DEFAULTS: Dict[str, Any] = {
+    "top_logprobs": 0, "metadata": {}, "service_tier": "auto", "truncation": "disabled", "background": False,
+    "top_p": 1}
+RESPONSES_REFUSALS = {"top_logprobs": "log probabilities are not available on this model"}
+RESPONSES_KNOWN = frozenset({
+    "model", "input", "instructions", "tools", "tool_choice", "parallel_tool_calls", "max_output_tokens",
+    "max_tool_calls", "temperature", "top_p", "text", "reasoning", "stream", "stream_options", "store", "include",
+    "user", "safety_identifier"})
+# What only a server can do that keeps conversations: field → (code, what to do instead). No lane has it.
+RESPONSES_KEPT = {
+    "previous_response_id": ("previous_response_not_found", "no response is kept here; send the whole conversation"),
+    "conversation": ("unsupported_parameter", "no conversation is kept here; send the whole of it in input"),
+    "background": ("unsupported_parameter", "no response is kept here, so that it could not be fetched later"),
+    "prompt": ("unsupported_parameter", "prompt templates live on OpenAI's servers; send instructions and input")}
+RESPONSES_ROLES = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
+# Tools that the client itself runs and whose schema only OpenAI's models know, and those that run at OpenAI with what
+# the client has set up; other built-in tools are extras that a translated request goes without.
+RESPONSES_OWN_TOOLS = ("local_shell", "shell", "apply_patch", "computer", "mcp")
+# Calls of such tools in a conversation: item type → (the tool's name, the field with its arguments).
+RESPONSES_OWN_CALLS = {"local_shell_call": ("local_shell", "action"), "shell_call": ("shell", "action"),
+                       "apply_patch_call": ("apply_patch", "operation")}
+RESPONSES_OWN_RESULTS = tuple(kind + "_output" for kind in RESPONSES_OWN_CALLS)
+# Items of what ran on OpenAI's servers; their meaning is in the text around them. Tool lists are read apart.
+RESPONSES_SERVER_ITEMS = frozenset({
+    "web_search_call", "file_search_call", "computer_call", "computer_call_output", "image_generation_call",
+    "code_interpreter_call", "mcp_call", "mcp_list_tools", "mcp_approval_request", "mcp_approval_response", "program",
+    "program_output", "tool_search_call", "tool_search_output", "additional_tools", "configuration_update"})
+
+
+class ResponsesClient(OpenAIClient):
+    """OpenAI Responses: POST /v1/responses. Nothing is stored, whatever `store` says."""
+
+    name = "openai-responses"
+    field_names = {"parallel_tools": "parallel_tool_calls", "max_tokens": "max_output_tokens", "output": "text.format",
+                   "verbosity": "text.verbosity", "messages": "input"}
+
+    def parse(self, data: Dict[str, Any]) -> Request:
+        """See `ClientProtocol.parse`; fields by the OpenAI API description, 2.3.0."""
+        if data.get("input") is None and not any(data.get(name) for name in RESPONSES_KEPT):
+            raise missing_field("input")
+        return self.parse_prompt(data)
+
+    def parse_prompt(self, data: Dict[str, Any]) -> Request:
+        """The same for input_tokens, which needs no input."""
+        notes = Notes()
+        model = required(data, "model", "a string")
+        fields = checked_fields(data, RESPONSES_FIELDS)
+        said = without_defaults(fields, RESPONSES_DEFAULTS)
+        for name, (code, advice) in RESPONSES_KEPT.items():
+            if data.get(name) not in (None, False):
+                raise BadRequest(f"{name}: {advice}", code=code, param=name)
+        turns = self._turns(data.get("input"), notes)
+        leading = next((place for place, turn in enumerate(turns) if turn.role != "system"), len(turns))
+        tools = [*self._tools(fields["tools"], "tools", notes), *self._added_tools(data.get("input"), notes)]
+        tool_choice, tools = self._tool_choice(data.get("tool_choice"), tools, notes)
+        text, instructions = fields["text"] or {}, [Text(fields["instructions"])] if fields["instructions"] else []
+        self._lose_includes(fields["include"] or (), notes)
+        extra = extra_fields(data, RESPONSES_KNOWN, RESPONSES_DEFAULTS, RESPONSES_REFUSALS, notes)
+        return Request(
+            model=model, messages=tuple(turns[leading:]), tools=tuple(tools), tool_choice=tool_choice,
+            system=(*instructions, *leading_texts(turns[:leading])),
+            max_tokens=fields["max_output_tokens"], temperature=said["temperature"], top_p=said["top_p"],
+            reasoning=self._reasoning_level(fields["reasoning"] or {}, notes), output=self._output(text),
+            verbosity=optional(text, "verbosity", "a string", "text"), user=said["user"] or said["safety_identifier"],
+            parallel_tools=False if fields["parallel_tool_calls"] is False else None, stream=bool(fields["stream"]),
+            include_usage=True, protocol=self.name, extra=extra, lost=tuple(notes.lost), refused=tuple(notes.refused),
+            images=tuple(notes.images), seals=tuple(notes.seals), data=data)
+
+    def _lose_includes(self, names: Sequence[Any], notes: Notes) -> None:
+        for place, name in enumerate(names):
+            if check(name, "a string", f"include[{place}]") != RESPONSES_SEAL:
+                notes.lose(f"include[{place}]")
+
+    def _reasoning_level(self, value: Dict[str, Any], notes: Notes) -> Optional[Reasoning]:
+        """The effort as a level. Summaries are shown whether or not `summary` asks for them."""
+        effort = optional(value, "effort", "a string", "reasoning")
+        level = LEVEL_ALIASES.get((effort or "").lower())
+        for name in value:
+            if value[name] is not None and (name not in ("effort", "summary", "generate_summary")
+                                            or name == "effort" and level is None):
+                notes.lose(f"reasoning.{name}")
+        return Reasoning(level) if level else None
+
+    def _output(self, text: Dict[str, Any]) -> Optional[OutputFormat]:
+        value, path = optional(text, "format", "an object", "text"), "text.format"
+        kind = "text" if value is None else format_kind(value, path)
+        if value is None or kind != "json_schema":
+            return OutputFormat() if kind == "json_object" else None
+        return schema_format(value, path)
+
+    def _tools(self, items: Any, path: str, notes: Notes) -> Iterator[Tool]:
+        for where, item in objects(items, path):
+            kind = optional(item, "type", "a string", where) or "function"
+            if kind == "function":
+                yield function_tool(item, where)
+            elif kind == "custom":
+                yield custom_tool(item, item.get("format"), where)
+            elif kind == "namespace":
+                space = required(item, "name", "a string", where)
+                for tool in self._tools(item.get("tools"), f"{where}.tools", notes):
+                    yield replace(tool, name=spaced_name(space, tool.name), path=(space, tool.name))
+            elif kind.startswith(RESPONSES_OWN_TOOLS):
+                notes.refused.append((where, f"the tool type {kind[:60]} is for OpenAI's models only"))
+            else:
+                notes.lose(where)
+
+    def _added_tools(self, items: Any, notes: Notes) -> Iterator[Tool]:
+        """The tools that a conversation gained on its way."""
+        for place, item in enumerate(items if isinstance(items, list) else ()):
+            if item.get("type") in ("additional_tools", "tool_search_output"):
+                yield from self._tools(item.get("tools"), f"input[{place}].tools", notes)
+
+    def _tool_choice(self, value: Any, tools: List[Tool], notes: Notes) -> Tuple[Optional[ToolChoice], List[Tool]]:
+        path = "tool_choice"
+        if value is None:
+            return None, tools
+        if isinstance(value, str):
+            return plain_choice(value, path), tools
+        kind = required(check(value, "an object", path), "type", "a string", path)
+        if kind in ("function", "custom"):
+            return named_choice(required(value, "name", "a string", path), tools, f"{path}.name"), tools
+        if kind == "allowed_tools":
+            names = [optional(item, "name", "a string", where) or "" for where, item in
+                     objects(value.get("tools"), f"{path}.tools")]
+            return allowed_choice(value.get("mode"), names, tools)
+        notes.refused.append((f"{path}.type", f"there is no tool {kind[:60]!r} that this model can call"))
+        return None, tools
+
+    def _turns(self, value: Any, notes: Notes) -> List[Message]:
+        """The conversation in turns: items of the model that follow each other are one, and so are results."""
+        if isinstance(value, str):
+            return [Message("user", (Text(value),))]
+        if value is not None and not isinstance(value, list):
+            raise BadRequest("input: must be a string or an array of items", code="invalid_type", param="input")
+        turns: List[Tuple[str, List[Part]]] = []
+        for path, item in objects(value, "input"):
+            turn = self._item(item, path, notes)
+            if turn is None:
+                continue
+            if turns and turn.role in ("assistant", "tool") and turns[-1][0] == turn.role:
+                turns[-1][1].extend(turn.parts)
+            else:
+                turns.append((turn.role, list(turn.parts)))
+        return [Message(role, tuple(parts)) for role, parts in turns]
+
+    def _item(self, item: Dict[str, Any], path: str, notes: Notes) -> Optional[Message]:
+        kind = optional(item, "type", "a string", path)
+        if kind is None and "role" not in item and "id" not in item:
+            raise missing_field(f"{path}.type")
+        kind = kind or ("message" if "role" in item else "item_reference")
+        if kind in self.items:
+            return self.items[kind](self, item, path, notes)
+        if kind in RESPONSES_SERVER_ITEMS:
+            notes.lose(path)
+        else:
+            notes.refused.append((f"{path}.type", f"an item of type {kind[:60]!r} cannot go to this model"))
+        return None
+
+    def _message(self, item: Dict[str, Any], path: str, notes: Notes) -> Message:
+        role = required(item, "role", "a string", path)
+        if role not in RESPONSES_ROLES:
+            raise BadRequest(f"{path}.role: must be one of {', '.join(RESPONSES_ROLES)}, not {role[:40]!r}",
+                             param=f"{path}.role")
+        if item.get("content") is None:
+            raise missing_field(f"{path}.content")
+        return Message(RESPONSES_ROLES[role], self.content(item["content"], f"{path}.content", notes))
+
+    def _reference(self, item: Dict[str, Any], path: str, notes: Notes) -> Message:
+        raise BadRequest(f"{path}: no item is kept here that it could refer to; send the item itself (clients do so "
+                         "when told to set store to false)", code="item_not_found", param=path)
+
+    def _reasoning(self, item: Dict[str, Any], path: str, notes: Notes) -> Message:
+        texts = {name: [required(part, "text", "a string", where) for where, part in
+                        objects(item.get(name), f"{path}.{name}")] for name in ("summary", "content")}
+        text = "\n\n".join(filter(None, texts["summary"])) or "\n\n".join(filter(None, texts["content"]))
+        signature, maker, origin = unseal(optional(item, "encrypted_content", "a string", path), self.name)
+        if maker != self.name:
+            return Message("assistant", (open_thinking(text, signature, maker, origin),))
+        if signature:
+            notes.seals.append(signature)
+        whole = seal_reasoning(item)
+        thinking = Thinking(text, whole, not text, self.name) if whole else Thinking(text)
+        return Message("assistant", (thinking,))
+
+    def _call(self, item: Dict[str, Any], path: str, notes: Notes) -> Message:
+        return self._called(item, path, call_arguments(item.get("arguments"), f"{path}.arguments"))
+
+    def _custom_call(self, item: Dict[str, Any], path: str, notes: Notes) -> Message:
+        return self._called(item, path, json_text({"input": optional(item, "input", "a string", path) or ""}))
+
+    def _called(self, item: Dict[str, Any], path: str, arguments: str) -> Message:
+        space, name = optional(item, "namespace", "a string", path), required(item, "name", "a string", path)
+        name = spaced_name(space, name) if space else name
+        return Message("assistant", (ToolCall(required(item, "call_id", "a string", path), name, arguments),))
+
+    def _own_call(self, item: Dict[str, Any], path: str, notes: Notes) -> Message:
+        name, field_name = RESPONSES_OWN_CALLS[item["type"]]
+        arguments = json_text(optional(item, field_name, "an object", path) or {})
+        return Message("assistant", (ToolCall(required(item, "call_id", "a string", path), name, arguments),))
+
+    def _result(self, item: Dict[str, Any], path: str, notes: Notes) -> Message:
+        output = item.get("output")
+        parts = () if output is None else self.content(output, f"{path}.output", notes)
+        return Message("tool", (ToolResult(required(item, "call_id", "a string", path), parts),))
+
+    def _own_result(self, item: Dict[str, Any], path: str, notes: Notes) -> Message:
+        """Of a tool of `RESPONSES_OWN_CALLS`; a local shell's names its call by `id`."""
+        output = item.get("output")
+        text = output if isinstance(output, str) else "" if output is None else json_text(output)
+        call_id = optional(item, "call_id", "a string", path) or required(item, "id", "a string", path)
+        return Message("tool", (ToolResult(call_id, (Text(text),) if text else (), item.get("status") == "failed"),))
+
+    items: Mapping[str, Callable[..., Message]] = {
+        "message": _message, "item_reference": _reference, "reasoning": _reasoning, "function_call": _call,
+        "custom_tool_call": _custom_call, "function_call_output": _result, "custom_tool_call_output": _result,
+        **dict.fromkeys(RESPONSES_OWN_CALLS, _own_call), **dict.fromkeys(RESPONSES_OWN_RESULTS, _own_result)}
+
+    def _image_part(self, part: Dict[str, Any], path: str, notes: Notes) -> Optional[Image]:
+        notes.images.append(path)
+        detail = optional(part, "detail", "a string", path)
+        url = optional(part, "image_url", "a string", path)
+        if url is not None:
+            return url_image(url, "high" if detail == "original" else detail, f"{path}.image_url")
+        if optional(part, "file_id", "a string", path) is None:
+            raise missing_field(f"{path}.image_url")
+        notes.refused.append((f"{path}.file_id", "only image_url can go to this model, not file_id"))
+        return None
+
+    def _file_part(self, part: Dict[str, Any], path: str, notes: Notes) -> Optional[Document]:
+        name, payload = optional(part, "filename", "a string", path), optional(part, "file_data", "a string", path)
+        if payload is not None:
+            return file_document(payload, name, f"{path}.file_data")
+        url = optional(part, "file_url", "a string", path)
+        if url is not None:
+            return Document(url=check_url(url, f"{path}.file_url"), name=name)
+        notes.refused.append((path, "only file_data and file_url can go to this model, not file_id"))
+        return None
+
+    content_parts: Mapping[str, Callable[..., Optional[Part]]] = {
+        **dict.fromkeys(("input_text", "output_text", "text", "summary_text"), OpenAIClient.text_part),
+        "refusal": OpenAIClient.refusal_part, "input_image": _image_part, "input_file": _file_part}
+
+    def render(self, request: Request, reply: Reply, stamp: Stamp) -> Dict[str, Any]:
+        """A response object."""
+        shape = ResponseShape(request, stamp, reply.id)
+        shown = [part for part in reply.parts if part != Text()]
+        output = [shape.item(part, place) for place, part in enumerate(shown)]
+        if is_explained(reply.stop_reason, reply.detail):
+            output.append(shape.refusal(reply.detail, len(output)))
+        return shape.ended(output, reply.stop_reason, reply.usage, reply.detail)
+
+    def writer(self, request: Request, stamp: Stamp) -> Writer:
+        """See `ClientProtocol.writer`."""
+        return ResponsesWriter(request, stamp)
+
+    def error_event(self, error: GatewayError, request_id: str) -> bytes:
+        """A response.failed event where nothing is known of the response: see `ResponsesWriter` and `ResponsesLane`."""
+        shape = ResponseShape(Request("", ()), Stamp(request_id[len("req_"):], 0))
+        event = {"type": "response.failed", "sequence_number": 0, "response": shape.failed((), error)}
+        return sse(event, "response.failed")
+
+
+def spaced_name(space: str, name: str) -> str:
+    """The one name of a tool inside a namespace, for providers that have no such thing."""
+    return fit_id(f"{space}{'' if space.endswith('__') else '__'}{name}", RESPONSES_LIMIT)
+
+
+def seal_thinking(part: Thinking) -> Optional[str]:
+    """`encrypted_content` for thinking that another protocol's model has signed. It holds the text too: what its maker
+    has signed must go back to it as it was, and clients may shorten a summary."""
+    if not part.signature:
+        return None
+    packed = json_text([part.signature, part.text, part.redacted])
+    return seal(replace(part, signature=packed), ResponsesClient.name)
+
+
+def open_thinking(text: str, signature: Optional[str], maker: str, origin: str) -> Thinking:
+    """What `seal_thinking` has packed; unsigned thinking when that is damaged."""
+    try:
+        inner, kept, redacted = json.loads(signature or "")
+    except (ValueError, TypeError):
+        return Thinking(text)
+    if not isinstance(inner, str) or not isinstance(kept, str) or not isinstance(redacted, bool):
+        return Thinking(text)
+    return Thinking(kept, inner, redacted, maker, origin)
+
+
+def responses_usage(usage: Usage) -> Dict[str, Any]:
+    """Usage in the Responses API's terms: input_tokens includes cached tokens."""
+    return {"input_tokens": usage.prompt,
+            "input_tokens_details": {"cached_tokens": usage.cache_read, "cache_write_tokens": usage.cache_write},
+            "output_tokens": usage.output, "output_tokens_details": {"reasoning_tokens": usage.reasoning},
+            "total_tokens": usage.prompt + usage.output}
+
+
+def response_failure(error: GatewayError) -> Dict[str, str]:
+    """The `error` of a failed response. Codex reads the pause that a rate limit asks for from its text."""
+    code = next((code for kind, code in RESPONSES_FAILURES if isinstance(error, kind)), "server_error")
+    message = error.message
+    if isinstance(error, RateLimited) and error.retry_after is not None and read_delay(message) is None:
+        message += f" Please try again in {error.retry_after:g}s."
+    return {"code": code, "message": message}
+
+
+def is_explained(stop_reason: str, detail: Optional[str]) -> bool:
+    """Whether a refusal has words of its own, which then are an item of the output."""
+    return stop_reason == "refusal" and bool(detail)
+
+
+def output_text(text: str) -> Dict[str, Any]:
+    """The content of a message."""
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+
+class ResponseShape:
+    """What whole and streamed answers have in common: ids, output items and the response object. `place` is an item's
+    index in the output."""
+
+    def __init__(self, request: Request, stamp: Stamp, provider_id: str = "") -> None:
+        self._request = request
+        self._stamp = stamp
+        self.id = provider_id if provider_id.startswith("resp_") else "resp_" + stamp.id
+        # a host that speaks Responses itself calls a tool by its name in the namespace
+        self._tools = {**{tool.path[1]: tool for tool in request.tools if tool.path},
+                       **{tool.name: tool for tool in request.tools}}
+
+    def opening(self, part: Part, place: int) -> Dict[str, Any]:
+        """An output item as it is announced, without its contents."""
+        if isinstance(part, Thinking):
+            return {"id": f"rs_{self._stamp.id}{place}", "type": "reasoning", "summary": []}
+        if not isinstance(part, ToolCall):
+            return {"id": f"msg_{self._stamp.id}{place}", "type": "message", "status": "in_progress",
+                    "role": "assistant", "content": []}
+        tool = self._tools.get(part.name, Tool(part.name))
+        space, name = tool.path or (None, tool.name)
+        names = {"call_id": fit_id(part.id, RESPONSES_LIMIT), **present(namespace=space), "name": name}
+        kind, prefix, field_name = (("custom_tool_call", "ctc", "input") if tool.custom else
+                                    ("function_call", "fc", "arguments"))
+        return {"id": f"{prefix}_{self._stamp.id}{place}", "type": kind, "status": "in_progress", **names,
+                field_name: ""}
+
+    def item(self, part: Part, place: int) -> Dict[str, Any]:
+        """A complete output item."""
+        item = self.opening(part, place)
+        if isinstance(part, Thinking):
+            return {**item, **self._thoughts(part)}
+        item["status"] = "completed"
+        if isinstance(part, Text):
+            item["content"] = [output_text(part.text)]
+        elif isinstance(part, ToolCall):
+            item.update({"input": custom_input(part)} if item["type"] == "custom_tool_call" else
+                        {"arguments": part.arguments or "{}"})
+        return item
+
+    def _thoughts(self, part: Thinking) -> Dict[str, Any]:
+        """The contents of a reasoning item. What a host of this protocol has sealed is in an item of its own."""
+        own = as_dict(reasoning_item(part.signature)) if part.maker == ResponsesClient.name else {}
+        sealed = own.get("encrypted_content") if own else seal_thinking(part)
+        return {"summary": [{"type": "summary_text", "text": part.text}] if part.text else [],
+                **present(content=own.get("content"), encrypted_content=sealed)}
+
+    def refusal(self, text: Optional[str], place: int) -> Dict[str, Any]:
+        """An item that says why there is no answer."""
+        return {**self.opening(Text(), place), "status": "completed",
+                "content": [{"type": "refusal", "refusal": text}]}
+
+    def response(self, status: str, output: Sequence[Dict[str, Any]] = (), **fields: Any) -> Dict[str, Any]:
+        """The response object, which repeats what was asked for, or OpenAI's default of it. When it ended nobody knows
+        in this half of the file: it has no clock."""
+        data = self._request.data
+        asked = {name: default if data.get(name) is None else data[name] for name, default in self._ECHOED.items()}
+        tier = asked["service_tier"]
+        return {
+            "id": self.id, "object": "response", "created_at": self._stamp.created, "status": status,
+            "completed_at": self._stamp.created if status == "completed" else None, "error": None,
+            "incomplete_details": None, "model": self._request.model, "output": list(output), **asked,
+            "previous_response_id": None, "store": False, "background": False, "frequency_penalty": 0.0,
+            "presence_penalty": 0.0, "service_tier": "default" if tier == "auto" else tier,
+            "text": {"format": {"type": "text"}, **present(**asked["text"])},
+            "reasoning": {"effort": None, "summary": None, **asked["reasoning"]},
+            "tools": [self._echo(tool) for tool in asked["tools"]], "usage": None, **fields}
+
+    _ECHOED: Dict[str, Any] = {
+        "instructions": None, "max_output_tokens": None, "max_tool_calls": None, "metadata": {},
+        "parallel_tool_calls": True, "prompt_cache_key": None, "reasoning": {}, "safety_identifier": None,
+        "service_tier": "default", "temperature": 1.0, "text": {}, "tool_choice": "auto", "tools": (),
+        "top_logprobs": 0, "top_p": 1.0, "truncation": "disabled", "user": None}
+
+    def _echo(self, tool: Dict[str, Any]) -> Dict[str, Any]:
+        """A tool with all fields that a response has of it."""
+        if tool.get("type", "function") != "function":
+            return tool
+        return {"type": "function", "description": None, "parameters": None, "strict": None, **tool}
+
+    def ended(self, output: Sequence[Dict[str, Any]], stop_reason: str, usage: Usage, detail: Optional[str],
+              ) -> Dict[str, Any]:
+        """The response object at the regular end."""
+        status, reason = RESPONSES_END["stop" if is_explained(stop_reason, detail) else stop_reason]
+        return self.response(status, output, usage=responses_usage(usage),
+                             incomplete_details={"reason": reason} if reason else None)
+
+    def failed(self, output: Sequence[Dict[str, Any]], error: GatewayError) -> Dict[str, Any]:
+        """The response object of an answer that broke."""
+        return self.response("failed", output, error=response_failure(error))
+
+
+class ResponsesWriter(SerialWriter):
+    """Events → response.* events. An item keeps its id from its announcement to the last event; a custom tool's input
+    is sent at its end, since the JSON that it travels in is not what the client wants."""
+
+    # item type → (stem of its events, its index in the item, what else a delta holds)
+    _STEMS = {"message": ("response.output_text", {"content_index": 0}, ',"logprobs":[]'),
+              "reasoning": ("response.reasoning_summary_text", {"summary_index": 0}, ""),
+              "function_call": ("response.function_call_arguments", {}, ""),
+              "custom_tool_call": ("response.custom_tool_call_input", {}, "")}
+
+    def __init__(self, request: Request, stamp: Stamp) -> None:
+        super().__init__(request, stamp)
+        self._shape = ResponseShape(request, stamp)
+        self._output: List[Dict[str, Any]] = []
+        self._number = 0                        # of the next event
+        self._is_created = self._has_piece = False
+        self._kind = ""
+        self._at: Dict[str, Any] = {}
+        self._head = self._tail = ""
+
+    def _event(self, kind: str, **fields: Any) -> bytes:
+        self._number += 1
+        return sse({"type": kind, **fields, "sequence_number": self._number - 1}, kind)
+
+    def _start(self, event: Start) -> bytes:
+        self._is_created = True
+        self._shape = ResponseShape(self._request, self._stamp, event.id)
+        response = self._shape.response("in_progress")
+        return (self._event("response.created", response=response)
+                + self._event("response.in_progress", response=response))
+
+    def begin(self, part: Part) -> bytes:
+        """See `SerialWriter.begin`."""
+        return self._announce(self._shape.opening(part, len(self._output)))
+
+    def _announce(self, item: Dict[str, Any]) -> bytes:
+        self._kind, self._has_piece = item["type"], False
+        stem, index, rest = self._STEMS[self._kind]
+        self._at = {"item_id": item["id"], "output_index": len(self._output), **index}
+        opened = {"type": stem + ".delta", **self._at, "delta": ""}
+        self._head = f"event: {stem}.delta\ndata: " + dumps(opened)[:-len('""}')]
+        self._tail = rest + ',"sequence_number":%d}\n\n'
+        return self._event("response.output_item.added", output_index=len(self._output), item=item)
+
+    def piece(self, text: str) -> bytes:
+        """See `SerialWriter.piece`."""
+        if self._kind == "custom_tool_call":
+            return b""
+        return (b"" if self._has_piece else self._first_piece()) + self._delta(text)
+
+    def _delta(self, text: str) -> bytes:
+        self._number += 1
+        return (self._head + dumps(text) + self._tail % (self._number - 1)).encode("ascii")
+
+    def _first_piece(self) -> bytes:
+        self._has_piece = True
+        if self._kind == "message":
+            return self._event("response.content_part.added", **self._at, part=output_text(""))
+        if self._kind == "reasoning":
+            return self._event("response.reasoning_summary_part.added", **self._at,
+                               part={"type": "summary_text", "text": ""})
+        return b""
+
+    def finish(self, part: Part) -> bytes:
+        """See `SerialWriter.finish`."""
+        item = self._shape.item(part, len(self._output))
+        return self._closers[self._kind](self, item) + self._close(item)
+
+    def _close(self, item: Dict[str, Any]) -> bytes:
+        self._output.append(item)
+        return self._event("response.output_item.done", output_index=len(self._output) - 1, item=item)
+
+    def _close_text(self, item: Dict[str, Any]) -> bytes:
+        part, = item["content"]
+        return (self._event("response.output_text.done", **self._at, text=part["text"], logprobs=[])
+                + self._event("response.content_part.done", **self._at, part=part))
+
+    def _close_reasoning(self, item: Dict[str, Any]) -> bytes:
+        if not item["summary"]:
+            return b""
+        part, = item["summary"]
+        opening = b"" if self._has_piece else self.piece(part["text"])
+        return (opening + self._event("response.reasoning_summary_text.done", **self._at, text=part["text"])
+                + self._event("response.reasoning_summary_part.done", **self._at, part=part))
+
+    def _close_call(self, item: Dict[str, Any]) -> bytes:
+        # clients parse the joined fragments, and "" is not JSON
+        opening = b"" if self._has_piece else self._delta(item["arguments"])
+        return opening + self._event("response.function_call_arguments.done", **self._at, name=item["name"],
+                                     arguments=item["arguments"])
+
+    def _close_custom(self, item: Dict[str, Any]) -> bytes:
+        opening = self._delta(item["input"]) if item["input"] else b""
+        return opening + self._event("response.custom_tool_call_input.done", **self._at, input=item["input"])
+
+    _closers: Mapping[str, Callable[[Any, Dict[str, Any]], bytes]] = {
+        "message": _close_text, "reasoning": _close_reasoning, "function_call": _close_call,
+        "custom_tool_call": _close_custom}
+
+    def _refuse(self, text: str) -> bytes:
+        item = self._shape.refusal(text, len(self._output))
+        part, = item["content"]
+        return b"".join((
+            self._announce({**item, "status": "in_progress", "content": []}),
+            self._event("response.content_part.added", **self._at, part={**part, "refusal": ""}),
+            self._event("response.refusal.delta", **self._at, delta=text),
+            self._event("response.refusal.done", **self._at, refusal=text),
+            self._event("response.content_part.done", **self._at, part=part), self._close(item)))
+
+    def _done(self, event: Done) -> bytes:
+        refusal = self._refuse(event.detail or "") if is_explained(event.stop_reason, event.detail) else b""
+        response = self._shape.ended(self._output, event.stop_reason, event.usage, event.detail)
+        return refusal + self._event(f"response.{response['status']}", response=response)
+
+    def _failed(self, event: Failed) -> bytes:
+        opening = b"" if self._is_created else self._start(Start())
+        return opening + self._event("response.failed", response=self._shape.failed(self._output, event.error))
+
+    handlers = {Start: _start, PartStart: SerialWriter.part_start, PartDelta: SerialWriter.part_delta,
+                PartEnd: SerialWriter.part_end, Done: _done, Failed: _failed}
 
 
 CHAT = OpenAIChat()
 TEXTS = OpenAITexts()
 EMBEDDINGS = OpenAIEmbeddings()
 MESSAGES = AnthropicClient()
-CLIENT_PROTOCOLS: Dict[str, ClientProtocol] = {client.name: client for client in (CHAT, MESSAGES, TEXTS, EMBEDDINGS)}
+RESPONSES = ResponsesClient()
+CLIENT_PROTOCOLS: Dict[str, ClientProtocol] = {
+    client.name: client for client in (CHAT, MESSAGES, RESPONSES, TEXTS, EMBEDDINGS)}
 
 
 # ======================================================================================================================
@@ -4218,6 +4906,23 @@ class OpenAIResponses(UpstreamProtocol):
         body.update(model.sampling)
         return body
 
+    def adapt(self, request: Request, model: Model, credential: Credential) -> Tuple[Dict[str, Any], List[str]]:
+        """The body of a client of this API, edited only where this host or its model demands it, and the names of what
+        had to go. Nothing is stored, so that reasoning has to come sealed, and goes back only if it is."""
+        dropped: List[str] = []
+        body = {**request.data, "model": self.wire_model(model, credential), "store": False}
+        if isinstance(body["input"], list):
+            body["input"] = [item for item in body["input"] if not is_lost_reasoning(item, request.foreign)]
+        limit = fit_max_tokens(request.max_tokens, model)
+        if limit is not None:
+            body["max_output_tokens"] = max(limit, RESPONSES_MIN_OUTPUT)
+            if not model.flag("supportsMaxOutputTokens", self.takes_limit):
+                del body["max_output_tokens"]
+                dropped.append("max_output_tokens")
+        dropped.extend(adapt_reasoning(body, request.reasoning, model))
+        body.update(model.sampling)
+        return body, dropped
+
     def input(self, request: Request, model: Model) -> List[Dict[str, Any]]:
         """The conversation as input items."""
         custom = grammar_tools(request, model)
@@ -4364,6 +5069,32 @@ def reasoning_fields(reasoning: Optional[Reasoning], model: Model) -> Dict[str, 
         word = model.thinking_levels.get(level, level) if model.flag("supportsReasoningEffort", True) else None
         fields["reasoning"] = present(effort=word, summary="auto")
     return fields
+
+
+def adapt_reasoning(body: Dict[str, Any], reasoning: Optional[Reasoning], model: Model) -> List[str]:
+    """Puts the effort into the model's word and asks for the seal of its reasoning; takes both away from a model that
+    does not reason. What a model takes of which nothing is known is left to the client. The names of what is lost."""
+    names = body.get("include") or []
+    if model.reasoning is False:
+        body["include"] = [name for name in names if name != RESPONSES_SEAL]
+        for name in ("reasoning", *(() if body["include"] else ("include",))):
+            body.pop(name, None)
+        return ["reasoning"] if reasoning and reasoning.level != "off" else []
+    if model.reasoning and RESPONSES_SEAL not in names:
+        body["include"] = [*names, RESPONSES_SEAL]
+    if reasoning and (model.reasoning or model.level):
+        fields = reasoning_fields(reasoning, replace(model, reasoning=True))
+        kept = {name: value for name, value in as_dict(body.get("reasoning")).items() if name != "effort"}
+        body["reasoning"] = {**kept, **present(effort=as_dict(fields.get("reasoning")).get("effort"))}
+    return []
+
+
+def is_lost_reasoning(item: Any, foreign: FrozenSet[str]) -> bool:
+    """Whether an input item is reasoning that the host would refuse: it was sealed elsewhere, or is kept nowhere."""
+    if as_dict(item).get("type") != "reasoning":
+        return False
+    sealed = item.get("encrypted_content")
+    return sealed in foreign or sealed.startswith(_SEAL) if sealed else not item.get("content")
 
 
 class OutputItem:
@@ -4791,6 +5522,18 @@ class CodexResponses(OpenAIResponses):
         body = {"tool_choice": "auto", "parallel_tool_calls": True, "include": [RESPONSES_SEAL], **body,
                 "instructions": system or CODEX_INSTRUCTIONS}
         return {name: value for name, value in body.items() if name in CODEX_FIELDS}
+
+    def adapt(self, request: Request, model: Model, credential: Credential) -> Tuple[Dict[str, Any], List[str]]:
+        """See `OpenAIResponses.adapt`."""
+        body, dropped = super().adapt(request, model, credential)
+        if isinstance(body["input"], str):
+            body["input"] = [{"role": "user", "content": body["input"]}]
+        body["input"] = [{**item, "role": "developer"} if item.get("role") == "system" else item
+                         for item in body["input"]]
+        body = {"tool_choice": "auto", "parallel_tool_calls": True, "include": [RESPONSES_SEAL], **body,
+                "instructions": body.get("instructions") or CODEX_INSTRUCTIONS, "stream": True}
+        dropped += [name for name, value in body.items() if name not in CODEX_FIELDS and value is not None]
+        return {name: value for name, value in body.items() if name in CODEX_FIELDS}, dropped
 
     def parse_error(self, status: int, headers: Mapping[str, str], body: bytes, now: float) -> GatewayError:
         """A used-up subscription is told in words; anything else as everywhere."""
@@ -7859,11 +8602,181 @@ class EmbeddingLane(Lane):
             for place, item in enumerate(items)]}
 
 
+class ResponsesLane(NativeLane):
+    """Responses to Responses: events as they come, with the model's name put back. What OpenAI's SDKs and Codex rely on
+    and some hosts leave out is put in: the first event, event names, numbers, the place and id of the item that is
+    meant, the name and the contents of the last event."""
+
+    _BEGINNINGS = ("response.created", "response.in_progress", "response.queued")
+    _ENDS = ("completed", "incomplete", "failed", "cancelled")
+    # what events inside an item are about → the index that says where in the item
+    _INSIDE = {**dict.fromkeys(("content_part", "output_text", "refusal", "reasoning_text"), "content_index"),
+               **dict.fromkeys(("reasoning_summary_part", "reasoning_summary_text"), "summary_index"),
+               **dict.fromkeys(("function_call_arguments", "custom_tool_call_input"), "output_index")}
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._shape = ResponseShape(self.request, self.stamp)
+        self._response: Dict[str, Any] = {}     # as the first event tells it
+        self._number = 0                        # of the next event
+        self._newest = {"output_index": -1, "item_id": ""}
+        self._items: Dict[Any, Any] = {}        # complete ones by place: some hosts leave them out of the last event
+
+    def call(self, credential: Credential) -> Tuple[Call, List[str]]:
+        """The client's own bytes with the model's name put in, unless the host demands more."""
+        request, model = self.request, self.model
+        body, dropped = self.upstream.adapt(request, model, credential)
+        if body == {**request.data, "model": body["model"]} and not has_repeated_keys(request.body):
+            data = splice_model(request.body, request.data, body["model"])
+        else:
+            data = dumps(body).encode("ascii")
+        carried = {name: request.headers[name] for name in CARRIED_TO_OPENAI if name in request.headers}
+        headers = {**carried, **self.upstream.headers(request, model, credential)}
+        return Call("POST", self.upstream.url(model, credential), headers, data), dropped
+
+    def relay_event(self, name: str, text: str) -> bytes:
+        """See `NativeLane.relay_event`."""
+        if text.strip() == "[DONE]":
+            return b""
+        data = loads(text)
+        kind = data.get("type") or name
+        if not isinstance(kind, str) or "\n" in kind:
+            raise UpstreamProtocolError("the provider sent an event whose type is no text")
+        if kind == "error" or data.get("error") and not kind:
+            raise responses_error(data.get("error") or data, self.stamp.created)
+        if not kind:
+            return b""
+        as_it_was = dict(data)
+        opening = b"" if self._opened or kind in self._BEGINNINGS else self._begin()
+        if kind.rpartition(".")[2] in ("done", *self._ENDS) and "response" in data:
+            kind = self._end(kind, data)
+        elif kind in self._BEGINNINGS:
+            kind = self._note_beginning(kind, data)
+        else:
+            self.started = True
+            self._note_item(kind, data)
+        data["type"] = kind
+        self._put_in_place(kind, data)
+        text = text if data == as_it_was else dumps(data)
+        lines = "".join(f"data: {line}\n" for line in text.split("\n"))
+        return opening + f"event: {kind}\n{lines}\n".encode("utf-8")
+
+    def _begin(self) -> bytes:
+        """The first event, where the host has left it out."""
+        self._opened = True
+        self._response = self._shape.response("in_progress")
+        return self._own_event("response.created", self._response)
+
+    def _own_event(self, kind: str, response: Dict[str, Any]) -> bytes:
+        self._number += 1
+        return sse({"type": kind, "response": response, "sequence_number": self._number - 1}, kind)
+
+    def _note_beginning(self, kind: str, data: Dict[str, Any]) -> str:
+        """Takes an event that tells of the response itself; its type, since the first has to be response.created."""
+        kind = kind if self._opened else self._BEGINNINGS[0]
+        self._opened = True
+        self._response = data["response"] = {**data["response"], "model": self.request.model}
+        return kind
+
+    def _note_item(self, kind: str, data: Dict[str, Any]) -> None:
+        """Remembers the item that an event begins or ends."""
+        if kind not in ("response.output_item.added", "response.output_item.done"):
+            return
+        item, is_new = data["item"], kind.endswith("added")
+        if data.get("output_index") is None:
+            data["output_index"] = max(0, self._newest["output_index"] + is_new)
+        if is_new:
+            self._newest = {"output_index": data["output_index"], "item_id": item.get("id") or ""}
+        else:
+            self._items[data["output_index"]] = item
+            self._note_seal(item)
+
+    def _note_seal(self, item: Any) -> None:
+        sealed = as_dict(item).get("encrypted_content")
+        if isinstance(sealed, str):
+            self.issued.append(sealed)
+
+    def _put_in_place(self, kind: str, data: Dict[str, Any]) -> None:
+        """Adds the indices, the item's id and the number that an event lacks."""
+        index = self._INSIDE.get(kind[len("response."):].rpartition(".")[0])
+        if index:
+            for name, value in {index: 0, **self._newest}.items():
+                if data.get(name) is None:
+                    data[name] = value
+        number = data.get("sequence_number")
+        if not isinstance(number, int) or number < self._number:
+            number = data["sequence_number"] = self._number
+        self._number = number + 1
+
+    def _end(self, kind: str, data: Dict[str, Any]) -> str:
+        """Takes the last event and completes it; its type."""
+        response = dict(data["response"])
+        status = response.get("status")
+        if status not in self._ENDS:
+            status = kind.rpartition(".")[2].replace("done", "completed")
+        if status in ("failed", "cancelled"):
+            status, response = "failed", self._failed(response, status)
+        output = response.get("output") or [self._items[place] for place in sorted(self._items)]
+        for item in output:
+            self._note_seal(item)
+        response = {**self._response, **response, "status": status, "model": self.request.model, "output": output}
+        if self._response.get("id") == self._shape.id:
+            response["id"] = self._shape.id     # ours from the first event on
+        if status != "failed":
+            self._read_end(response)
+        self.finished = self.started = True
+        data["response"] = response
+        return f"response.{status}"
+
+    def _failed(self, response: Dict[str, Any], status: str) -> Dict[str, Any]:
+        """Notes the provider's own failure, which before anything was shown is raised, to become an HTTP status; the
+        response as it may be shown."""
+        error = responses_error(response.get("error") or {"message": f"the provider's answer ended as {status}"},
+                                self.stamp.created)
+        if not self.started:
+            raise error
+        error.hide(self.secrets)
+        self.error = error
+        return {**redact_strings(response, self.secrets), "error": response_failure(error)}
+
+    def _read_end(self, response: Dict[str, Any]) -> None:
+        self.usage = read_responses_usage(as_dict(response.get("usage")))
+        self.stop_reason = as_dict(response.get("incomplete_details")).get("reason") or response["status"]
+        if is_empty("stop" if self.stop_reason == "completed" else "length", self.usage, bool(response["output"])):
+            raise EmptyAnswer("the provider's answer is empty")
+
+    def fail(self, error: GatewayError) -> bytes:
+        """See `Lane.fail`: a response.failed event, with what is known of the response."""
+        if self.finished:
+            return b""
+        opening = b"" if self._opened else self._begin()
+        self.finished, self.error = True, error
+        error.hide(self.secrets)
+        failed = self._shape.failed([self._items[place] for place in sorted(self._items)], error)
+        known = {name: value for name, value in self._response.items() if name not in ("status", "error", "output")}
+        return opening + self._own_event("response.failed", {**failed, **known})
+
+    def relay_whole(self, body: bytes, data: Dict[str, Any]) -> bytes:
+        """See `NativeLane.relay_whole`."""
+        status, output = data.get("status") or "completed", data.get("output")
+        if status in ("failed", "cancelled") or not isinstance(output, list) and data.get("error"):
+            raise responses_error(data.get("error") or {"message": f"the provider's answer ended as {status}"},
+                                  self.stamp.created)
+        if not isinstance(output, list) or not all(isinstance(as_dict(item).get("type"), str) for item in output):
+            raise UpstreamProtocolError("the provider's answer has no output")
+        self._read_end({**data, "status": status})
+        for item in output:
+            self._note_seal(item)
+        self.started = self.finished = True
+        return splice_model(body, data, self.request.model)
+
+
 NATIVE_LANES: Dict[Tuple[str, str], Type[NativeLane]] = {
     (OpenAIChat.name, OpenAICompletions.name): ChatLane,
     (OpenAITexts.name, OpenAICompletions.name): TextLane, (OpenAITexts.name, OpenAIResponses.name): TextLane,
     (OpenAITexts.name, AzureResponses.name): TextLane,
-    (AnthropicClient.name, AnthropicMessages.name): AnthropicLane}
+    (AnthropicClient.name, AnthropicMessages.name): AnthropicLane,
+    **{(ResponsesClient.name, kind.name): ResponsesLane for kind in (OpenAIResponses, AzureResponses, CodexResponses)}}
 # Client protocols whose requests are no conversation, so that there is nothing to translate.
 OWN_LANES: Dict[str, Type[Lane]] = {OpenAIEmbeddings.name: EmbeddingLane}
 
@@ -11739,11 +12652,19 @@ class Gateway:
                 return
             except (ModelNotFound, UpstreamError):
                 exchange.log.pop("error", None)     # a host that speaks Messages need not count
+        self._send_count(model, exchange, {"input_tokens": estimate_tokens(request)})
+
+    def count_input(self, exchange: Exchange, body: bytes) -> None:
+        """Answers OpenAI's input_tokens with an estimate."""
+        request = replace(RESPONSES.parse_prompt(parse_json_object(body)), headers=exchange.headers, stream=False)
+        model, _ = self._resolve(request, exchange)
+        self._send_count(model, exchange, {"object": "response.input_tokens", "input_tokens": estimate_tokens(request)})
+
+    def _send_count(self, model: Model, exchange: Exchange, answer: Dict[str, Any]) -> None:
         exchange.log["lane"] = TranslatedLane.name
         headers = {"content-type": "application/json", "x-pigateway-lane": TranslatedLane.name,
                    "x-pigateway-model": header_text(model.full_id)}
-        answer = dumps({"input_tokens": estimate_tokens(request)}).encode("ascii")
-        exchange.responder.send(200, headers, answer)
+        exchange.responder.send(200, headers, dumps(answer).encode("ascii"))
 
     def _resolve(self, request: Request, exchange: Exchange) -> Tuple[Model, Credential]:
         """The first model that a client's name means, and what it is called with."""
@@ -11850,11 +12771,17 @@ class Gateway:
             except GatewayError as error:
                 error.hide(attempt.lane.secrets)
                 if exchange.responder.has_begun:
-                    raise
+                    return self._end_with(error, attempt.lane, exchange)
                 remedy = next((remedy for remedy in self._remedies if remedy(self, error, attempt)), None)
                 if remedy is None:
                     raise
                 exchange.answer_headers = dict(headers)
+
+    def _end_with(self, error: GatewayError, lane: Lane, exchange: Exchange) -> None:
+        """Ends a stream of which the client has had nothing but signs of life: the lane knows how such a one begins."""
+        exchange.log["error"] = redact(error.message)
+        exchange.responder.write(lane.fail(error))
+        exchange.responder.finish(False)
 
     def _renew_token(self, error: GatewayError, attempt: Attempt) -> bool:
         """A token that the provider refused is renewed, once."""
@@ -12883,7 +13810,8 @@ class Handler(socketserver.BaseRequestHandler):
         server.check_origin(head)
         server.check_key(head)
         shown = redact(head.target.partition("?")[0])[:200]
-        route = ROUTES.get(head.path) or (ROUTES["/models/*"] if head.path.startswith("/models/") else None)
+        folder = next((path for path in ("/models/*", "/responses/*") if head.path.startswith(path[:-1])), "")
+        route = ROUTES.get(head.path) or ROUTES.get(folder)
         if route is None:
             raise route_not_found(head.path, f"{head.method} {shown}")
         method = "GET" if head.method == "HEAD" else head.method
@@ -12902,12 +13830,33 @@ class Handler(socketserver.BaseRequestHandler):
     def _count_tokens(self, head: Head, exchange: Exchange, body: bytes) -> None:
         self.server.gateway.count_tokens(exchange, body)
 
+    def _count_input(self, head: Head, exchange: Exchange, body: bytes) -> None:
+        self.server.gateway.count_input(exchange, body)
+
+    def _no_socket(self, head: Head, exchange: Exchange, body: bytes) -> None:
+        """Codex and others first try a websocket here, and take to POST when they are told 426."""
+        if head.headers.get("upgrade"):
+            raise UpgradeRefused("no websocket here: send POST requests")
+        exchange.answer_headers["allow"] = "POST"
+        raise MethodNotAllowed("/responses takes POST, not GET")
+
+    def _not_kept(self, head: Head, exchange: Exchange, body: bytes) -> None:
+        name = head.path.split("/")[2]
+        if name == "compact":
+            raise RouteNotFound("conversations are not compacted here; summarise with an ordinary request")
+        raise RouteNotFound(f'no response "{redact(name[:100])}": none is kept here; send the whole conversation '
+                            "with each request", code="response_not_found", param="response_id")
+
     def _models(self, head: Head, exchange: Exchange, body: bytes) -> None:
         models, created = self.server.gateway.listed(wants_claude(head)), self.server.started_at
         if exchange.client is MESSAGES:
             answer = anthropic_model_page(models, created, head.query)
         else:
             answer = {"object": "list", "data": [openai_model(model, created) for model in models]}
+            if "client_version" in head.query:
+                # Codex wants a list of this name. A model in it would need the whole of Codex's prompt, which would
+                # replace the one that Codex has itself: with none it goes by its own knowledge.
+                answer["models"] = []
         self._send_json(exchange, answer)
 
     def _model(self, head: Head, exchange: Exchange, body: bytes) -> None:
@@ -12936,7 +13885,7 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _root(self, head: Head, exchange: Exchange, body: bytes) -> None:
         endpoints = [f"{method} /v1{path}".replace("*", "{id}") for path, methods in ROUTES.items() for method in methods
-                     if path not in ("/", "/health", "/healthz", "/status", "/api/hello")]
+                     if path not in ("/", "/health", "/healthz", "/status", "/api/hello") and methods[method] not in UNSERVED]
         self._send_json(exchange, {"name": NAME, "version": VERSION, "endpoints": endpoints})
 
     def _send_json(self, exchange: Exchange, answer: Any) -> None:
@@ -12950,6 +13899,9 @@ ROUTES: Dict[str, Dict[str, Callable[[Handler, Head, Exchange, bytes], None]]] =
     "/embeddings": {"POST": Handler._complete},
     "/messages": {"POST": Handler._complete},
     "/messages/count_tokens": {"POST": Handler._count_tokens},
+    "/responses": {"POST": Handler._complete, "GET": Handler._no_socket},
+    "/responses/input_tokens": {"POST": Handler._count_input},
+    "/responses/*": {"GET": Handler._not_kept, "DELETE": Handler._not_kept, "POST": Handler._not_kept},
     "/models": {"GET": Handler._models},
     "/models/*": {"GET": Handler._model},
     "/status": {"GET": Handler._status},
@@ -12979,12 +13931,17 @@ def route_not_found(path: str, shown: str) -> RouteNotFound:
 CLIENT_BY_PATH: Dict[str, ClientProtocol] = {"/completions": TEXTS, "/embeddings": EMBEDDINGS}
 
 
+UNSERVED = (Handler._no_socket, Handler._not_kept)      # paths that are there to say what is not
+
+
 def client_protocol(head: Head) -> ClientProtocol:
     """The dialect in which this client is answered: by path, and where both dialects share one, by its headers."""
     if head.path in CLIENT_BY_PATH:
         return CLIENT_BY_PATH[head.path]
     if head.path.startswith("/messages"):
         return MESSAGES
+    if head.path.startswith("/responses"):
+        return RESPONSES
     if head.path.startswith("/models"):
         headers = head.headers
         agent = headers.get("user-agent", "").lower()
