@@ -1790,12 +1790,12 @@ def check_responses_stream(wire: bytes) -> Read:
 def read_response(response: Dict[str, Any]) -> Read:
     """What a client reads of a response object."""
     assert response["object"] == "response" and response["id"].startswith("resp_")
-    assert response["status"] in ("completed", "incomplete") and response["error"] is None
+    assert response["status"] in ("completed", "incomplete") and not response.get("error")
     output = response["output"]
     content = [part for item in output if item["type"] == "message" for part in item["content"]]
     thoughts = [item for item in output if item["type"] == "reasoning"]
     calls = [item for item in output if item["type"].endswith("_call")]
-    stop = (response["incomplete_details"] or {}).get("reason") or response["status"]
+    stop = (response.get("incomplete_details") or {}).get("reason") or response["status"]
     return Read("".join(part.get("text", "") for part in content),
                 "\n\n".join(part["text"] for item in thoughts for part in item["summary"]),
                 tuple((item["call_id"], item["name"], item.get("arguments", item.get("input"))) for item in calls),
@@ -5994,6 +5994,90 @@ def test_single_model(shelf: pg.ServerHandle, path: str) -> None:
     assert (head.status, head.body, head.headers["content-length"]) == (200, b"", str(len(openai.body)))
 
 
+# --- OpenAI Responses -------------------------------------------------------------------------------------------------
+
+ASKED = {"model": "chat/m1", "input": "Hi"}
+
+
+@pytest.mark.parametrize("path", ["/v1/responses", "/responses", "/v1/responses/", "/responses?x=1"])
+def test_responses_paths(script: Given, path: str) -> None:
+    handle, _ = script(whole_answer("chat"))
+    result = call(handle.url, path, ASKED)
+    assert result.status == 200 and read_response(result.json).text == "Hello"
+    assert result.headers["x-pigateway-model"] == "chat/m1" and result.headers["x-pigateway-lane"] == "translated"
+
+
+@pytest.mark.parametrize("method, path, status, code, words", [
+    ("GET", "/v1/responses/resp_1", 404, "response_not_found", "resp_1"),
+    ("DELETE", "/v1/responses/resp_1", 404, "response_not_found", "none is kept"),
+    ("GET", "/v1/responses/resp_1/input_items?limit=2", 404, "response_not_found", "resp_1"),
+    ("POST", "/v1/responses/resp_1/cancel", 404, "response_not_found", "resp_1"),
+    ("POST", "/v1/responses/compact", 404, "endpoint_not_found", "compact"),
+    ("GET", "/v1/responses", 405, "method_not_allowed", "POST"), ("PUT", "/v1/responses/x", 405, "method_not_allowed", "")])
+def test_responses_that_are_not_kept(script: Given, method: str, path: str, status: int, code: str, words: str) -> None:
+    handle, _ = script(Answer())
+    result = call(handle.url, path, {} if method == "POST" else None, method)
+    assert result.status == status and set(result.json["error"]) == {"message", "type", "param", "code"}
+    assert result.json["error"]["code"] == code and words in result.json["error"]["message"]
+
+
+def test_a_websocket_is_refused_so_that_clients_take_to_post(script: Given) -> None:
+    handle, _ = script(whole_answer("chat"))
+    with RawClient(handle.url) as client:
+        result = client.ask("GET", "/v1/responses", None, "Connection: Upgrade", "Upgrade: websocket",
+                            "Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==")
+        assert result.status == 426 and "websocket" in result.json["error"]["message"]
+        assert client.ask("POST", "/v1/responses", json.dumps(ASKED).encode()).status == 200
+
+
+def test_responses_input_tokens(script: Given) -> None:
+    handle, fake = script(Answer())
+    few, many = (call(handle.url, "/v1/responses/input_tokens", {"model": "chat/m1", **fields}).json
+                 for fields in ({}, {"input": "word " * 1000, "instructions": "S"}))
+    assert set(few) == {"object", "input_tokens"} and few["object"] == "response.input_tokens"
+    assert few["input_tokens"] < 50 < 1000 < many["input_tokens"] and fake.received == []
+
+
+def test_codex_finds_its_own_list_of_models(script: Given) -> None:
+    handle, _ = script(Answer())
+    plain, codex = (call(handle.url, "/v1/models" + query).json for query in ("", "?client_version=0.169.0"))
+    assert codex == {**plain, "models": []} and "models" not in plain
+
+
+@pytest.mark.parametrize("row", ["chat", "anth"])
+def test_responses_streams_end_as_they_should(script: Given, row: str) -> None:
+    asked = {"model": f"{row}/m1", "input": "Hi", "stream": True}
+    cut = STREAMS[row].index(b"\n\n", STREAMS[row].index(b"Hel")) + 2
+    for pieces, text, word in (([STREAMS[row]], "Hello", ""), ([STREAMS[row][:cut], b""], "Hel", "server_error"),
+                               ([STREAMS[row][:cut], in_stream_error(row, "Busy")], "Hel", "server_is_overloaded")):
+        handle, _ = script(Answer(200, pieces, "text/event-stream"))
+        result = call(handle.url, "/v1/responses", asked)
+        read = check_responses_stream(result.body)
+        assert result.status == 200 and read.text == text and (read.error or {"code": ""})["code"] == word
+    handle, _ = script(Answer(200, [in_stream_error(row, "Busy")], "text/event-stream"))
+    result = call(handle.url, "/v1/responses", asked)
+    assert result.status == 503 and result.json["error"]["code"] == "server_is_overloaded"
+
+
+@pytest.mark.parametrize("client", ["chat/completions", "messages", "responses"])
+def test_a_refusal_behind_signs_of_life_ends_the_stream(tmp_path: Any, client: str) -> None:
+    def slow(request: Received) -> Answer:
+        time.sleep(0.15)
+        return Answer(429, b'{"error":{"message":"Slow down","type":"rate_limit_error"}}')
+
+    asked = {"model": "chat/m1", "stream": True, "max_tokens": 9, "input": "Hi", **MESSAGE_HI}
+    with serving(tmp_path, slow, heartbeat_interval_ms=30) as (handle, _):
+        result = call(handle.url, "/v1/" + client, asked)
+    assert result.status == 200 and b"Slow down" in result.body
+    if client == "responses":
+        assert check_responses_stream(result.body).error["code"] == "rate_limit_exceeded"
+    else:
+        assert result.events[-1]["error"]["type"] == "rate_limit_error"
+
+
+MESSAGE_HI = {"messages": [{"role": "user", "content": "Hi"}]}
+
+
 # --- Nothing that a client sends is our fault -------------------------------------------------------------------------
 
 SEEDS: Dict[str, List[Dict[str, Any]]] = {
@@ -6023,7 +6107,11 @@ SEEDS: Dict[str, List[Dict[str, Any]]] = {
          "tools": [{"name": "wx", "description": "weather", "input_schema": {"type": "object"}}],
          "tool_choice": {"type": "tool", "name": "wx"}, "thinking": {"type": "enabled", "budget_tokens": 1024},
          "stop_sequences": ["x"], "metadata": {"user_id": "u"}, "stream": False},
-        {"model": "ROW/m1", "max_tokens": 5, "messages": [{"role": "user", "content": "Hi"}], "stream": True}]}
+        {"model": "ROW/m1", "max_tokens": 5, "messages": [{"role": "user", "content": "Hi"}], "stream": True}],
+    "responses": [{**RESPONSES_SEED, "model": "ROW/m1", "max_output_tokens": 20, "stream": False,
+                   "tools": RESPONSES_SEED["tools"][:-1]},         # without those that only OpenAI has
+                  {"model": "ROW/m1", "input": [{"role": "user", "content": "Hi"}], "stream": True},
+                  {"model": "resp/m1", "input": "Hi", "stream": True, "tools": [RNOW]}]}
 ODD_VALUES: Sequence[Any] = (
     None, True, False, 0, -1, 1, 1.5, 1e308, 2 ** 70, "", "x", "\ud800", "\0", "ünï", [], {}, [None], [[]],
     {"type": "text"},
@@ -6066,7 +6154,7 @@ def mutated_body(client: str, rng: random.Random) -> bytes:
     return bytes(body)
 
 
-@pytest.mark.parametrize("client", ["chat", "messages"])
+@pytest.mark.parametrize("client", ["chat", "messages", "responses"])
 def test_no_body_is_our_fault(script: Given, lines: LogLines, client: str) -> None:
     def answer(request: Received) -> Answer:
         row = "anth" if request.path.startswith("/v1/messages") else "chat"
@@ -6078,7 +6166,7 @@ def test_no_body_is_our_fault(script: Given, lines: LogLines, client: str) -> No
     with RawClient(handle.url) as raw:
         for turn in range(600):
             body = mutated_body(client, rng)
-            result = raw.ask("POST", WAY_IN[client], body)
+            result = raw.ask("POST", WAY_IN.get(client, "/v1/responses"), body)
             counts[result.status] = counts.get(result.status, 0) + 1
             assert result.status in (200, 400, 404, 401), (turn, result.status, body, result.body)
             assert b"internal error" not in result.body, (turn, body)
@@ -8098,6 +8186,208 @@ def test_responses_rate_limit_over_http(headers: Dict[str, Any], wanted: float) 
     error = RESPONSES.parse_error(429, headers,
                                   b'{"error":{"code":"rate_limit_exceeded","message":"try again in 2.5s"}}', 0)
     assert type(error) is pg.RateLimited and error.retry_after == wanted
+
+
+# --- The native lane --------------------------------------------------------------------------------------------------
+
+
+def responses_lane(protocol: str = "openai-responses", stream: bool = True, **fields: Any) -> Any:
+    return pg.ResponsesLane(RESPONSES_CLIENT, pg.UPSTREAM_PROTOCOLS[protocol], responses_request(stream=stream, **fields),
+                            responses_model(protocol=protocol), STAMP)
+
+
+def through(lane: Any, data: bytes, step: int = 0) -> bytes:
+    """What a lane makes of a stream in pieces of that size."""
+    step = step or max(1, len(data))
+    return b"".join(lane.feed(data[place:place + step]) for place in range(0, len(data), step)) + lane.end()
+
+
+@pytest.mark.parametrize("name", RESPONSES_GOLDENS)
+def test_responses_lane(name: str) -> None:
+    data, _, wanted = RESPONSES_GOLDENS[name]
+    out = through(responses_lane(), data)
+    for step in (1, 7, 64):
+        lane = responses_lane()
+        assert through(lane, data, step) == out and lane.finished and lane.started and lane.error is None
+    assert lane.usage == wanted[-1].usage
+    frames, given = out.split(b"\n\n"), data.split(b"\n\n")
+    if name in ("D4", "D5", "D11"):         # every event as it came, but for the model's name
+        assert [json.loads(frame.partition(b"data: ")[2]) for frame in frames[:-1]] == [
+            json.loads(frame.partition(b"data: ")[2].replace(b'"model":"m2"', b'"model":"p/m1"')) for frame in given[:-1]]
+        assert [one for one, other in zip(frames, given) if one != other and b'"response":' not in one] == []
+    if name not in ("D6", "D7"):            # whose parts are announced or ended by nobody
+        read, expected = check_responses_stream(out), pg.collect(wanted)
+        assert read.text == "".join(part.text for part in expected.parts if isinstance(part, pg.Text))
+        assert len(read.calls) == sum(isinstance(part, pg.ToolCall) for part in expected.parts)
+    assert lane.issued[-1:] == (["ENC1"] if name in ("D4", "D11") else [])
+
+
+@pytest.mark.parametrize("name", RESPONSES_GOLDENS)
+def test_responses_lane_any_cut_fails(name: str) -> None:
+    data, _, _ = RESPONSES_GOLDENS[name]
+    last = max(data.rfind(b'data: {"type":"response.' + word) for word in (b"completed", b"incomplete", b"done"))
+    for cut in range(data.index(b"\n", last)):
+        lane = responses_lane()
+        out = through(lane, data[:cut])
+        events = [json.loads(text) for _, text in pg.parse_events(out)]
+        assert isinstance(lane.error, pg.UpstreamProtocolError) and lane.finished
+        assert [event["type"] for event in events if "response" in event][-1] == events[-1]["type"] == "response.failed"
+        assert events[0]["type"] == "response.created" and events[-1]["response"]["id"] == events[0]["response"]["id"]
+        numbers = [event["sequence_number"] for event in events]
+        assert numbers == sorted(set(numbers))
+        assert lane.started == (b"output_item.added" in out)
+
+
+@pytest.mark.parametrize("name", RESPONSES_GOLDENS)
+def test_responses_lane_takes_mutilated_events(name: str) -> None:
+    data, _, _ = RESPONSES_GOLDENS[name]
+    events = [json.loads(line[6:]) for line in data.splitlines() if line.startswith(b"data: {")]
+    for number, *path in places(events):
+        for wrong in (None, 7, "x", [], {}, [None], {"a": None}):
+            spoilt = copy.deepcopy(events)
+            target: Any = spoilt
+            for key in [number, *path][:-1]:
+                target = target[key]
+            target[[number, *path][-1]] = wrong
+            lane = responses_lane()
+            out = through(lane, sse(spoilt))
+            assert lane.finished and (lane.error or b"event: response." in out)
+            told = [event for event, _ in pg.parse_events(out)]
+            assert sum(event in RESPONSES_ENDS for event in told) == 1 and told[-1] in RESPONSES_ENDS
+
+
+def test_responses_lane_garbage_is_an_error() -> None:
+    for wire in (b"", b"data: {oops\n\n", b"data: [1]\n\n", b'data: {"type":[]}\n\n', b"<html>", b"data: {}\n\n",
+                 b'data: {"type":"response.output_text.delta","delta":"\xff"}\n\n', b"data: [DONE]\n\n",
+                 b'data: {"type":"a\\nb"}\n\n', b"data: " + b"[" * 100_000 + b"\n\n"):
+        lane = responses_lane()
+        through(lane, wire)
+        assert isinstance(lane.error, pg.UpstreamProtocolError) and not lane.started
+
+
+@pytest.mark.parametrize("event, kind", [
+    ({"type": "error", "code": "rate_limit_exceeded", "message": "try again in 2s"}, pg.RateLimited),
+    ({"type": "error", "error": {"code": "server_error", "message": "m"}}, pg.UpstreamError),
+    ({"error": {"code": "context_length_exceeded", "message": "m"}}, pg.ContextOverflow),
+    ({"type": "response.failed", "response": {"status": "failed", "error": {
+        "code": "server_is_overloaded", "message": "Busy sk-test-secret-1"}}}, pg.Overloaded),
+    ({"type": "response.done", "response": {"status": "cancelled"}}, pg.UpstreamError)])
+def test_responses_lane_errors(event: Dict[str, Any], kind: Any) -> None:
+    lane = responses_lane()
+    through(lane, sse([event]))
+    assert type(lane.error) is kind and not lane.started, "it can still be an HTTP status"
+    begun = RESPONSES_D4[:RESPONSES_D4.index(b"event: response.output_item.done")]
+    lane = responses_lane()
+    lane.secrets = ["sk-test-secret-1"]
+    out = through(lane, begun + sse([event]))
+    assert type(lane.error) is kind and lane.started and b"secret-1" not in out
+    last = json.loads(out.rpartition(b"data: ")[2])
+    assert last["type"] == "response.failed" and last["response"]["status"] == "failed"
+    assert last["response"]["error"]["message"] and last["response"]["id"] == "resp_d4"
+
+
+def test_responses_lane_whole() -> None:
+    body = RESPONSES_D4.rpartition(b'"response":')[2].strip()[:-1]
+    lane = responses_lane(stream=False)
+    assert lane.whole(body) == body.replace(b'"model":"m2"', b'"model":"p/m1"')
+    assert (lane.usage, lane.stop_reason, lane.issued) == (pg.Usage(30, 12, 10, 0, 8), "completed", ["ENC1"])
+    for fields, kind in (({"output": None}, pg.UpstreamProtocolError), ({"output": [{}]}, pg.UpstreamProtocolError),
+                         ({"status": "failed", "error": {"code": "rate_limit_exceeded", "message": "m"}}, pg.RateLimited),
+                         ({"output": [], "usage": {}}, pg.EmptyAnswer)):
+        with pytest.raises(kind):
+            responses_lane(stream=False).whole(json.dumps({**json.loads(body), **fields}).encode())
+
+
+RESPONSES_NATIVE_BODY = (b'{"model": "p/m1","input":[{"role":"user","content":"\\u00e9 1.0"}], "store":false,'
+                         b'"include":["reasoning.encrypted_content"], "client_metadata":{"a":1.0}}')
+
+
+def responses_native(body: Any, protocol: str = "openai-responses", foreign: Sequence[str] = (), **facts: Any,
+                     ) -> Tuple[Dict[str, Any], List[str]]:
+    """The body that a native request becomes, and what was dropped."""
+    target = responses_model(protocol=protocol, **facts)
+    request = pg.replace(RESPONSES_CLIENT.parse({"model": "p/m1", "input": "Hi", **body}), foreign=frozenset(foreign))
+    credential = pg.Credential("oauth", CODEX_TOKEN) if "codex" in protocol else pg.Credential(
+        "api_key", "sk-test", parts=AZURE_PARTS)
+    lane = pg.ResponsesLane(RESPONSES_CLIENT, pg.UPSTREAM_PROTOCOLS[protocol], request, target, STAMP)
+    call_, dropped = lane.call(credential)
+    return json.loads(call_.body), dropped
+
+
+def test_responses_native_bytes_are_the_clients_but_for_the_model() -> None:
+    request = pg.replace(RESPONSES_CLIENT.parse(json.loads(RESPONSES_NATIVE_BODY)), body=RESPONSES_NATIVE_BODY,
+                         headers={"openai-beta": "b", "authorization": "Bearer mine"})
+    lane = pg.ResponsesLane(RESPONSES_CLIENT, RESPONSES, request, responses_model(), STAMP)
+    call_, dropped = lane.call(pg.Credential("api_key", "sk-test"))
+    assert call_.body == RESPONSES_NATIVE_BODY.replace(b"p/m1", b"m2") and dropped == []
+    assert call_.headers["openai-beta"] == "b" and call_.headers["authorization"] == "Bearer sk-test"
+    assert call_.url == "https://api.test/v1/responses"
+
+
+SEAL_NAME = "reasoning.encrypted_content"
+
+
+@pytest.mark.parametrize("body, facts, expected, dropped", [
+    ({}, {}, {"include": [SEAL_NAME]}, []), ({"store": True, "include": ["x"]}, {}, {"include": ["x", SEAL_NAME]}, []),
+    ({}, {"reasoning": None}, {}, []),
+    ({"reasoning": {"effort": "high"}, "include": [SEAL_NAME]}, {"reasoning": False}, {}, ["reasoning"]),
+    ({"reasoning": {"effort": "none"}, "include": [SEAL_NAME, "x"]}, {"reasoning": False}, {"include": ["x"]}, []),
+    ({"reasoning": {"effort": "max", "summary": "concise"}}, {},
+     {"reasoning": {"effort": "high", "summary": "concise"}, "include": [SEAL_NAME]}, []),
+    ({"reasoning": {"effort": "none", "summary": None}}, {"compat": {"supportsReasoningOff": False}},
+     {"reasoning": {"summary": None}, "include": [SEAL_NAME]}, []),
+    ({"reasoning": {"effort": "low"}}, {"thinking_levels": {"low": "weak"}},
+     {"reasoning": {"effort": "weak"}, "include": [SEAL_NAME]}, []),
+    ({"max_output_tokens": 5}, {}, {"max_output_tokens": 16, "include": [SEAL_NAME]}, []),
+    ({"max_output_tokens": 500}, {"max_tokens": 100}, {"max_output_tokens": 100, "include": [SEAL_NAME]}, []),
+    ({"max_output_tokens": 500}, {"compat": {"supportsMaxOutputTokens": False}}, {"include": [SEAL_NAME]},
+     ["max_output_tokens"]),
+    ({"vendor_field": 1}, {"sampling": {"temperature": 0.5}},
+     {"vendor_field": 1, "temperature": 0.5, "include": [SEAL_NAME]}, []),
+])
+def test_responses_native_body(body: Dict[str, Any], facts: Dict[str, Any], expected: Dict[str, Any],
+                               dropped: List[str]) -> None:
+    sent = {"model": "m2", "store": False, "input": "Hi", **expected}
+    assert responses_native(body, **facts) == (sent, dropped)
+    assert responses_native(body, "azure-openai-responses", **facts) == ({**sent, "model": "dep2"}, dropped)
+
+
+def test_responses_native_body_has_no_foreign_reasoning() -> None:
+    own, raw = {**ENC_ITEM, "id": "rs_1"}, {"type": "reasoning", "summary": [], "content": [
+        {"type": "reasoning_text", "text": "raw"}]}
+    rest = [{"role": "user", "content": "Hi"}, RCALL]
+    items = [rest[0], own, {**ENC_ITEM, "encrypted_content": SEALED_CLAUDE}, {**ENC_ITEM, "encrypted_content": "OTHER"},
+             {**ENC_ITEM, "encrypted_content": None}, raw, rest[1]]
+    assert responses_native({"input": items}, foreign=["OTHER"])[0]["input"] == [rest[0], own, raw, rest[1]]
+    request = responses_request(input=items)
+    assert request.seals == ("ENC", "OTHER")
+    stripped = pg.without_seals(request, lambda signature, origin: signature == "OTHER")
+    assert stripped.foreign == {"OTHER"}
+
+
+def test_responses_native_body_for_codex() -> None:
+    sent, dropped = responses_native(
+        {"temperature": 0.5, "top_p": 0.5, "user": "u", "max_output_tokens": 500, "metadata": None,
+         "input": [{"role": "system", "content": "S"}, {"role": "user", "content": "Hi"}]}, "openai-codex-responses")
+    assert sent == {
+        "model": "m2", "store": False, "stream": True, "instructions": pg.CODEX_INSTRUCTIONS, "include": [SEAL_NAME],
+        "tool_choice": "auto", "parallel_tool_calls": True, "temperature": 0.5, "input": [
+            {"role": "developer", "content": "S"}, {"role": "user", "content": "Hi"}]}
+    assert dropped == ["max_output_tokens", "top_p", "user"]
+    sent, dropped = responses_native({"instructions": "I", "parallel_tool_calls": False}, "openai-codex-responses")
+    assert sent["instructions"] == "I" and sent["parallel_tool_calls"] is False and dropped == []
+    assert sent["input"] == [{"role": "user", "content": "Hi"}]
+
+
+def test_responses_of_codex_can_be_had_whole(tmp_path: Any) -> None:
+    with fake_upstream(Answer(200, [RESPONSES_D4[:900], RESPONSES_D4[900:]], "text/event-stream")) as fake:
+        write_agent_files(tmp_path, models={"providers": {"r": {
+            "baseUrl": fake.url + "/v1", "api": "openai-responses", "apiKey": "sk-upstream-key", "models": [{"id": "m2"}]}}})
+        with running(tmp_path) as handle:       # a host that streams though nobody has asked it to
+            result = call(handle.url, "/v1/responses", {"model": "r/m2", "input": "Hi"})
+    assert result.status == 200 and result.headers["x-pigateway-lane"] == "translated"
+    assert read_response(result.json).text == "Done." and result.json["output"][0]["encrypted_content"] == "ENC1"
+    assert result.json["id"] == "resp_d4" and result.json["store"] is False
 
 
 # --- Azure ------------------------------------------------------------------------------------------------------------
