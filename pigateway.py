@@ -3252,13 +3252,14 @@ class ResponseShape:
             "presence_penalty": 0.0, "service_tier": "default" if tier == "auto" else tier,
             "text": {"format": {"type": "text"}, **present(**asked["text"])},
             "reasoning": {"effort": None, "summary": None, **asked["reasoning"]},
-            "tools": [self._echo(tool) for tool in asked["tools"]], "usage": None, **fields}
+            "tools": [self._echo(tool) for tool in asked["tools"]], "usage": None,
+            **present(user=data.get("user")), **fields}
 
     _ECHOED: Dict[str, Any] = {
         "instructions": None, "max_output_tokens": None, "max_tool_calls": None, "metadata": {},
         "parallel_tool_calls": True, "prompt_cache_key": None, "reasoning": {}, "safety_identifier": None,
         "service_tier": "default", "temperature": 1.0, "text": {}, "tool_choice": "auto", "tools": (),
-        "top_logprobs": 0, "top_p": 1.0, "truncation": "disabled", "user": None}
+        "top_logprobs": 0, "top_p": 1.0, "truncation": "disabled"}
 
     def _echo(self, tool: Dict[str, Any]) -> Dict[str, Any]:
         """A tool with all fields that a response has of it."""

@@ -2025,7 +2025,7 @@ def test_response_object() -> None:
         "reasoning": {"effort": "low", "summary": None}, "service_tier": "default", "store": False, "background": False,
         "temperature": 0.5, "text": {"format": {"type": "text"}, "verbosity": "low"}, "tool_choice": "auto",
         "tools": [{"type": "function", "name": "now", "description": None, "parameters": None, "strict": None}],
-        "top_logprobs": 0, "top_p": 1.0, "truncation": "disabled", "user": None, "frequency_penalty": 0.0,
+        "top_logprobs": 0, "top_p": 1.0, "truncation": "disabled", "frequency_penalty": 0.0,
         "presence_penalty": 0.0, "usage": {
             "input_tokens": 54, "input_tokens_details": {"cached_tokens": 30, "cache_write_tokens": 4},
             "output_tokens": 9, "output_tokens_details": {"reasoning_tokens": 5}, "total_tokens": 63}}
@@ -6952,6 +6952,10 @@ class OpenAISdk:
         return {"type": "image_url", "image_url": {"url": "data:image/png;base64," + base64.b64encode(PICTURE).decode()}}
 
     @staticmethod
+    def text(words: str) -> Dict[str, Any]:
+        return {"type": "text", "text": words}
+
+    @staticmethod
     def results(turn: Turn, *contents: Any) -> List[Any]:
         return [{"role": "tool", "tool_call_id": call_id, "content": content}
                 for call_id, content in zip(turn.call_ids, contents)]
@@ -7013,6 +7017,8 @@ class AnthropicSdk:
     def tools(*names: str) -> List[Any]:
         return [{"name": name, "description": "A tool.", "input_schema": CITY} for name in names]
 
+    text = OpenAISdk.text
+
     @staticmethod
     def image() -> Dict[str, Any]:
         return {"type": "image", "source": {"type": "base64", "media_type": "image/png",
@@ -7037,9 +7043,75 @@ class AnthropicSdk:
         return self.client.messages.parse(output_format=shape, **request).parsed_output
 
 
+class ResponsesSdk(OpenAISdk):
+    """OpenAI's package again, by its Responses API. `messages` is what `input` is called here, as for the others."""
+
+    stops = {"stop": "completed", "tool": "completed", "length": "max_output_tokens"}
+
+    def turn(self, mode: str, **request: Any) -> Turn:
+        request["input"] = [item for message in request.pop("messages")
+                            for item in (message if isinstance(message, list) else [message])]
+        responses = self.client.responses
+        if mode == "whole":
+            return self.read(responses.create(**request))
+        if mode == "raw":
+            events = list(responses.create(stream=True, **request))
+        else:
+            with responses.stream(**request) as stream:
+                events = list(stream)
+                if events[-1].type == "response.completed":
+                    assert stream.get_final_response().to_dict() == events[-1].response.to_dict()
+        last = events[-1]
+        if last.type == "response.failed":      # the SDK leaves it to its caller to look
+            raise self.sdk.APIError(last.response.error.message, request=None, body=None)
+        turn = self.read(last.response)
+        spoken = [event.delta for event in events if event.type == "response.output_text.delta"]
+        assert "".join(spoken) == turn.text and events[0].type == "response.created"
+        return turn
+
+    def read(self, reply: Any) -> Turn:
+        assert reply.status != "failed"
+        calls = [item for item in reply.output if item.type == "function_call"]
+        thoughts = [part.text for item in reply.output if item.type == "reasoning" for part in item.summary]
+        return Turn(reply.output_text, "".join(thoughts), [(call.name, json.loads(call.arguments)) for call in calls],
+                    [call.call_id for call in calls],
+                    reply.incomplete_details.reason if reply.incomplete_details else reply.status,
+                    (reply.usage.input_tokens, reply.usage.output_tokens),
+                    [item.to_dict() for item in reply.output])       # type: ignore[arg-type]
+
+    @staticmethod
+    def tools(*names: str) -> List[Any]:
+        return [{"type": "function", "name": name, "description": "A tool.", "parameters": CITY, "strict": False}
+                for name in names]
+
+    @staticmethod
+    def image() -> Dict[str, Any]:
+        return {"type": "input_image", "detail": "auto",
+                "image_url": "data:image/png;base64," + base64.b64encode(PICTURE).decode()}
+
+    @staticmethod
+    def results(turn: Turn, *contents: Any) -> List[Any]:
+        return [{"type": "function_call_output", "call_id": call_id, "output": content}
+                for call_id, content in zip(turn.call_ids, contents)]
+
+    @staticmethod
+    def thinking() -> Dict[str, Any]:
+        return {"reasoning": {"effort": "medium", "summary": "auto"}}
+
+    @staticmethod
+    def text(words: str) -> Dict[str, Any]:
+        return {"type": "input_text", "text": words}
+
+    def parsed(self, **request: Any) -> Any:
+        pydantic = importlib.import_module("pydantic")
+        shape = pydantic.create_model("Place", city=(str, ...))
+        return self.client.responses.parse(text_format=shape, input=request.pop("messages"), **request).output_parsed
+
+
 SDKS = {sdk.name: sdk for sdk in (OpenAISdk, AnthropicSdk)}
+SDKS["openai-responses"] = ResponsesSdk         # type: ignore[assignment]
 PROVIDER_OF_LANE = {("openai", "chat"): "native", ("anthropic", "anth"): "native"}
-each_sdk = pytest.mark.parametrize("client", [pytest.param(name, marks=needs(name)) for name in SDKS])
+each_sdk = pytest.mark.parametrize("client", [pytest.param(name, marks=needs(sdk.name)) for name, sdk in SDKS.items()])
 each_provider = pytest.mark.parametrize("provider", ["chat", "anth"])
 each_form = pytest.mark.parametrize("mode", ["whole", "helper"])
 
@@ -7135,7 +7207,7 @@ def test_sdk_parses_structured_output(tmp_path: Any, client: str, provider: str)
 def test_sdk_images_arrive(tmp_path: Any, client: str, provider: str, place: str) -> None:
     with served(tmp_path, saying(ONE_CALL), saying(PLAIN)) as (url, fake):
         sdk = SDKS[client](url)
-        content = [{"type": "text", "text": "Look:"}, sdk.image()]
+        content = [sdk.text("Look:"), sdk.image()]
         request = sdk.request(model=f"{provider}/m1", tools=sdk.tools("wx"))
         if place == "user":
             request["messages"] = [{"role": "user", "content": content}]
@@ -7184,7 +7256,7 @@ def test_sdk_exception_of_a_status(tmp_path: Any, client: str, provider: str, mo
         sdk = SDKS[client](url)
         with pytest.raises(sdk.sdk.APIStatusError) as raised:
             sdk.turn(mode, model=f"{provider}/m1", **sdk.request())
-    name, status = row[1:3] if client == "openai" else row[3:5]
+    name, status = row[1:3] if client != "anthropic" else row[3:5]
     assert name in [base.__name__ for base in type(raised.value).__mro__]
     assert raised.value.status_code == (status or raised.value.status_code) and message in str(raised.value)
     headers = raised.value.response.headers
@@ -11537,6 +11609,100 @@ def test_contract_of_good_answers(tmp_path: Any, is_messages: bool, model: str, 
                     body.pop("stream_options", None)
                 fit("anthropic-messages-request" if is_messages else "openai-chat-request", body)
                 fit_answer(call(url, PATHS[is_messages], body), body, is_messages, openai_spec)
+
+
+OPEN_RESPONSES_SPEC = os.path.join(os.path.dirname(OPENAI_SPEC), "openresponses.openapi.json")
+RESPONSES_ASKED: Dict[str, Dict[str, Any]] = {
+    "plain": {"input": "Hi"}, "parameters": {
+        "input": "Hi", "instructions": "Be brief.", "temperature": 0.5, "top_p": 0.9, "max_output_tokens": 2048,
+        "metadata": {"a": "b"}, "store": True, "include": [SEAL_NAME], "truncation": "disabled", "user": "u",
+        "parallel_tool_calls": False, "text": {"verbosity": "low"}, "service_tier": "auto", "prompt_cache_key": "k"},
+    "tools": {"input": "Hi", "tools": ResponsesSdk.tools("wx", "now"), "tool_choice": "auto"},
+    "all kinds of tools": {"input": "Hi", "tools": [
+        *ResponsesSdk.tools("wx", "now"), SPACE, {"type": "custom", "name": "sh", "format": LARK}, {"type": "web_search"}]},
+    "forced tool": {"input": "Hi", "tools": ResponsesSdk.tools("wx"), "tool_choice": {"type": "function", "name": "wx"}},
+    "thinking": {"input": "Hi", **ResponsesSdk.thinking()},
+    "shape": {"input": "Hi", "text": {"format": {"type": "json_schema", "name": "place", "schema": CITY, "strict": True}}},
+    "history": {"tools": ResponsesSdk.tools("wx"), "input": [
+        {"role": "user", "content": [ResponsesSdk.text("?"), ResponsesSdk.image()]}, ENC_ITEM,
+        {"type": "message", "role": "assistant", "id": "msg_1", "status": "completed", "content": [
+            {"type": "output_text", "text": "a", "annotations": []}]}, RCALL,
+        {"type": "function_call_output", "call_id": "c1", "output": "x"}]}}
+
+
+@pytest.fixture(scope="module")
+def responses_spec() -> Sequence[Any]:
+    """Validators of a response and of events from OpenAI's document, and of a response from that of Open Responses, as
+    `openai_spec`. The usage of a response that has just begun is null, whatever the first of them says."""
+    jsonschema = importlib.import_module("jsonschema")
+    if not os.path.exists(OPENAI_SPEC):
+        return ()
+
+    def read(path: str) -> Tuple[Dict[str, Any], Callable[[str], Any]]:
+        with open(path, encoding="utf-8") as file:
+            components = nullable(json.load(file)["components"])
+        return components["schemas"], lambda name: jsonschema.Draft202012Validator(
+            {"$ref": f"#/components/schemas/{name}", "components": components})
+
+    schemas, validator = read(OPENAI_SPEC)
+    for part in schemas["Response"]["allOf"]:
+        part.get("properties", {}).pop("usage", None)
+    events = {schema["properties"]["type"]["enum"][0]: validator(name) for name, schema in schemas.items()
+              if re.fullmatch(r"Response\w+Event", name) and "properties" in schema}
+    return [validator("Response"), events, read(OPEN_RESPONSES_SPEC)[1]("ResponseResource")]
+
+
+def fit_response(body: Dict[str, Any], answer: Result, spec: Sequence[Any], is_open: bool) -> None:
+    """A good answer fits its schema, and those of both documents; `is_open`: it holds nothing that only OpenAI has."""
+    assert answer.status == 200, answer
+    responses = [answer.json] if not body.get("stream") else []
+    for event in answer.events if body.get("stream") else ():
+        fit("openai-response-event", event)
+        validator = spec[1][event["type"]] if spec else None
+        assert not validator or not told_errors(validator, event), told_errors(validator, event)
+        responses += [event["response"]] if "response" in event else []
+    for response in responses:
+        fit("openai-response", response)
+        assert not spec or not told_errors(spec[0], response), told_errors(spec[0], response)
+        assert not (spec and is_open) or not told_errors(spec[2], response), told_errors(spec[2], response)
+
+
+@needs("jsonschema")
+@pytest.mark.parametrize("model", ["chat/m1", "anth/m1", DEMO_MODEL])
+def test_contract_of_good_responses(tmp_path: Any, model: str, responses_spec: Sequence[Any]) -> None:
+    cases = [(name, PLAIN) for name in RESPONSES_ASKED]
+    cases += [("tools", script) for script in SCRIPTS.values() if model != DEMO_MODEL]
+    with served(tmp_path, *[saying(script) for _, script in cases for _ in range(2)], demo=True) as (url, _):
+        for name, _ in cases:
+            for extra in ({}, {"stream": True}):
+                body = {"model": model, **RESPONSES_ASKED[name], **extra}
+                fit("openai-responses-request", body)
+                # Open Responses has functions only, and takes no schema beside "schema"
+                is_open = name not in ("all kinds of tools", "shape")
+                fit_response(body, call(url, "/v1/responses", body), responses_spec, is_open)
+
+
+@needs("jsonschema")
+@each_provider
+@pytest.mark.parametrize("message", ["", "it broke"], ids=["cut", "error event"])
+@pytest.mark.parametrize("script", [PLAIN, INTERLEAVED_CALLS, THINKS], ids=["text", "calls", "thinking"])
+def test_contract_of_broken_responses(tmp_path: Any, provider: str, message: str, script: Script) -> None:
+    with served(tmp_path, breaking(script, message)) as (url, _):
+        answer = call(url, "/v1/responses", {"model": f"{provider}/m1", "stream": True, **RESPONSES_ASKED["tools"]})
+    assert answer.status == 200 and message in check_responses_stream(answer.body).error["message"]
+    for event in answer.events:
+        fit("openai-response-event", event)
+
+
+@needs("jsonschema")
+@each_provider
+@pytest.mark.parametrize("status", [400, 401, 402, 403, 404, 409, 413, 422, 429, 500, 503, 529])
+def test_contract_of_refused_responses(tmp_path: Any, provider: str, status: int) -> None:
+    with served(tmp_path, refusing(status, "no, said the provider")) as (url, _):
+        for stream in (False, True):
+            answer = call(url, "/v1/responses", {"model": f"{provider}/m1", "stream": stream, "input": "Hi"})
+            assert answer.status >= 400 and "no, said the provider" in answer.json["error"]["message"]
+            fit("openai-error", answer.json)
 
 
 @needs("jsonschema")
