@@ -56,21 +56,25 @@ import http
 import http.client
 import http.server
 import ipaddress
+import itertools
 import json
 import logging
 import math
+import operator
 import os
 import queue
 import re
 import secrets
 import select
 import shlex
+import shutil
 import signal
 import socket
 import socketserver
 import struct
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 import urllib.parse
@@ -124,6 +128,7 @@ DISCOVERY_RETRY_S = 15.0
 DISCOVERY_TIMEOUT_S = 10.0        # for all servers together
 
 EXIT_OK, EXIT_FAILURE, EXIT_CONFIG, EXIT_RUNNING = 0, 1, 2, 3
+EXIT_MISSING = 127               # a program that is not there, as shells count it
 EXIT_INTERRUPTED = 130           # by Ctrl-C, as shells count it
 
 LEVELS = ("off", "minimal", "low", "medium", "high", "xhigh", "max")
@@ -958,13 +963,18 @@ def _leading_value(text: str) -> Any:
     return None
 
 
+def _blank(match: re.Match[str]) -> str:
+    return match.group(0) if match.group(0).startswith('"') else " " * len(match.group(0))
+
+
+def blank_json_comments(text: str) -> str:
+    """JSON with `//` comments, as our own files may have them, made plain JSON of the same length."""
+    return re.sub(r'"(?:\\.|[^"\\\n])*"|//[^\n]*', _blank, text.lstrip("\ufeff"))
+
+
 def strip_json_comments(text: str) -> str:
     """JSON with `//` comments and trailing commas, as pi allows in models.json, made plain JSON of the same length."""
-    def blank(match: re.Match[str]) -> str:
-        return match.group(0) if match.group(0).startswith('"') else " " * len(match.group(0))
-
-    text = re.sub(r'"(?:\\.|[^"\\\n])*"|//[^\n]*', blank, text.lstrip("\ufeff"))
-    return re.sub(r'"(?:\\.|[^"\\\n])*"|,(?=\s*[}\]])', blank, text)
+    return re.sub(r'"(?:\\.|[^"\\\n])*"|,(?=\s*[}\]])', _blank, blank_json_comments(text))
 
 
 _HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\0\r\n]*?)[ \t]*")
@@ -3794,6 +3804,11 @@ def error_fields(body: bytes) -> Tuple[str, str, str]:
 def token_count(value: Any) -> int:
     """A token count as an int; 0 for anything else."""
     return int(value) if isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0 else 0
+
+
+def as_list(value: Any) -> List[Any]:
+    """The value if it is an array, otherwise an empty one."""
+    return value if isinstance(value, list) else []
 
 
 def as_dict(value: Any) -> Dict[str, Any]:
@@ -14237,6 +14252,21 @@ class Terminal:
         self.read_lines()
         return self.answer()[1]
 
+    def ask_hidden(self, prompt: str) -> str:
+        """One line that is not shown while it is typed. Raises `LogInFailed` at the end of the input."""
+        if os.name != "posix":
+            import getpass                      # only here
+            return getpass.getpass(prompt).strip()
+        import termios                          # not on Windows
+        before = termios.tcgetattr(sys.stdin.fileno())
+        silent = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+        termios.tcsetattr(sys.stdin.fileno(), termios.TCSADRAIN, silent)
+        try:
+            return self.ask(prompt)
+        finally:                                # also after Ctrl-C
+            termios.tcsetattr(sys.stdin.fileno(), termios.TCSADRAIN, before)
+            self.say()
+
     def agrees(self, text: str) -> bool:
         """Says something that wants a yes, and asks for it."""
         self.say(text)
@@ -14604,15 +14634,20 @@ def log_in(file: AuthFile, terminal: Terminal, arguments: argparse.Namespace, co
             raise ConfigError(f"auth.json has a key for {row.provider}, which a log-in replaces; --yes for that")
         if not terminal.agrees(f"auth.json has a key for {row.provider}, which this replaces."):
             raise LogInFailed("not logged in")
-    vendor = Vendor(vendor_transport(ca_bundle(config, os.environ)), pause=Terminal.wait)
-    vendor.secrets = []
-    try:
-        entry = LogIn(row, vendor, terminal, arguments).run()
-    except (LogInFailed, GatewayError) as error:
-        raise LogInFailed(redact(str(error), vendor.secrets)) from None
+    entry = obtain_log_in(row, terminal, arguments, config)
     file.change(row.provider, lambda old: entry)
     terminal.say(f"Logged in to {row.title}. Its models are {row.provider}/...; {NAME}.py models lists them.")
     return EXIT_OK
+
+
+def obtain_log_in(row: Subscription, terminal: Terminal, arguments: argparse.Namespace, config: Config) -> Dict[str, Any]:
+    """The entry that a log-in ends in; it is not written yet. Raises `LogInFailed`, `ConfigError`."""
+    vendor = Vendor(vendor_transport(ca_bundle(config, os.environ)), pause=Terminal.wait)
+    vendor.secrets = []
+    try:
+        return LogIn(row, vendor, terminal, arguments).run()
+    except (LogInFailed, GatewayError) as error:
+        raise LogInFailed(redact(str(error), vendor.secrets)) from None
 
 
 LOG_INS = tuple(name for name, row in SUBSCRIPTIONS.items() if row.authorize_url or row.device_url)
@@ -14724,6 +14759,7 @@ class Config:
     ca_bundle: Optional[str] = None
     pid_file: Optional[str] = None
     sources: Tuple[str, ...] = ()
+    origins: Mapping[str, str] = field(default_factory=dict, compare=False)     # where each value is from, by attribute
 
     @functools.cached_property
     def routing(self) -> ModelMap:
@@ -14762,6 +14798,11 @@ class Option(NamedTuple):
     def attribute(self) -> str:
         """The field of `Config`."""
         return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", self.key).lower()
+
+    @property
+    def dest(self) -> str:
+        """Where argparse keeps the flag: apart from the word that some commands take, which may have the same name."""
+        return f"flag_{self.attribute}"
 
 
 OPTIONS = (
@@ -14885,7 +14926,7 @@ def read_json_file(path: str, is_required: bool) -> Any:
     """The object in a JSON file, None when there is no such file and none is needed. Raises `ConfigError`."""
     try:
         with open(path, encoding="utf-8-sig") if is_required else open_text(path) as file:
-            data = json.load(file)
+            data = json.loads(blank_json_comments(file.read()))
     except (FileNotFoundError, NotADirectoryError):
         if is_required:
             raise ConfigError(f"{path}: no such file") from None
@@ -14939,6 +14980,7 @@ def load_config(environ: Mapping[str, str], flags: Mapping[str, Any] = MappingPr
     values: Dict[str, Any] = {}
     sources = []
     router_file = os.path.join(home(environ), ROUTER_FILE)
+    origins: Dict[str, str] = {}
     for path, is_required in ((os.path.join(folder, "gateway.json"), False),
                               (os.path.join(folder, "pigateway.json"), False), (extra_file, True), (router_file, False)):
         if not path or (path is router_file and sources):
@@ -14947,13 +14989,17 @@ def load_config(environ: Mapping[str, str], flags: Mapping[str, Any] = MappingPr
         if layer is not None:
             add_layer(values, layer)
             sources.append(path)
-    for layer, source in ((read_router_environment(environ), "environment"),
-                          ({**read_config_environment(environ), **read_log_environment(environ)}, "environment"),
-                          (flags, "command line")):
+            origins.update(dict.fromkeys(layer, path))
+    for layer, source, name_of in (
+            (read_router_environment(environ), "environment", lambda option: "environment (piai-router's)"),
+            ({**read_config_environment(environ), **read_log_environment(environ)}, "environment",
+             lambda option: option.env or "environment"),
+            (flags, "command line", operator.attrgetter("flag"))):
         if layer:
             add_layer(values, layer)
             sources += [source] if source not in sources else []
-    config = Config(**settle_router(values), sources=tuple(sources))
+            origins.update({option.attribute: name_of(option) for option in OPTIONS if option.attribute in layer})
+    config = Config(**settle_router(values), sources=tuple(sources), origins=origins)
     check_security(config)
     return config
 
@@ -15347,29 +15393,58 @@ def process_command(pid: int) -> Optional[bytes]:
 
 
 LIFECYCLE_COMMANDS = ("start", "stop", "restart", "status")
-COMMANDS = (*LIFECYCLE_COMMANDS, "models", "login", "logout", "accounts", "quirks", "pi-extension", "help", "version")
-JSON_COMMANDS = ("status", "models", "accounts", "quirks")
-LOG_IN_SWITCHES = ("--no-browser", "--device", "--yes")
+LAUNCH_COMMANDS = ("code", "codex", "gemini")
+SET_UP_COMMANDS = ("init", "ui", "check")       # also with files that are not there yet, or are broken
+COMMANDS = (*LIFECYCLE_COMMANDS, *LAUNCH_COMMANDS, "env", *SET_UP_COMMANDS, "show", "models", "login", "logout", "accounts",
+            "quirks", "pi-extension", "help", "version")
+JSON_COMMANDS = ("status", "models", "accounts", "quirks", "show")
+VALUE_FLAGS = frozenset({option.flag for option in OPTIONS if option.flag and option.kind != "boolean"}
+                        | {"--config", "--enterprise", "--shell", "--client"})
+# Flags that are no configuration keys, and the commands that take them.
+COMMAND_FLAGS = {"--reset": ("quirks",), "--install": ("pi-extension",), "--force": ("pi-extension", "init", "ui"),
+                 "--no-browser": ("login", "init", "ui"), "--device": ("login", "init", "ui"),
+                 "--yes": ("login", "init", "ui"), "--enterprise": ("login", "init", "ui"), "--shell": ("env",),
+                 "--client": ("init", "ui")}
 
-HELP = f"""usage: {NAME}.py [command] [options]
-
-Serve every model you have access to as an OpenAI and an Anthropic API on this machine.
-
-commands:
-  (none)      run the gateway in the foreground; Ctrl-C stops it
-  start       run it in the background; it outlives the terminal and logs to ~/.pi/agent/gateway.log
-  stop        stop the one that runs
-  restart     stop it and start it again, with the same options unless others are given
-  status      say whether one runs, and where (--json)
-  models      print the models that can be used now and exit (--json for all facts)
-  login       log in to a subscription: login [PROVIDER]; without one, pick from a list
-  logout      forget a log-in: logout PROVIDER
-  accounts    print the log-ins and how long their tokens are good (--json)
-  quirks      print what models turned out not to take (--json); --reset forgets it
-  pi-extension  with --install, write the extension that starts and stops it from inside pi
-  help        print this page
-  version     print the version
-"""
+COMMAND_HELP = (
+    ("(none)", "run the gateway in the foreground; Ctrl-C stops it"),
+    ("start", "run it in the background; it outlives the terminal and logs to ~/.pi/agent/gateway.log"),
+    ("stop", "stop the one that runs"),
+    ("restart", "stop it and start it again, with the same options unless others are given"),
+    ("status", "say whether one runs, and where (--json)"),
+    ("code", "run Claude Code on it; all that follows goes to claude: code --model demo -p Hi"),
+    ("codex, gemini", "the same for Codex and Gemini CLI"),
+    ("env", "print what points a client here: env [claude, codex, gemini, openai, anthropic or ollama]"),
+    ("init, ui", "ask for provider, key, model and client, and write pigateway.json"),
+    ("show", "print the configuration in force, and where each value is from (--json)"),
+    ("check", "say whether the files are in order, without starting anything"),
+    ("models", "print the models that can be used now and exit (--json for all facts)"),
+    ("login", "log in to a subscription: login [PROVIDER]; without one, pick from a list"),
+    ("logout", "forget a log-in: logout PROVIDER"),
+    ("accounts", "print the log-ins and how long their tokens are good (--json)"),
+    ("quirks", "print what models turned out not to take (--json); --reset forgets it"),
+    ("pi-extension", "with --install, write the extension that starts and stops it from inside pi"),
+    ("help", "print this page"),
+    ("version", "print the version"))
+FLAG_HELP = (
+    ("--config PATH", "one more configuration file, over the usual ones; with init: the file to write"),
+    ("--json", f"with {', '.join(JSON_COMMANDS)}: print JSON"),
+    ("--shell SHELL", "with env: bash, fish, powershell or cmd"),
+    ("--client CLIENT", "with init: code, codex, gemini or none"),
+    ("--reset", "with quirks: forget them"),
+    ("--install, --force", "with pi-extension: write it, also over another file; init takes --force too"),
+    ("--no-browser", "with login: paste the address that the browser ends at"),
+    ("--device", "with login: a code to type into another device (openai-codex)"),
+    ("--enterprise HOST", "with login github-copilot: your GitHub Enterprise server"),
+    ("--yes", "with login: no question about the vendor's terms; with init: no question at all"),
+    ("--version, --help", "print the version, or this page"))
+HELP_TAIL = (
+    "--allow-origin, --model-allowlist, --model-denylist and --pass-through may be repeated. --no-strict and its like turn "
+    "a switch off that a file turned on.",
+    "Keys: set ANTHROPIC_API_KEY, OPENAI_API_KEY, ... or use ~/.pi/agent/auth.json. The gateway's own key is apiKey in "
+    "~/.pi/agent/gateway.json or PI_GATEWAY_API_KEY, never a flag.",
+    "Everything else: README.md")
+HELP_COLUMNS = 79
 
 
 METAVARS = {"--bind": "ADDRESS", "--auth-dir": "PATH", "--allow-origin": "ORIGIN", "--log-level": "LEVEL",
@@ -15377,29 +15452,27 @@ METAVARS = {"--bind": "ADDRESS", "--auth-dir": "PATH", "--allow-origin": "ORIGIN
             "--provider": "PROVIDER", "--default-model": "MODEL"}
 
 
+def two_columns(rows: Iterable[Tuple[str, str]], width: int) -> List[str]:
+    """Names and what they mean, side by side; what is too long for its column goes on below."""
+    lines = []
+    for name, text in rows:
+        head = f"  {name:<{width}}" if len(name) < width else f"  {name}"
+        parts = textwrap.wrap(text, HELP_COLUMNS - width - 2, break_on_hyphens=False)
+        lines += [head + parts.pop(0)] if len(name) < width else [head]
+        lines += [" " * (width + 2) + part for part in parts]
+    return lines
+
+
 class _Parser(argparse.ArgumentParser):
     def format_help(self) -> str:
-        lines = [HELP, "options:"]
-        for option in OPTIONS:
-            if option.flag:
-                name = f"{option.flag} {METAVARS.get(option.flag, 'N')}"
-                name = option.flag if option.kind == "boolean" else name
-                lines.append(f"  {name:<30}{option.help}" if len(name) < 29 else f"  {name}\n{'':32}{option.help}")
-        lines += [f"  {'--config PATH':<30}one more configuration file, over the usual ones",
-                  f"  {'--json':<30}with status, models, accounts and quirks: print JSON",
-                  f"  {'--reset':<30}with quirks: forget them",
-                  f"  {'--install, --force':<30}with pi-extension: write it, also over another file",
-                  f"  {'--no-browser':<30}with login: paste the address that the browser ends at",
-                  f"  {'--device':<30}with login: a code to type into another device (openai-codex)",
-                  f"  {'--enterprise HOST':<30}with login github-copilot: your GitHub Enterprise server",
-                  f"  {'--yes':<30}with login: no question about the vendor's terms",
-                  f"  {'--version, --help':<30}print the version, or this page",
-                  "", "--allow-origin, --model-allowlist, --model-denylist and --pass-through may be repeated. --no-strict\n"
-                  "and its like turn a switch off that a file turned on.",
-                  "", "Keys: set ANTHROPIC_API_KEY, OPENAI_API_KEY, ... or use ~/.pi/agent/auth.json. The gateway's\n"
-                  "own key is apiKey in ~/.pi/agent/gateway.json or PI_GATEWAY_API_KEY, never a flag.\n"
-                  "Everything else: README.md"]
-        return "\n".join(lines) + "\n"
+        options = [(f"{option.flag} {METAVARS.get(option.flag, 'N')}" if option.kind != "boolean" else option.flag,
+                    option.help) for option in OPTIONS if option.flag]
+        return "\n".join([
+            f"usage: {NAME}.py [command] [options]", "",
+            "Serve every model you have access to, to any client, on this machine.", "",
+            "commands:", *two_columns(COMMAND_HELP, 15), "",
+            "options:", *two_columns((*options, *FLAG_HELP), 27),
+            *(f"\n{textwrap.fill(text, HELP_COLUMNS, break_on_hyphens=False)}" for text in HELP_TAIL)]) + "\n"
 
     def error(self, message: str) -> Any:
         raise ConfigError(f"{message} (see --help)")
@@ -15412,19 +15485,19 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("provider", nargs="?")
     parser.add_argument("--version", "-v", action="store_true")
     parser.add_argument("--config")
-    for flag in ("--json", "--reset", "--install", "--force", *LOG_IN_SWITCHES):
-        parser.add_argument(flag, action="store_true")
-    parser.add_argument("--enterprise")
+    parser.add_argument("--json", action="store_true")
+    for flag in COMMAND_FLAGS:
+        parser.add_argument(flag, **({} if flag in VALUE_FLAGS else {"action": "store_true"}))  # type: ignore[arg-type]
     for option in OPTIONS:
         if not option.flag:
             continue
         if option.kind == "boolean":
-            parser.add_argument(option.flag, dest=option.attribute, action="store_const", const=True)
-            parser.add_argument(option.flag.replace("--", "--no-", 1), dest=option.attribute, action="store_const",
+            parser.add_argument(option.flag, dest=option.dest, action="store_const", const=True)
+            parser.add_argument(option.flag.replace("--", "--no-", 1), dest=option.dest, action="store_const",
                                 const=False)
         else:
             action = "append" if option.kind == "list" else "store"
-            parser.add_argument(option.flag, dest=option.attribute, action=action)
+            parser.add_argument(option.flag, dest=option.dest, action=action)
     return parser
 
 
@@ -15432,7 +15505,7 @@ def read_flags(arguments: argparse.Namespace) -> Dict[str, Any]:
     """The options that flags set, by attribute, checked."""
     values = {}
     for option in OPTIONS:
-        value = getattr(arguments, option.attribute, None)
+        value = getattr(arguments, option.dest, None)
         if value is None or not option.flag:
             continue
         if option.kind == "integer":
@@ -15463,23 +15536,21 @@ def check_command(arguments: argparse.Namespace) -> None:
     command = arguments.command
     if arguments.json and command not in JSON_COMMANDS:
         raise ConfigError(f"--json goes with the commands {', '.join(JSON_COMMANDS)}: {NAME}.py models --json")
-    for flag, owner in (("reset", "quirks"), ("install", "pi-extension"), ("force", "pi-extension")):
-        if getattr(arguments, flag) and command != owner:
-            raise ConfigError(f"--{flag} goes with the {owner} command")
-    if arguments.provider and command not in ("login", "logout"):
+    for flag, owners in COMMAND_FLAGS.items():
+        if getattr(arguments, flag[2:].replace("-", "_")) and command not in owners:
+            raise ConfigError(f"{flag} goes with the {owners[0]} command")
+    if arguments.provider and command not in ("login", "logout", "env"):
         raise ConfigError(f"what is {redact(arguments.provider)[:60]!r}? Only login and logout take a provider")
-    for flag in (*LOG_IN_SWITCHES, "--enterprise"):
-        if getattr(arguments, flag[2:].replace("-", "_")) and command != "login":
-            raise ConfigError(f"{flag} goes with the login command")
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """The command line. Returns the exit status: 0 done, 1 failure, 2 configuration, 3 another gateway is running,
-    130 given up with Ctrl-C."""
+    127 a client that is not installed, 130 given up with Ctrl-C; or a launched client's own."""
     argv = sys.argv[1:] if argv is None else list(argv)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):      # a legacy code page must not end the program
             stream.reconfigure(errors="replace")
+    argv, client_argv = split_launch(argv)
     try:
         refuse_key_flag(argv)
         parser = build_parser()
@@ -15492,12 +15563,21 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         if arguments.version or arguments.command == "version":
             print(NAME, VERSION)
             return EXIT_OK
+        if arguments.command in SET_UP_COMMANDS:
+            return SET_UP[arguments.command](arguments)
         config = load_config(os.environ, read_flags(arguments), arguments.config)
+        forget_own_key(config, os.environ)
         attach_log(config.log_level, [config.api_key] if config.api_key else [])
         if arguments.command == "models":
             return print_models(build_gateway(config, os.environ), arguments.json)
         if arguments.command in LIFECYCLE_COMMANDS:
             return Lifecycle(config, own_arguments(argv, arguments.command)).run(arguments.command, arguments.json)
+        if arguments.command in LAUNCH_COMMANDS:
+            return Session(config, own_arguments(argv, arguments.command)).run(arguments.command, client_argv)
+        if arguments.command == "env":
+            return print_environment(config, arguments)
+        if arguments.command == "show":
+            return print_config(config, arguments.json)
         if arguments.command == "pi-extension":
             return run_pi_extension(config, arguments)
         if arguments.command == "quirks":
@@ -15562,7 +15642,19 @@ class Lifecycle:
         return pid if pid and is_gateway_process(pid) else 0
 
     def start(self) -> int:
-        """Starts a gateway that outlives the terminal, and waits until it answers."""
+        """Starts a gateway that outlives the terminal, and says where it is once it answers."""
+        status, pid, url = self.launch()
+        if status == EXIT_OK:
+            print(f"{NAME} is running at {url} (pid {pid}, log {self.log_path})")
+        return status
+
+    def find(self) -> Tuple[int, str]:
+        """(pid, URL) of a running gateway of ours; pid 0 when there is none."""
+        pid, state = self.running_pid(), self._pid_file.read_state()
+        return (pid, str(state.get("url"))) if pid and state.get("pid") == pid else (0, "")
+
+    def launch(self) -> Tuple[int, int, str]:
+        """(exit status, pid, URL) of a gateway that is started, and waited for. Raises `AlreadyRunning`, OSError."""
         pid = self.running_pid()
         if pid:
             raise AlreadyRunning(pid, self._pid_file.path)
@@ -15578,14 +15670,13 @@ class Lifecycle:
         while time.monotonic() < deadline:
             state = self._pid_file.read_state()
             if state.get("pid") == process.pid and self._probe(state["url"]):
-                print(f"{NAME} is running at {state['url']} (pid {process.pid}, log {self.log_path})")
-                return EXIT_OK
+                return EXIT_OK, process.pid, state["url"]
             if process.poll() is not None:
-                return self._tell_failure(begin, process.returncode)
+                return self._tell_failure(begin, process.returncode), 0, ""
             time.sleep(self.POLL_S)
         print(f"{NAME}: pid {process.pid} does not answer after {self.START_S:.0f} seconds; see {self.log_path}",
               file=sys.stderr)
-        return EXIT_FAILURE
+        return EXIT_FAILURE, 0, ""
 
     def _tell_failure(self, begin: int, status: int) -> int:
         with open(self.log_path, "rb") as file:
@@ -15601,16 +15692,22 @@ class Lifecycle:
         if not pid:
             print(f"{NAME}: no gateway is running", file=sys.stderr)
             return EXIT_FAILURE
+        if self.end(pid):
+            print(f"stopped (pid {pid})")
+            return EXIT_OK
+        print(f"{NAME}: pid {pid} has been asked to stop and still runs", file=sys.stderr)
+        return EXIT_FAILURE
+
+    def end(self, pid: int) -> bool:
+        """Asks a gateway to stop, and waits; whether it has."""
         os.kill(pid, signal.SIGTERM)            # on Windows that ends it at once
         deadline = time.monotonic() + self._config.force_abort_timeout_ms / 1000 + self.STOP_S
         while time.monotonic() < deadline:
             if not is_gateway_process(pid):
                 self._pid_file.release(pid)
-                print(f"stopped (pid {pid})")
-                return EXIT_OK
+                return True
             time.sleep(self.POLL_S)
-        print(f"{NAME}: pid {pid} has been asked to stop and still runs", file=sys.stderr)
-        return EXIT_FAILURE
+        return False
 
     def restart(self) -> int:
         """Stops the running gateway, if there is one, and starts it again, with its own arguments unless others are
@@ -15643,14 +15740,18 @@ class Lifecycle:
 
     def _probe(self, url: str) -> Dict[str, Any]:
         """What a gateway says of itself; {} when it does not answer. pi-gateway only has /healthz."""
-        for path in ("/status", "/healthz"):
+        return self.ask(url, "/status", "/healthz")
+
+    def ask(self, url: str, *paths: str) -> Dict[str, Any]:
+        """The first good answer of a gateway to one of these requests, {} for none."""
+        for path in paths:
             split = urllib.parse.urlsplit(url)
             connection = http.client.HTTPConnection(split.hostname or "", split.port, timeout=self.PROBE_S)
             try:
                 key = self._config.api_key
                 connection.request("GET", path, headers={"authorization": f"Bearer {key}"} if key else {})
                 response = connection.getresponse()
-                facts = as_dict(json.loads(response.read(MAX_ERROR_BYTES)))
+                facts = as_dict(json.loads(response.read(MAX_EVENT_BYTES)))
                 if response.status == 200:
                     return facts
             except (OSError, http.client.HTTPException, ValueError):
@@ -15683,10 +15784,9 @@ def pid_path(config: Config) -> str:
 def own_arguments(argv: Sequence[str], command: str) -> List[str]:
     """The command line without the command's word and what only that takes."""
     words, rest = list(argv), []
-    takes_value = {option.flag for option in OPTIONS if option.flag and option.kind != "boolean"} | {"--config"}
     while words:
         word = words.pop(0)
-        if word in takes_value and words:
+        if word in VALUE_FLAGS and words:
             rest += [word, words.pop(0)]
         elif word == command:
             return rest + words
@@ -15959,6 +16059,789 @@ def print_banner(server: Server) -> None:
     if not config.is_loopback:
         lines.append(f"  note               other machines can connect to {config.bind_address}; they need the apiKey")
     print("\n".join(lines), flush=True)
+
+
+# --- Launchers --------------------------------------------------------------------------------------------------------
+#
+# A client that is started here gets variables and arguments for its own process only; its files stay as they are. The
+# gateway is the one that runs, or one that is started for as long as there is a session: who comes joins a list beside
+# the lock file, and who leaves last ends the gateway, if a session has started it.
+
+
+class Target(NamedTuple):
+    """What a client is pointed at."""
+
+    url: str
+    key: str = NAME             # some word where no key is demanded; "" when the client's own credential passes through
+    model: str = ""             # "" when the client's own names mean something here
+    window: int = 0             # that model's tokens of context, 0 when not known
+    is_foreign: bool = False    # whether the model's maker is not the client's
+
+
+CLAUDE_MODELS = ("ANTHROPIC_MODEL", *(f"ANTHROPIC_DEFAULT_{tier}_MODEL" for tier in ("OPUS", "SONNET", "HAIKU", "FABLE")))
+COMPACT_LEAST = 100_000         # Claude Code warns of, and ignores, a smaller window to compact in
+
+
+def claude_variables(target: Target) -> Dict[str, str]:
+    """For Claude Code 2.1. It takes a model that it does not know for one with a window of a million tokens, and heads
+    each prompt with a line that only Anthropic reads. A window for compacting counts also for models it does know."""
+    window = str(target.window)
+    return {"ANTHROPIC_BASE_URL": target.url, **({"ANTHROPIC_AUTH_TOKEN": target.key} if target.key else {}),
+            **(dict.fromkeys(CLAUDE_MODELS, target.model) if target.model else {}),
+            **({"CLAUDE_CODE_ATTRIBUTION_HEADER": "0"} if target.is_foreign else {}),
+            **({"CLAUDE_CODE_MAX_CONTEXT_TOKENS": window} if target.window else {}),
+            **({"CLAUDE_CODE_AUTO_COMPACT_WINDOW": window} if target.window >= COMPACT_LEAST else {})}
+
+
+CODEX_KEY = "PIGATEWAY_API_KEY"                 # a name of our own, so that nobody takes the word in it for OpenAI's key
+
+
+def codex_variables(target: Target) -> Dict[str, str]:
+    """For Codex: the key alone; the rest are arguments."""
+    return {CODEX_KEY: target.key} if target.key else {}
+
+
+def codex_arguments(target: Target) -> List[str]:
+    """For Codex 0.169: a provider of ours, beside what its config.toml has. The values are TOML."""
+    provider = {"name": NAME, "base_url": f"{target.url}/v1", "wire_api": "responses",
+                "env_key": CODEX_KEY if target.key else "OPENAI_API_KEY"}
+    settings = {"model_provider": NAME, **{f"model_providers.{NAME}.{key}": value for key, value in provider.items()},
+                **({"model": target.model} if target.model else {}),
+                **({"model_context_window": target.window} if target.window else {})}
+    return [word for key, value in settings.items() for word in ("-c", f"{key}={json.dumps(value)}")]
+
+
+def gemini_variables(target: Target) -> Dict[str, str]:
+    """For Gemini CLI 0.61."""
+    return {"GOOGLE_GEMINI_BASE_URL": target.url, **({"GEMINI_API_KEY": target.key} if target.key else {}),
+            **({"GEMINI_MODEL": target.model} if target.model else {})}
+
+
+# Gemini CLI 0.61 refuses without a terminal the way to authorise that it derives from a base URL, and in one prefers the
+# log-in that its settings name. Settings of the system have the last word, and their place is a variable.
+GEMINI_SETTINGS = {"security": {"auth": {"selectedType": "gemini-api-key"}}}
+GEMINI_SETTINGS_VARIABLE = "GEMINI_CLI_SYSTEM_SETTINGS_PATH"
+GEMINI_SYSTEM_SETTINGS = ("/etc/gemini-cli/settings.json", "/Library/Application Support/GeminiCli/settings.json",
+                          r"C:\ProgramData\gemini-cli\settings.json")
+
+
+def gemini_settings(folder: str) -> Dict[str, str]:
+    """The variable that names a file with these settings, which is written there; none where an administrator has one.
+    Raises OSError."""
+    if any(os.path.exists(path) for path in GEMINI_SYSTEM_SETTINGS):
+        return {}
+    path = os.path.join(folder, f"{NAME}-gemini.json")
+    write_private_file(path, dumps(GEMINI_SETTINGS).encode("ascii"))
+    return {GEMINI_SETTINGS_VARIABLE: path}
+
+
+class Client(NamedTuple):
+    """A program, or a kind of program, that can be pointed at the gateway."""
+
+    title: str
+    variables: Callable[[Target], Dict[str, str]]
+    program: str = ""                           # "" for those that are not started here
+    install: str = ""
+    arguments: Callable[[Target], List[str]] = lambda target: []
+    homes: Tuple[str, ...] = ()                 # providers that know the client's own model names
+    prefix: str = ""                            # of those names
+    own_key: Tuple[str, ...] = ()               # variables with a key of the user's, which is not to travel
+    detours: Tuple[str, ...] = ()               # variables that would lead elsewhere
+    settings: Callable[[str], Dict[str, str]] = lambda folder: {}       # variables for files that are written into a folder
+
+
+CLIENTS = {
+    "code": Client(
+        "Claude Code", claude_variables, "claude", "npm install -g @anthropic-ai/claude-code", homes=("anthropic",),
+        prefix="claude", own_key=("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN", "CLAUDE_CODE_OAUTH_TOKEN"),
+        detours=("CLAUDE_CODE_USE_BEDROCK", "CLAUDE_CODE_USE_VERTEX", "CLAUDE_CODE_USE_FOUNDRY", "CLAUDE_CODE_USE_GATEWAY",
+                 "CLAUDE_CODE_USE_MANTLE", "CLAUDE_CODE_USE_ANTHROPIC_AWS", "CLAUDE_CODE_USE_ANTHROPIC_GOOGLE_CLOUD")),
+    "codex": Client(
+        "Codex", codex_variables, "codex", "npm install -g @openai/codex", codex_arguments, ("openai", "openai-codex"),
+        "gpt", (CODEX_KEY, "OPENAI_API_KEY", "CODEX_API_KEY")),
+    "gemini": Client(
+        "Gemini CLI", gemini_variables, "gemini", "npm install -g @google/gemini-cli",
+        homes=("google", "google-vertex", "google-gemini-cli"), prefix="gemini", own_key=("GEMINI_API_KEY", "GOOGLE_API_KEY"),
+        detours=("GOOGLE_GENAI_USE_VERTEXAI", "GOOGLE_GENAI_USE_GCA"), settings=gemini_settings),
+    "openai": Client("OpenAI clients", lambda target: {
+        "OPENAI_BASE_URL": f"{target.url}/v1", **({"OPENAI_API_KEY": target.key} if target.key else {})}),
+    "anthropic": Client("Anthropic clients", lambda target: {
+        "ANTHROPIC_BASE_URL": target.url, **({"ANTHROPIC_API_KEY": target.key} if target.key else {})}),
+    "ollama": Client("Ollama clients", lambda target: {"OLLAMA_HOST": target.url}),
+}
+CLIENT_ALIASES = {"claude": "code", "claude-code": "code", "": "code"}
+
+
+class NoModel(ConfigError):
+    """A client's own names mean nothing here, and nobody has said which model it is to use."""
+
+
+def find_model(name: str, models: Mapping[str, int], provider: str) -> str:
+    """The listed model that a name means, "" for none."""
+    wanted = [name, f"{provider}/{name}"]
+    return next((known for known in models if known in wanted),
+                next((known for known in models if known.partition("/")[2] == name), "")) if name else ""
+
+
+def map_targets(value: Any) -> List[str]:
+    """The model names on the right-hand side of an entry of modelMap, however rich that is."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, Mapping):
+        named = [value[key] for key in ("model", "target", "to") if isinstance(value.get(key), str)]
+        value = named[:1] or [inner for key, inner in value.items() if key not in ("reasoning", "effort")]
+    return [name for inner in value for name in map_targets(inner)] if isinstance(value, (list, tuple)) else []
+
+
+def choose_target(client: Client, config: Config, url: str, models: Mapping[str, int], named: str = "") -> Target:
+    """Where a client goes, given the listed models with their windows, and the model that the user has named. Raises
+    `NoModel`."""
+    key = "" if set(client.homes) & set(config.pass_through) else config.api_key or NAME
+    mapped = [target for name, value in config.model_map.items() for target in map_targets(value)
+              if name == "default" or name.rpartition(":")[2].startswith(client.prefix or ":")]
+    model = find_model(named, models, config.provider)
+    if not client.homes or not model and (not key or mapped):
+        used = [find_model(name, models, config.provider) for name in mapped]
+    else:
+        model = model or default_model(client, config, models)
+        used = [model]
+    foreign = [name for name in used if name and name.partition("/")[0] not in client.homes]
+    window = min([models[name] for name in foreign if models.get(name)], default=0)
+    return Target(url, key, model, window, bool(foreign))
+
+
+def default_model(client: Client, config: Config, models: Mapping[str, int]) -> str:
+    """The model for a client without a name that the user or modelMap gave; "" when the client's own do. Raises `NoModel`."""
+    if config.default_model:
+        return find_model(config.default_model, models, config.provider) or config.default_model
+    offered = [name for name in models if not config.provider or name.startswith(f"{config.provider}/")]
+    if any(name.partition("/")[0] in client.homes for name in offered):
+        return ""
+    if len(offered) == 1:
+        return offered[0]
+    raise NoModel(f"which model? {client.title}'s own names mean nothing to what there is here: {', '.join(offered[:3])} ..."
+                  f" Name one: {NAME}.py --default-model MODEL ..., or keep one with {NAME}.py init; {NAME}.py models lists "
+                  "them")
+
+
+def named_model(words: Sequence[str]) -> str:
+    """The model in a client's arguments, "" for none."""
+    for place, word in enumerate(words):
+        flag, equals, value = word.partition("=")
+        if flag in ("--model", "-m"):
+            return value if equals else "".join(words[place + 1:place + 2])
+    return ""
+
+
+def client_environment(client: Client, target: Target, environ: Mapping[str, str]) -> Dict[str, Optional[str]]:
+    """What a client's environment has that `environ` has not: None for a variable that must go. Ours is where it goes and
+    the key; for the rest, what the user has set stands."""
+    ours = {**client.variables(target), **client.settings(os.path.join(home(environ), ".pi", "agent"))}
+    gone = client.detours + (client.own_key if target.key else ())
+    fixed = {name for name in ours if name in client.own_key or name.endswith(("_BASE_URL", "_HOST"))}
+    changes: Dict[str, Optional[str]] = {name: None for name in gone if environ.get(name) and name not in ours}
+    changes.update({name: value for name, value in ours.items() if name in fixed or not environ.get(name)})
+    if any(environ.get(name) for name in ("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        host = urllib.parse.urlsplit(target.url).hostname or ""
+        for name in ("NO_PROXY", "no_proxy"):   # a proxy elsewhere cannot reach this machine's loopback
+            known = [part for part in environ.get(name, "").split(",") if part.strip()]
+            changes[name] = ",".join(known if host in known else [*known, host])
+    return changes
+
+
+def split_launch(argv: Sequence[str]) -> Tuple[List[str], List[str]]:
+    """Our own arguments, with the client's name last, and the client's: all that stands behind its name, as it is."""
+    place = 0
+    while place < len(argv) and argv[place].startswith("-"):
+        place += 2 if argv[place] in VALUE_FLAGS else 1
+    end = place + 1 if place < len(argv) and argv[place] in LAUNCH_COMMANDS else len(argv)
+    return list(argv[:end]), list(argv[end:])
+
+
+def forget_own_key(config: Config, environ: Any) -> None:
+    """Takes our own key, or the word in its place, out of variables for providers' keys: `env` may have put it there."""
+    for name in {name for provider in PROVIDERS.values() for name in provider.env}:
+        if environ.get(name) in (NAME, config.api_key or NAME):
+            del environ[name]
+
+
+class Session:
+    """A client's life on a gateway. While it lasts the terminal's signals are the client's; others are passed on."""
+
+    JOIN_S = 15.0                               # for a gateway that somebody else is just starting
+    DISCOVERY_S = 1.5                           # for servers to say which models they have
+
+    def __init__(self, config: Config, argv: Sequence[str]) -> None:
+        self._config = config
+        self._argv = list(argv)
+        self._lifecycle = Lifecycle(config, argv)
+        self._list = pid_path(config) + ".sessions"
+        self._client_pid = 0
+        self._asked = 0                         # the signal that came before there was a client
+
+    def run(self, command: str, words: Sequence[str]) -> int:
+        """Runs a client to its end. Returns its exit status: 128 + n for one that signal n ended. Raises `ConfigError`,
+        `AlreadyRunning`, OSError."""
+        client = CLIENTS[command]
+        program = shutil.which(client.program)
+        if not program:
+            print(f"{NAME}: {client.program} is not installed, or not on PATH. To install {client.title}:\n"
+                  f"  {client.install}", file=sys.stderr)
+            return EXIT_MISSING
+        handlers = {number: signal.signal(number, self._on_signal) for number in self._signals()}
+        try:
+            status, url = self._join()
+            if status != EXIT_OK:
+                return status
+            try:
+                return self._run_client(client, program, url, words)
+            finally:
+                self._leave()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def _run_client(self, client: Client, program: str, url: str, words: Sequence[str]) -> int:
+        named = named_model(words) or os.environ.get(f"{client.prefix.replace('claude', 'anthropic').upper()}_MODEL", "")
+        target = choose_target(client, self._config, url, self._models(url), named)
+        changes = client_environment(client, target, os.environ)
+        environ = {**os.environ, **changes}
+        sys.stdout.flush()
+        if self._asked:
+            return 128 + self._asked
+        process = subprocess.Popen([program, *client.arguments(target), *words],
+                                   env={name: value for name, value in environ.items() if value is not None})
+        self._client_pid = process.pid
+        status = wait_for_client(process)
+        self._client_pid = 0
+        return 128 - status if status < 0 else status
+
+    # --- signals ---
+
+    @staticmethod
+    def _signals() -> List[int]:
+        names = ("SIGINT", "SIGQUIT", "SIGTERM", "SIGHUP", "SIGTSTP", "SIGBREAK", "SIGUSR1", "SIGUSR2")
+        found = [getattr(signal, name) for name in names if hasattr(signal, name)]
+        return [number for number in found if signal.getsignal(number) != signal.SIG_IGN]
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if not self._client_pid:
+            self._asked = self._asked or number
+        elif os.name == "posix" and not (number in (signal.SIGINT, signal.SIGQUIT) and is_in_foreground()):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._client_pid, number)
+
+    # --- the gateway ---
+
+    def _join(self) -> Tuple[int, str]:
+        """(exit status, URL) of the gateway for this session. Raises `AlreadyRunning`, OSError."""
+        make_private_folder(os.path.dirname(self._list))
+        deadline = time.monotonic() + self.JOIN_S
+        while True:
+            pid, url = self._enter()
+            if pid:
+                return EXIT_OK, url
+            try:
+                status, pid, url = Lifecycle(self._config, self._start_arguments()).launch()
+            except AlreadyRunning:              # but not yet serving: somebody starts it just now
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(Lifecycle.POLL_S)
+                continue
+            if status != EXIT_RUNNING:
+                return (status, url) if status != EXIT_OK else (self._enter(pid)[0] and EXIT_OK, url)
+
+    def _start_arguments(self) -> List[str]:
+        """The gateway's arguments: a free port where another program has the usual one."""
+        family = socket.AF_INET6 if ":" in self._config.bind_address else socket.AF_INET
+        with socket.socket(family) as probe:
+            if os.name == "posix":
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((self._config.bind_address, self._config.port))
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    return [*self._argv, "--port", "0"]
+        return self._argv
+
+    def _enter(self, started: int = 0) -> Tuple[int, str]:
+        """Puts this session on the list, with the gateway that it has `started`. (pid, URL) of the gateway, 0 for none."""
+        with one_at_a_time(os.path.dirname(self._list)):
+            pid, url = self._lifecycle.find()
+            if pid:
+                gateway, others = self._others()
+                self._write(started or gateway, [*others, os.getpid()])
+            return pid, url
+
+    def _leave(self) -> None:
+        """Takes this session off the list; the last one ends a gateway that a session has started."""
+        with one_at_a_time(os.path.dirname(self._list)):
+            gateway, others = self._others()
+            if others:
+                return self._write(gateway, others)
+            with contextlib.suppress(OSError):
+                os.unlink(self._list)
+            if gateway and self._lifecycle.find()[0] == gateway and not self._lifecycle.end(gateway):
+                print(f"{NAME}: pid {gateway} has been asked to stop and still runs", file=sys.stderr)
+
+    def _others(self) -> Tuple[int, List[int]]:
+        """(the gateway that a session has started, the other sessions that live)."""
+        try:
+            with open(self._list, encoding="utf-8") as file:
+                noted = as_dict(json.load(file))
+        except (OSError, ValueError):
+            return 0, []
+        pids = [pid for pid in as_list(noted.get("sessions")) if isinstance(pid, int) and pid != os.getpid()]
+        gateway = noted.get("gateway")
+        return gateway if isinstance(gateway, int) else 0, [pid for pid in pids if is_gateway_process(pid)]
+
+    def _write(self, gateway: int, sessions: Sequence[int]) -> None:
+        write_private_file(self._list, dumps({"gateway": gateway, "sessions": list(sessions)}).encode("ascii"))
+
+    def _models(self, url: str) -> Dict[str, int]:
+        """The listed models and their windows. A gateway that has just begun may still be asking servers."""
+        known = read_models_json(os.path.join(agent_dir(self._config, os.environ), "models.json")).providers.values()
+        is_asking = any(provider.discover and provider.name not in PROVIDERS for provider in known)
+        deadline = time.monotonic() + (self.DISCOVERY_S if is_asking else 0)
+        while True:
+            models = listed_models(self._lifecycle, url)
+            if set(models) != {DEMO_MODEL.full_id} or time.monotonic() >= deadline:
+                return models
+            time.sleep(Lifecycle.POLL_S)
+
+
+def listed_models(lifecycle: Lifecycle, url: str) -> Dict[str, int]:
+    """What a gateway lists, with the windows that it knows."""
+    items = [as_dict(item) for item in as_list(lifecycle.ask(url, "/v1/models").get("data"))]
+    return {str(item.get("id")): int(number_of(item.get("context_window"))) for item in items}
+
+
+def wait_for_client(process: subprocess.Popen[bytes]) -> int:
+    """The exit status, below 0 for the signal that ended it. When it stops (Ctrl-Z) so does this process, for the shell to
+    see, and what wakes this one wakes it."""
+    if os.name != "posix":
+        return process.wait()
+    while True:
+        _, status = os.waitpid(process.pid, os.WUNTRACED)
+        if not os.WIFSTOPPED(status):
+            process.returncode = os.waitstatus_to_exitcode(status)
+            return process.returncode
+        os.kill(os.getpid(), signal.SIGSTOP)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGCONT)
+
+
+def is_in_foreground() -> bool:
+    """Whether a terminal's Ctrl-C reaches this process, and what it has started, by itself."""
+    try:
+        descriptor = os.open("/dev/tty", os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        return os.tcgetpgrp(descriptor) == os.getpgrp()
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+
+
+class Shell(NamedTuple):
+    """How a shell sets and removes a variable, and how it writes a text and a comment."""
+
+    export: str
+    unset: str
+    quote: Callable[[str], str]
+    comment: str
+    use: str
+
+
+SHELLS = {
+    "bash": Shell("export {}={}", "unset {}", shlex.quote, "#", 'eval "$({})"'),
+    "fish": Shell("set -gx {} {}", "set -e {}", lambda text: "'" + re.sub(r"([\\'])", r"\\\1", text) + "'", "#", "{} | source"),
+    "powershell": Shell("$env:{} = {}", "Remove-Item Env:{} -ErrorAction SilentlyContinue",
+                        lambda text: "'" + re.sub("(['\u2018-\u201b])", r"\1\1", text) + "'", "#",
+                        "{} | Out-String | Invoke-Expression"),
+    "cmd": Shell('set "{}={}"', 'set "{}="', lambda text: text.replace("%", "%%"), "rem", "{} > on.cmd && on.cmd"),
+}
+
+
+def guess_shell(environ: Mapping[str, str]) -> str:
+    """The user's shell, of those that have a row."""
+    name = os.path.basename(environ.get("SHELL", "")).lower()
+    if os.name == "nt" and not name:
+        return "powershell" if environ.get("PSMODULEPATH") else "cmd"
+    return "fish" if "fish" in name else "powershell" if "pwsh" in name or "powershell" in name else "bash"
+
+
+def print_environment(config: Config, arguments: argparse.Namespace) -> int:
+    """The command env. The key is for programs to read, not for whoever looks at the screen."""
+    name = CLIENT_ALIASES.get(arguments.provider or "", arguments.provider)
+    if name not in CLIENTS:
+        raise ConfigError(f"env knows {', '.join(name for name in CLIENTS if name != 'code')} and claude, not "
+                          f"{redact(name)[:60]!r}")
+    if arguments.shell and arguments.shell not in SHELLS:
+        raise ConfigError(f"--shell must be one of {', '.join(SHELLS)}, not {arguments.shell[:60]!r}")
+    client, shell = CLIENTS[name], SHELLS[arguments.shell or guess_shell(os.environ)]
+    lifecycle = Lifecycle(config, [])
+    pid, url = lifecycle.find()
+    models = listed_models(lifecycle, url) if pid else {
+        model.full_id: model.context_window for model in build_gateway(config, os.environ).models()}
+    url, notes = url or local_url(config.bind_address, config.port), []
+    try:
+        target = choose_target(client, config, url, models, "")
+    except NoModel as error:
+        target = choose_target(client, config, url, models, next(iter(models)))._replace(model="", window=0)
+        notes.append(str(error))
+    notes += [f"{client.program} also needs these arguments: {shlex.join(client.arguments(target))}"] if (
+        client.arguments(target)) else []
+    notes += [] if pid else [f"No gateway is running yet: {NAME}.py start"]
+    is_shown = sys.stdout.isatty() and bool(target.key) and target.key == config.api_key
+    notes += [f"The key is not shown on a terminal. To use this: {shell.use.format(f'{NAME}.py env {name}')}"
+              ] if is_shown else []
+    print("\n".join(shell_lines(shell, client_environment(client, target, os.environ), notes,
+                                target.key if is_shown else "")))
+    return EXIT_OK
+
+
+def shell_lines(shell: Shell, changes: Mapping[str, Optional[str]], notes: Sequence[str], hidden: str) -> List[str]:
+    """The lines that make a shell's environment so, with notes as comments and without the `hidden` text."""
+    lines = [f"{shell.comment} {part}" for note in notes
+             for part in textwrap.wrap(note, HELP_COLUMNS - 4, break_long_words=False, break_on_hyphens=False)]
+    for name, value in changes.items():
+        text = "***" if hidden and value == hidden else value
+        lines.append(shell.unset.format(name) if text is None else shell.export.format(name, shell.quote(text)))
+    return lines
+
+
+# --- Set-up -----------------------------------------------------------------------------------------------------------
+
+
+def shown_value(option: Option, value: Any) -> Any:
+    """A configuration value for people to see."""
+    value = list(value) if isinstance(value, tuple) else value
+    return REDACTED if option.key == "apiKey" and value else json.loads(redact(json.dumps(value)))
+
+
+def short_path(path: str) -> str:
+    """A path with ~ for the home directory."""
+    folder = home(os.environ)
+    return "~" + path[len(folder):] if path.startswith(folder + os.sep) else path
+
+
+def cut(text: str, width: int) -> str:
+    """The text in so many columns; what is too long loses its middle."""
+    if len(text) <= width:
+        return text
+    return text[:width - width // 2 - 1] + "…" + text[-(width // 2):]
+
+
+def print_config(config: Config, as_json: bool) -> int:
+    """The command show."""
+    rows = [(option.key, shown_value(option, getattr(config, option.attribute)),
+             short_path(config.origins.get(option.attribute, "default"))) for option in OPTIONS]
+    if as_json:
+        print(json.dumps({key: {"value": value, "from": source} for key, value, source in rows}, indent=2))
+        return EXIT_OK
+    for key, value, source in rows:
+        text = value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
+        print(f"{key:<25}{cut(text, 26):<27}{cut(source, 27)}")
+    return EXIT_OK
+
+
+class Finding(NamedTuple):
+    """What is to say of a file: problems keep the gateway from starting or leave things out, warnings do not."""
+
+    path: str
+    is_there: bool
+    problems: List[str]
+    warnings: List[str]
+
+
+def run_check(arguments: argparse.Namespace) -> int:
+    """The command check: 0 when all is in order, 2 when there is a problem. Starts nothing and runs no command."""
+    findings = check_files(os.environ, arguments)
+    for finding in findings:
+        state = "not there" if not finding.is_there else "problem" if finding.problems else "ok"
+        print(f"{state:<11}{short_path(finding.path)}")
+        for kind, texts in (("problem", finding.problems), ("warning", finding.warnings)):
+            for text in texts:
+                said = redact(text).replace(finding.path + ": ", "", 1)
+                print(textwrap.fill(f"{kind}: {said}", HELP_COLUMNS, initial_indent=" " * 11, subsequent_indent=" " * 13,
+                                    break_on_hyphens=False))
+    return EXIT_CONFIG if any(finding.problems for finding in findings) else EXIT_OK
+
+
+def check_files(environ: Mapping[str, str], arguments: argparse.Namespace) -> List[Finding]:
+    """What is to say of each file that the gateway reads, and of all of them together."""
+    folder = os.path.join(home(environ), ".pi", "agent")
+    extra = os.path.expanduser(arguments.config) if arguments.config else ""
+    findings = []
+    for path in filter(None, (os.path.join(folder, "gateway.json"), os.path.join(folder, "pigateway.json"), extra)):
+        problems = said_problems(lambda: read_config_file(path, path == extra))
+        findings.append(Finding(path, os.path.exists(path), problems, []))
+    together: List[str] = []
+    config = Config()
+    if not any(finding.problems for finding in findings):
+        try:
+            config = load_config(environ, read_flags(arguments), extra or None)
+        except ConfigError as error:
+            together.append(str(error))
+    agent = agent_dir(config, environ)
+    models_path, auth_path = os.path.join(agent, "models.json"), os.path.join(agent, "auth.json")
+    models = ModelsFile(dict(PROVIDERS), {}, [])
+    problems = said_problems(lambda: read_models_json(models_path))
+    models = models if problems else read_models_json(models_path)
+    keys = Credentials(auth_path, environ)
+    findings.append(Finding(models_path, os.path.exists(models_path), [*problems, *models.problems],
+                            list(key_warnings(models, keys))))
+    findings.append(check_auth_file(auth_path, models.providers, keys))
+    warnings = list(name_warnings(config, Catalogue(models.providers, models.custom)))
+    if together or warnings:
+        findings.append(Finding("all together", True, together, warnings))
+    return findings
+
+
+def said_problems(read: Callable[[], Any]) -> List[str]:
+    """What a reader of a file complains of."""
+    try:
+        read()
+    except ConfigError as error:
+        return [str(error)]
+    return []
+
+
+def check_auth_file(path: str, providers: Mapping[str, Provider], keys: Credentials) -> Finding:
+    """What is to say of auth.json."""
+    problems: List[str] = []
+    warnings: List[str] = []
+    entries: Dict[str, Any] = {}
+    try:
+        entries = read_object(path)
+    except (ValueError, OSError) as error:
+        problems.append(str(error) if isinstance(error, ValueError) else describe(error))
+    if os.name == "posix" and os.path.exists(path) and os.stat(path).st_mode & 0o077:
+        warnings.append(f"others can read it (mode {os.stat(path).st_mode & 0o777:04o}): chmod 600 {short_path(path)}")
+    for name, entry in entries.items():
+        fields, shown = as_dict(entry), header_text(name)[:60]
+        if fields.get("type") not in ("api_key", "oauth"):
+            problems.append(f'{shown}: "type" must be "api_key" or "oauth"')
+            continue
+        if name not in providers:
+            warnings.append(f"{shown}: no provider has this name")
+        value = fields.get("key")
+        if fields["type"] == "api_key" and value is not None and not (isinstance(value, str) and resolves(keys, value, fields)):
+            warnings.append(f"{shown}: the key resolves to nothing")
+    return Finding(path, os.path.exists(path), problems, warnings)
+
+
+def resolves(keys: Credentials, value: str, entry: Mapping[str, Any] = MappingProxyType({})) -> bool:
+    """Whether a configured key is one, as far as that shows without running its command."""
+    return value.startswith("!") or bool(keys.resolve(value, entry))
+
+
+def key_warnings(models: ModelsFile, keys: Credentials) -> Iterator[str]:
+    """Keys and headers in models.json that resolve to nothing."""
+    for name, provider in models.providers.items():
+        if provider.api_key and not resolves(keys, provider.api_key):
+            yield f"providers.{name}.apiKey resolves to nothing"
+        for header, value in provider.headers.items():
+            if not resolves(keys, value):
+                yield f"providers.{name}.headers.{header} resolves to nothing"
+
+
+def name_warnings(config: Config, catalogue: Catalogue) -> Iterator[str]:
+    """Names in the configuration that lead nowhere."""
+    if config.provider and config.provider not in catalogue.providers:
+        yield f'provider: there is no provider "{config.provider}"'
+    for name in config.pass_through:
+        if name not in catalogue.providers:
+            yield f'passThrough: there is no provider "{name}"'
+    targets = [("defaultModel", config.default_model)] if config.default_model else []
+    targets += [(f"modelMap.{name}", target) for name, value in config.model_map.items() for target in map_targets(value)]
+    for key, target in targets:
+        provider, slash, _ = target.partition("/")
+        names = [target] if slash else [target, *(f"{name}/{target}" for name in (config.provider, *key_provider(key)) if name)]
+        try:
+            for name in names[-1:]:
+                catalogue.resolve(name, lambda provider: True)
+        except ModelNotFound:
+            yield f'{key}: no model "{target}"' + (
+                f'; there is no provider "{provider}"' if slash and provider not in catalogue.providers else "")
+
+
+def key_provider(key: str) -> List[str]:
+    """The provider in a key of modelMap such as modelMap.openai:claude."""
+    name, colon, _ = key.partition(".")[2].partition(":")
+    return [name] if colon else []
+
+
+class SetUp:
+    """The command init: asks what is needed, and only then writes. Raises `ConfigError`, `LogInFailed`, `AuthFileError`."""
+
+    SHOWN = 15                                  # models of a list
+
+    def __init__(self, arguments: argparse.Namespace, terminal: Terminal) -> None:
+        self._arguments = arguments
+        self._terminal = terminal
+        self.path = os.path.expanduser(arguments.config) if arguments.config else os.path.join(
+            home(os.environ), ".pi", "agent", "pigateway.json")
+        flags = read_flags(arguments)
+        self._wanted = {name: flags.pop(name, "") for name in ("provider", "default_model")}
+        self.config = self._load(flags)
+        self.file = AuthFile(os.path.join(agent_dir(self.config, os.environ), "auth.json"))
+        self._gateway = build_gateway(self.config, os.environ)
+        self._entry: Optional[Dict[str, Any]] = None
+
+    def _load(self, flags: Mapping[str, Any]) -> Config:
+        try:
+            return load_config(os.environ, flags)
+        except ConfigError as error:            # the very file that is to be replaced
+            if self.path in str(error):
+                return Config(**flags)
+            raise
+
+    def run(self) -> int:
+        """Returns the exit status."""
+        self._may_replace()
+        provider = self._pick_provider()
+        if not self._gateway.is_usable(provider):
+            self._get_credential(provider)
+        model = self._pick_model(provider)
+        client = self._pick_client()
+        entry = self._entry
+        if entry is not None:
+            self.file.change(provider.name, lambda old: entry)
+        write_private_file(self.path, render_config(provider.name, model).encode("utf-8"))
+        self._say_next(provider, client)
+        return EXIT_OK
+
+    @property
+    def _asks(self) -> bool:
+        return not self._arguments.yes
+
+    def _may_replace(self) -> None:
+        if self._asks and not self._terminal.is_interactive:
+            raise ConfigError("init asks questions, which needs a terminal; --yes asks none")
+        if not os.path.exists(self.path) or self._arguments.force:
+            return
+        if not self._asks:
+            raise LogInFailed(f"{self.path} is there already; --force replaces it")
+        if not self._terminal.agrees(f"{short_path(self.path)} is there already, and would be replaced."):
+            raise LogInFailed("nothing was changed")
+
+    def _pick(self, question: str, names: Sequence[str], default: str) -> str:
+        """One of the names, by number or name, or another name that was typed."""
+        answer = self._terminal.ask(f"{question} [{default}] " if default else f"{question} ") or default
+        return names[int(answer) - 1] if answer.isascii() and answer.isdigit() and 0 < int(answer) <= len(names) else answer
+
+    def _pick_provider(self) -> Provider:
+        providers = {name: row for name, row in self._gateway.catalogue.providers.items() if name != DEMO}
+        found = [name for name, row in providers.items() if self._gateway.is_usable(row)]
+        name = self._wanted["provider"]
+        if not name and self._wanted["default_model"].partition("/")[0] in providers:
+            name = self._wanted["default_model"].partition("/")[0]
+        if not name and self._asks:
+            name = self._ask_provider(list(providers), found)
+        name = name or (found[0] if found else "")
+        if name not in providers:
+            near = difflib.get_close_matches(name, providers, 1, 0.4)
+            raise ConfigError(f'no provider "{redact(name)[:60]}"; did you mean "{near[0]}"?' if near else
+                              "no provider has a key here: name one with --provider" if not name else
+                              f'no provider "{redact(name)[:60]}"')
+        return providers[name]
+
+    def _ask_provider(self, names: Sequence[str], found: Sequence[str]) -> str:
+        ordered = [*found, *(name for name in names if name not in found)]
+        self._terminal.say("Where are your models? Providers that have a key or log-in here come first:\n"
+                           if found else "Where are your models? No provider has a key or log-in here yet.\n")
+        cells = [f"{number:>3} {name}{' *' if name in found else ''}" for number, name in enumerate(ordered, 1)]
+        depth = -(-len(cells) // 2)
+        for left, right in itertools.zip_longest(cells[:depth], cells[depth:], fillvalue=""):
+            self._terminal.say(f"{left:<39}{right}".rstrip())
+        return self._pick("\nProvider (number or name)?", ordered, ordered[0] if found else "")
+
+    def _get_credential(self, provider: Provider) -> None:
+        ways = {"variable": f"I set the variable {provider.env[-1]}"} if provider.env else {}
+        ways.update({"key": "I type a key here; it is kept in auth.json"} if provider.env else {})
+        ways.update({"login": f"I log in to {SUBSCRIPTIONS[provider.name].title}"} if provider.name in LOG_INS else {})
+        if not self._asks or not ways:
+            return                              # what is missing is said at the end
+        for number, text in enumerate(ways.values(), 1):
+            self._terminal.say(f"{number:>3} {text}")
+        way = self._pick(f"How does {provider.name} know you?", list(ways), "1")
+        if way not in ways:
+            raise ConfigError(f"there is no answer {redact(way)[:20]!r}")
+        if way == "key":
+            key = self._terminal.ask_hidden(f"Key for {provider.name} (not shown): ")
+            if not key.isascii() or not key.isprintable() or not key:
+                raise ConfigError("that is no key: only printable ASCII characters can be sent in a header")
+            self._entry = {"type": "api_key", "key": key}
+        elif way == "login":
+            self.file.check()                   # before it is all for nothing
+            row = SUBSCRIPTIONS[provider.name]
+            self._entry = obtain_log_in(row, self._terminal, self._arguments, self.config)
+
+    def _pick_model(self, provider: Provider) -> str:
+        """A name with its provider, "" for none."""
+        names = sorted(self._gateway.catalogue.models_of(provider))
+        name = self._wanted["default_model"]
+        if not name and self._asks and names:
+            for number, known in enumerate(names[:self.SHOWN], 1):
+                self._terminal.say(f"{number:>3} {known}")
+            self._terminal.say(f"    ... {len(names) - self.SHOWN} more" if len(names) > self.SHOWN else "")
+            name = self._pick("Default model (number or name, empty for none)?", names, "")
+        if not name or name.partition("/")[0] in self._gateway.catalogue.providers:
+            return name
+        return f"{provider.name}/{name}"
+
+    def _pick_client(self) -> str:
+        names = [*LAUNCH_COMMANDS, "none"]
+        name = self._arguments.client or ""
+        if not name and self._asks:
+            for number, known in enumerate(names, 1):
+                self._terminal.say(f"{number:>3} {CLIENTS[known].title if known in CLIENTS else 'another, or none'}")
+            name = self._pick("Which client do you use?", names, "1")
+        name = CLIENT_ALIASES.get(name, name)
+        if name not in names:
+            raise ConfigError(f"no client {redact(name)[:60]!r}; there is {', '.join(names)}")
+        return name
+
+    def _say_next(self, provider: Provider, client: str) -> None:
+        say = self._terminal.say
+        say(f"\nWritten: {short_path(self.path)}" + (f", and the credential to {short_path(self.file.path)}"
+                                                      if self._entry is not None else ""))
+        if self._entry is None and not self._gateway.is_usable(provider):
+            say(f"Still missing: a credential for {provider.name}. " + (
+                f"Set {provider.env[-1]}." if provider.env else log_in_advice(provider.name)))
+        config = f" --config {shlex.quote(self.path)}" if self._arguments.config else ""
+        command = client if client in CLIENTS else "start"
+        say(f"Next: {NAME}.py{config} {command}")
+
+
+def render_config(provider: str, model: str) -> str:
+    """A configuration file with comments, which only files of our own may have."""
+    lines = [f"// Written by {NAME}.py init. Comments are allowed here; README.md has all keys, {NAME}.py show those in force.",
+             "{", "  // Where names go that do not say a provider.", f'  "provider": {json.dumps(provider)},',
+             "  // The model for names that mean nothing else.",
+             f'  "defaultModel": {json.dumps(model)},' if model else f'  // "defaultModel": "{provider}/...",',
+             "  // What a client's own names stand for; a list is tried in turn.",
+             '  "modelMap": {', '    // "claude-haiku-4-5": "provider/a-small-model"', "  }", "}"]
+    return "\n".join(lines) + "\n"
+
+
+def run_init(arguments: argparse.Namespace) -> int:
+    """The command init. Returns the exit status."""
+    try:
+        return SetUp(arguments, Terminal()).run()
+    except (LogInFailed, AuthFileError, GatewayError) as error:
+        print(f"{NAME}: {redact(str(error))}", file=sys.stderr)
+        return EXIT_FAILURE
+    except KeyboardInterrupt:
+        print(f"\n{NAME}: given up; nothing was changed", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+SET_UP: Mapping[str, Callable[[argparse.Namespace], int]] = {"init": run_init, "ui": run_init, "check": run_check}
 
 
 # --- The extension for pi ---------------------------------------------------------------------------------------------

@@ -6409,7 +6409,7 @@ def test_help(tmp_path: Any) -> None:
     pages = [run_program(tmp_path, *arguments) for arguments in (["--help"], ["-h"], ["help"])]
     assert len(set(pages)) == 1 and pages[0][0] == 0 and not pages[0][2]
     page = pages[0][1].splitlines()
-    assert len(page) <= 60 and not [line for line in page if len(line) > 100]
+    assert len(page) <= 100 and not [line for line in page if len(line) > 79]
     for option in pg.OPTIONS:
         assert not option.flag or any(line.strip().startswith(option.flag) for line in page)
     assert "--api-key" not in pages[0][1] and "PI_GATEWAY_API_KEY" in pages[0][1]
