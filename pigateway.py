@@ -16477,30 +16477,35 @@ def print_environment(config: Config, arguments: argparse.Namespace) -> int:
     """The command env. The key is for programs to read, not for whoever looks at the screen."""
     name = CLIENT_ALIASES.get(arguments.provider or "", arguments.provider)
     if name not in CLIENTS:
-        raise ConfigError(f"env knows {', '.join(name for name in CLIENTS if name != 'code')} and claude, not "
+        raise ConfigError(f"env knows claude, {', '.join(name for name in CLIENTS if name != 'code')}, and not "
                           f"{redact(name)[:60]!r}")
     if arguments.shell and arguments.shell not in SHELLS:
         raise ConfigError(f"--shell must be one of {', '.join(SHELLS)}, not {arguments.shell[:60]!r}")
     client, shell = CLIENTS[name], SHELLS[arguments.shell or guess_shell(os.environ)]
-    lifecycle = Lifecycle(config, [])
-    pid, url = lifecycle.find()
-    models = listed_models(lifecycle, url) if pid else {
-        model.full_id: model.context_window for model in build_gateway(config, os.environ).models()}
-    url, notes = url or local_url(config.bind_address, config.port), []
-    try:
-        target = choose_target(client, config, url, models, "")
-    except NoModel as error:
-        target = choose_target(client, config, url, models, next(iter(models)))._replace(model="", window=0)
-        notes.append(str(error))
-    notes += [f"{client.program} also needs these arguments: {shlex.join(client.arguments(target))}"] if (
-        client.arguments(target)) else []
+    pid, url = Lifecycle(config, []).find()
+    target, notes = guess_target(client, config, url)
     notes += [] if pid else [f"No gateway is running yet: {NAME}.py start"]
-    is_shown = sys.stdout.isatty() and bool(target.key) and target.key == config.api_key
-    notes += [f"The key is not shown on a terminal. To use this: {shell.use.format(f'{NAME}.py env {name}')}"
-              ] if is_shown else []
-    print("\n".join(shell_lines(shell, client_environment(client, target, os.environ), notes,
-                                target.key if is_shown else "")))
+    words = client.arguments(target)
+    notes += [f"{client.program} also needs these arguments: {shlex.join(words)}"] if words else []
+    is_hidden = sys.stdout.isatty() and bool(target.key) and target.key == config.api_key
+    command = " ".join([f"{NAME}.py", "env", *([arguments.provider] if arguments.provider else [])])
+    notes += ["The key is not shown on a terminal. To use this:", shell.use.format(command)] if is_hidden else []
+    changes = client_environment(client, target, os.environ)
+    print("\n".join(shell_lines(shell, changes, notes, target.key if is_hidden else "")))
     return EXIT_OK
+
+
+def guess_target(client: Client, config: Config, url: str) -> Tuple[Target, List[str]]:
+    """Where a client is to go when it is started later, and what is to be said of that: without `url`, where the gateway
+    will be."""
+    models = listed_models(Lifecycle(config, []), url) if url else {
+        model.full_id: model.context_window for model in build_gateway(config, os.environ).models()}
+    url = url or local_url(config.bind_address, config.port)
+    try:
+        return choose_target(client, config, url, models), []
+    except NoModel as error:
+        some = choose_target(client, config, url, models, next(iter(models), ""))
+        return some._replace(model="", window=0), [str(error)]
 
 
 def shell_lines(shell: Shell, changes: Mapping[str, Optional[str]], notes: Sequence[str], hidden: str) -> List[str]:

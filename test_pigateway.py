@@ -18906,3 +18906,483 @@ def test_connections_that_a_provider_has_closed_do_not_stay(tmp_path: Any, monke
         idle = next(iter(transport._handler.pool._idle.values()))[0]
         idle.idle_since -= pg.POOL_IDLE_S
         until(lambda: not transport._handler.pool._idle)
+
+
+# ======================================================================================================================
+# §15 Launchers and set-up
+# ======================================================================================================================
+
+FAKE_CLIENT = r"""#!{python}
+import json, os, signal, sys, time
+def note(**facts):
+    with open({seen!r} + ".tmp", "w") as file:
+        json.dump(dict(facts, argv=sys.argv[1:], environ=dict(os.environ), parent=os.getppid(), pid=os.getpid()), file)
+    os.replace({seen!r} + ".tmp", {seen!r})
+def on(number, frame):
+    print("told", number, flush=True)
+    sys.exit(40 + number)
+word = sys.argv[-1]
+if word == "wait":
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, on)
+note(tty=sys.stdin.isatty(), default=signal.getsignal(signal.SIGINT) == signal.default_int_handler)
+print("client is here", flush=True)
+if word == "wait":
+    time.sleep(20)
+if word == "stop":
+    os.kill(os.getpid(), signal.SIGSTOP)
+    sys.exit(9)
+if word == "die":
+    os.kill(os.getpid(), signal.SIGKILL)
+sys.exit(int(word) if word.isdigit() else 0)
+"""
+
+
+class Fakes(NamedTuple):
+    """Programs with the names of real clients, which write down how they were called."""
+
+    home: Any
+    seen_path: Any
+
+    @property
+    def seen(self) -> Dict[str, Any]:
+        return json.loads(self.seen_path.read_text())
+
+    @property
+    def folder(self) -> Any:
+        return self.home / ".pi" / "agent"
+
+
+@pytest.fixture()
+def fakes(own_home: Any, monkeypatch: Any) -> Fakes:
+    """Fake clients, and nothing of the user's own for them."""
+    if os.name != "posix":
+        pytest.skip("the fake clients are scripts")
+    folder, seen = own_home / "bin", own_home / "seen.json"
+    folder.mkdir()
+    for name in ("claude", "codex", "gemini"):
+        (folder / name).write_text(FAKE_CLIENT.format(python=sys.executable, seen=str(seen)))
+        (folder / name).chmod(0o755)
+    for name in [name for name in os.environ if name.startswith(("CLAUDE", "GEMINI", "GOOGLE", "CODEX"))
+                 or name.lower().endswith("_proxy") or name in {key for row in pg.PROVIDERS.values() for key in row.env}]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(pg, "GEMINI_SYSTEM_SETTINGS", ())
+    return Fakes(own_home, seen)
+
+
+@contextlib.contextmanager
+def found(home: Any, environ: Optional[Dict[str, str]] = None, **overrides: Any) -> Iterator[pg.ServerHandle]:
+    """A gateway in this process that the lock file names."""
+    lock = pg.PidFile(os.path.join(str(home), ".pi", "agent", "gateway.pid"))
+    with running(home, environ, **overrides) as handle:
+        lock.claim()
+        lock.write_state(handle.url, [])
+        try:
+            yield handle
+        finally:
+            lock.release()
+
+
+def test_code_uses_the_gateway_that_runs(fakes: Fakes, capfd: Any, monkeypatch: Any) -> None:
+    monkeypatch.setenv("ANTHROPIC_API_KEY", PLANTED[0])
+    monkeypatch.setenv("CLAUDE_CODE_USE_BEDROCK", "1")
+    monkeypatch.setenv("CLAUDE_CODE_MAX_CONTEXT_TOKENS", "5")
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "example.com")
+    words = ["--model", "x", "-p", "--help", "--api-key=1", "start", "", "é 'b\"", "7"]
+    with found(fakes.home) as handle:
+        assert pg.main(["--log-level", "error", "code", *words]) == 7
+        assert call(handle.url, "/healthz").status == 200
+    seen = fakes.seen
+    environ = seen["environ"]
+    assert seen["argv"] == words and seen["default"] and not seen["tty"]
+    assert environ["ANTHROPIC_BASE_URL"] == handle.url and environ["ANTHROPIC_AUTH_TOKEN"] == "pigateway"
+    assert "ANTHROPIC_API_KEY" not in environ and "CLAUDE_CODE_USE_BEDROCK" not in environ
+    assert {environ[name] for name in pg.CLAUDE_MODELS} == {"demo/echo"}
+    assert environ["CLAUDE_CODE_MAX_CONTEXT_TOKENS"] == "5" and environ["CLAUDE_CODE_AUTO_COMPACT_WINDOW"] == "100000"
+    assert environ["no_proxy"] == "example.com,127.0.0.1" and environ["CLAUDE_CODE_ATTRIBUTION_HEADER"] == "0"
+    out, err = capfd.readouterr()
+    assert out == "client is here\n" and not err, "nothing of ours among the client's words"
+    assert sorted(os.listdir(fakes.folder)) == []
+
+
+def test_code_with_a_key(fakes: Fakes, capfd: Any, monkeypatch: Any) -> None:
+    write_agent_files(fakes.home, pigateway='{\n  // who may\n  "apiKey": "%s", "requireKeyOnLoopback": true}' % PLANTED[3])
+    with found(fakes.home, api_key=PLANTED[3], require_key_on_loopback=True):
+        assert pg.main(["code"]) == 0
+    assert fakes.seen["environ"]["ANTHROPIC_AUTH_TOKEN"] == PLANTED[3]
+    check_written("code", "".join(capfd.readouterr()))
+
+
+def test_code_starts_a_gateway_and_ends_it(fakes: Fakes, capfd: Any) -> None:
+    """Also where another program has the port, and only when the last session is over."""
+    stranger = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(20)", "gateway"])
+    with socket.socket() as taken, stranger:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        fakes.folder.mkdir(parents=True)
+        lock = fakes.folder / "gateway.pid.sessions"
+        lock.write_text(json.dumps({"gateway": 0, "sessions": [stranger.pid]}))
+        assert pg.main(["--port", str(port), "code", "3"]) == 3
+        first = fakes.seen["environ"]["ANTHROPIC_BASE_URL"]
+        assert first != f"http://127.0.0.1:{port}" and call(first, "/healthz").status == 200, "another session needs it"
+        stranger.kill()
+        stranger.wait()
+        assert pg.main(["code", "die"]) == 137
+        assert fakes.seen["environ"]["ANTHROPIC_BASE_URL"] == first
+    assert capfd.readouterr() == ("client is here\n" * 2, "")
+    assert pg.main(["status"]) == 1 and sorted(os.listdir(fakes.folder)) == ["gateway.log"]
+
+
+def test_code_whose_gateway_cannot_start(fakes: Fakes, capfd: Any) -> None:
+    write_agent_files(fakes.home, models='{"providers": []}')
+    assert pg.main(["--port", "0", "code"]) == 2
+    assert "models.json" in capfd.readouterr().err and not fakes.seen_path.exists()
+
+
+@pytest.mark.parametrize("command, program, package", [
+    ("code", "claude", "@anthropic-ai/claude-code"), ("codex", "codex", "@openai/codex"), ("gemini", "gemini", "@google/gemini-cli")])
+def test_a_client_that_is_not_installed(fakes: Fakes, capsys: Any, monkeypatch: Any, command: str, program: str,
+                                        package: str) -> None:
+    monkeypatch.setenv("PATH", str(fakes.home))
+    assert pg.main([command, "-p", "Hi"]) == 127
+    out, err = capsys.readouterr()
+    assert not out and f"{program} is not installed" in err and f"npm install -g {package}" in err
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
+def test_signals_are_passed_on(fakes: Fakes, monkeypatch: Any, name: str) -> None:
+    number = getattr(signal, name)
+    monkeypatch.setattr(pg, "is_in_foreground", lambda: False)
+    before = signal.signal(number, signal.default_int_handler)
+
+    def send() -> None:
+        until(fakes.seen_path.exists)
+        os.kill(os.getpid(), number)
+
+    try:
+        with found(fakes.home):
+            thread = threading.Thread(target=send)
+            thread.start()
+            assert pg.main(["code", "wait"]) == 40 + number
+            thread.join(5)
+        assert signal.getsignal(number) == signal.default_int_handler
+    finally:
+        signal.signal(number, before)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs /proc")
+def test_a_client_that_stops_itself_goes_on_with_fg(fakes: Fakes) -> None:
+    def state(pid: int) -> str:
+        with open(f"/proc/{pid}/stat", encoding="ascii") as file:
+            return file.read().rpartition(")")[2].split()[0]
+
+    with found(fakes.home):
+        process = subprocess.Popen([sys.executable, "-m", "pigateway", "code", "stop"], cwd=HERE, env=dict(os.environ),
+                                   stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        with process:
+            until(fakes.seen_path.exists)
+            until(lambda: state(process.pid) == "T")
+            process.send_signal(signal.SIGCONT)
+            assert process.wait(10) == 9
+
+
+def set_up_terminal(forker: LoginForker, home: Any, *argv: str) -> LoginTerminal:
+    """A command in a terminal of its own, with the environment of this test."""
+    folder = write_agent_files(home)
+    return LoginTerminal(forker, types.SimpleNamespace(environ={}, folder=folder, raw=None), *argv)      # type: ignore[arg-type]
+
+
+def test_ctrl_c_belongs_to_the_client(fakes: Fakes, forker: LoginForker) -> None:
+    with found(fakes.home):
+        with set_up_terminal(forker, fakes.home, "code", "wait") as terminal:
+            terminal.expect("client is here")
+            assert fakes.seen["tty"]
+            terminal.type("\x03")
+            assert "told 2" in terminal.end(42, ("gateway.pid", "gateway.pid.json"))
+
+
+def test_codex_and_gemini(fakes: Fakes) -> None:
+    with found(fakes.home) as handle:
+        assert pg.main(["codex", "exec", "Hi"]) == 0
+        codex = fakes.seen
+        assert pg.main(["gemini", "-p", "Hi"]) == 0
+        gemini = fakes.seen["environ"]
+    assert codex["argv"][-2:] == ["exec", "Hi"] and codex["environ"]["PIGATEWAY_API_KEY"] == "pigateway"
+    assert codex["argv"][:-2:2] == ["-c"] * 7
+    settings = dict(word.split("=", 1) for word in codex["argv"][1:-2:2])
+    assert {name.rpartition(".")[2]: json.loads(value) for name, value in settings.items()} == {
+        "model_provider": "pigateway", "name": "pigateway", "base_url": f"{handle.url}/v1", "wire_api": "responses",
+        "env_key": "PIGATEWAY_API_KEY", "model": "demo/echo", "model_context_window": 100_000}
+    assert (gemini["GOOGLE_GEMINI_BASE_URL"], gemini["GEMINI_API_KEY"], gemini["GEMINI_MODEL"]) == (
+        handle.url, "pigateway", "demo/echo")
+    with open(gemini["GEMINI_CLI_SYSTEM_SETTINGS_PATH"], encoding="utf-8") as file:
+        assert json.load(file) == {"security": {"auth": {"selectedType": "gemini-api-key"}}}
+
+
+SOME_MODELS = {"openai/gpt-9": 400_000, "openai/gpt-9-mini": 0, "groq/llama": 131_072, "openrouter/a/b": 50_000}
+WITH_CLAUDE = {**SOME_MODELS, "anthropic/claude-9": 1_000_000}
+
+
+@pytest.mark.parametrize("config, models, named, expected", [
+    ({}, WITH_CLAUDE, "", ("", 0, False)), ({}, {"groq/llama": 131_072}, "", ("groq/llama", 131_072, True)),
+    ({"provider": "groq"}, WITH_CLAUDE, "", ("groq/llama", 131_072, True)),
+    ({"default_model": "openai/gpt-9"}, WITH_CLAUDE, "", ("openai/gpt-9", 400_000, True)),
+    ({"default_model": "llama"}, SOME_MODELS, "", ("groq/llama", 131_072, True)),
+    ({"default_model": "a/b", "provider": "openrouter"}, SOME_MODELS, "", ("openrouter/a/b", 50_000, True)),
+    ({"default_model": "groq/tomorrow"}, SOME_MODELS, "", ("groq/tomorrow", 0, True)),
+    ({"default_model": "claude-9"}, WITH_CLAUDE, "", ("anthropic/claude-9", 0, False)),
+    ({"model_map": {"claude-x": ["groq/llama", "openai/gpt-9"]}}, SOME_MODELS, "", ("", 131_072, True)),
+    ({"model_map": {"openai:claude-x": {"model": "gpt-9", "effort": {"low": "high"}}}}, SOME_MODELS, "", ("", 400_000, True)),
+    ({"model_map": {"default": {"groq": "llama"}}}, SOME_MODELS, "", ("", 131_072, True)),
+    ({"model_map": {"gpt-x": "groq/llama"}}, WITH_CLAUDE, "", ("", 0, False)),
+    ({}, SOME_MODELS, "groq/llama", ("groq/llama", 131_072, True)), ({}, WITH_CLAUDE, "opus", ("", 0, False)),
+    ({"pass_through": ("anthropic",)}, SOME_MODELS, "", ("", 0, False)), ({}, SOME_MODELS, "", None), ({}, {}, "opus", None)])
+def test_which_model_claude_code_is_given(config: Dict[str, Any], models: Dict[str, int], named: str, expected: Any) -> None:
+    def choose() -> pg.Target:
+        return pg.choose_target(pg.CLIENTS["code"], pg.Config(**config), "http://h", models, named)
+
+    if expected is None:
+        with pytest.raises(pg.NoModel, match="which model.*--default-model"):
+            choose()
+    else:
+        assert choose()[2:] == expected
+        assert (choose().key == "") == ("pass_through" in config)
+
+
+@pytest.mark.parametrize("words, expected", [
+    (["-p", "Hi"], ""), (["--model", "a/b"], "a/b"), (["-m", "a"], "a"), (["--model=a=b"], "a=b"), (["--model"], "")])
+def test_named_model(words: List[str], expected: str) -> None:
+    assert pg.named_model(words) == expected
+
+
+@pytest.mark.parametrize("argv, own, rest", [
+    (["code", "-v", "--port"], ["code"], ["-v", "--port"]), (["--port", "1", "codex", "x"], ["--port", "1", "codex"], ["x"]),
+    (["--config", "code", "status"], ["--config", "code", "status"], []), (["login", "code"], ["login", "code"], []),
+    (["--strict", "--port=1", "gemini", "code"], ["--strict", "--port=1", "gemini"], ["code"]), ([], [], [])])
+def test_what_is_the_client_s(argv: List[str], own: List[str], rest: List[str]) -> None:
+    assert pg.split_launch(argv) == (own, rest)
+
+
+AWKWARD_KEY = "planted-gateway-key-555 '\"$HOME`id`\\ %PATH% !"
+
+
+@pytest.mark.parametrize("shell, program, arguments, read", [
+    ("bash", "bash", ["-c"], 'printf %s "$ANTHROPIC_AUTH_TOKEN|$ANTHROPIC_BASE_URL|${ANTHROPIC_API_KEY-none}"'),
+    ("fish", "fish", ["-c"], 'printf %s "$ANTHROPIC_AUTH_TOKEN|$ANTHROPIC_BASE_URL|"(set -q ANTHROPIC_API_KEY; or echo none)'),
+    ("powershell", "pwsh", ["-NoProfile", "-Command"],
+     '[Console]::Out.Write("$env:ANTHROPIC_AUTH_TOKEN|$env:ANTHROPIC_BASE_URL|" + ($env:ANTHROPIC_API_KEY ?? "none"))')])
+def test_env_in_a_real_shell(fakes: Fakes, capsys: Any, monkeypatch: Any, shell: str, program: str, arguments: List[str],
+                             read: str) -> None:
+    path = shutil.which(program)
+    if not path:
+        pytest.skip(f"{program} is not here")
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-real")
+    monkeypatch.setenv("PI_GATEWAY_API_KEY", AWKWARD_KEY)
+    assert pg.main(["env", "--shell", shell]) == 0
+    script = capsys.readouterr().out + read
+    done = subprocess.run([path, *arguments, script], stdout=subprocess.PIPE, timeout=20, check=True)
+    assert done.stdout.decode() == f"{AWKWARD_KEY}|http://127.0.0.1:4000|none"
+
+
+@pytest.mark.parametrize("client, shell, expected", [
+    ("openai", "bash", "export OPENAI_BASE_URL=http://127.0.0.1:4000/v1"), ("openai", "cmd", 'set "OPENAI_API_KEY=pigateway"'),
+    ("anthropic", "powershell", "$env:ANTHROPIC_API_KEY = 'pigateway'"), ("codex", "fish", "set -gx PIGATEWAY_API_KEY 'pigateway'"),
+    ("ollama", "bash", "export OLLAMA_HOST=http://127.0.0.1:4000"), ("claude", "bash", "export ANTHROPIC_MODEL=demo/echo"),
+    ("gemini", "bash", "export GEMINI_API_KEY=pigateway")])
+def test_env_for_each_client(fakes: Fakes, capsys: Any, client: str, shell: str, expected: str) -> None:
+    assert pg.main(["env", client, "--shell", shell]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert expected in out and max(len(line) for line in out if not line.startswith("export GEMINI_CLI")) <= 80
+    assert ("rem" if shell == "cmd" else "#") + " No gateway is running yet: pigateway.py start" in out
+
+
+def test_env_says_what_it_does_not_know(fakes: Fakes, capsys: Any, monkeypatch: Any) -> None:
+    assert pg.main(["env", "emacs"]) == 2 and pg.main(["env", "--shell", "tcsh"]) == 2
+    assert "claude" in capsys.readouterr().err
+    monkeypatch.setenv("OPENAI_API_KEY", PLANTED[0])
+    monkeypatch.setenv("SHELL", "/usr/bin/fish")
+    assert pg.main(["env"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("# which model?") and "ANTHROPIC_MODEL" not in out and "set -gx ANTHROPIC_BASE_URL" in out
+
+
+def test_env_shows_no_key_on_a_terminal(fakes: Fakes, forker: LoginForker, monkeypatch: Any) -> None:
+    monkeypatch.setenv("PI_GATEWAY_API_KEY", PLANTED[3])
+    with set_up_terminal(forker, fakes.home, "env", "--shell", "bash") as terminal:
+        text = terminal.end(0, ())
+    check_written("env", text)
+    assert '# eval "$(pigateway.py env)"' in text and "export ANTHROPIC_AUTH_TOKEN='***'" in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_a_word_of_ours_is_no_provider_s_key(fakes: Fakes, capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "pigateway")
+    monkeypatch.setenv("GEMINI_API_KEY", PLANTED[3])
+    monkeypatch.setenv("PI_GATEWAY_API_KEY", PLANTED[3])
+    assert pg.main(["models"]) == 0 and capsys.readouterr().out == "demo/echo\tdemo\n"
+
+
+# --- init -------------------------------------------------------------------------------------------------------------
+
+
+def test_init_by_flags(fakes: Fakes, capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.setenv("GROQ_API_KEY", PLANTED[0])
+    path = fakes.folder / "pigateway.json"
+    assert pg.main(["init", "--yes", "--provider", "openai", "--default-model", "gpt-9", "--client", "codex"]) == 0
+    out = capsys.readouterr().out
+    assert "Still missing" in out and "OPENAI_API_KEY" in out and "Next: pigateway.py codex" in out
+    assert path.stat().st_mode & 0o777 == 0o600 and fakes.folder.stat().st_mode & 0o777 == 0o700
+    config = load(fakes.home)
+    assert (config.provider, config.default_model) == ("openai", "openai/gpt-9")
+    before = path.read_bytes()
+    assert pg.main(["ui", "--yes"]) == 1 and path.read_bytes() == before and "--force" in capsys.readouterr().err
+    path.write_text("{ broken")
+    assert pg.main(["init", "--yes", "--force", "--client", "none"]) == 0 and load(fakes.home).provider == "groq"
+    assert "Next: pigateway.py start" in capsys.readouterr().out
+    other = fakes.home / "new" / "mine.json"
+    assert pg.main(["init", "--yes", "--client", "claude", "--config", str(other)]) == 0
+    assert load(fakes.home, extra=str(other)).provider == "groq" and other.parent.stat().st_mode & 0o777 == 0o700
+    assert f"--config {other} code" in capsys.readouterr().out and pg.main(["check"]) == 0
+    check_written("init", "".join(capsys.readouterr()))
+
+
+@pytest.mark.parametrize("arguments, status, words", [
+    (["--provider", "opnai", "--yes"], 2, 'did you mean "openai"'), (["--yes"], 2, "--provider"), ([], 2, "--yes"),
+    (["--yes", "--provider", "openai", "--client", "vim"], 2, "no client"), (["--shell", "bash"], 2, "env command")])
+def test_init_refuses(fakes: Fakes, capsys: Any, arguments: List[str], status: int, words: str) -> None:
+    assert pg.main(["init", *arguments]) == status and words in capsys.readouterr().err
+    assert not (fakes.folder / "pigateway.json").exists()
+
+
+def test_init_asks(fakes: Fakes, forker: LoginForker, monkeypatch: Any) -> None:
+    monkeypatch.setenv("GROQ_API_KEY", PLANTED[0])
+    with set_up_terminal(forker, fakes.home, "init") as terminal:
+        assert re.search(r" 1 groq \*", terminal.expect(r"Provider \(number or name\)\? \[groq\] ") and terminal.text)
+        terminal.type("mistral\n")
+        terminal.expect(r"2 I type a key here(.|\n)*\[1\] ")
+        terminal.type("2\n")
+        terminal.expect(r"\(not shown\): ")
+        terminal.type(PLANTED[1] + "\n")
+        number = terminal.expect(r"\d+(?= codestral\S*\n)")
+        terminal.expect("empty for none.*")
+        terminal.type(number + "\n")
+        terminal.expect(r"4 another, or none\n.*\[1\] ")
+        terminal.type("\n")
+        text = terminal.end(0, ("auth.json", "pigateway.json"))
+    check_written("init", text)
+    assert max(map(len, text.splitlines())) <= 80 and "Next: pigateway.py code" in text
+    auth = fakes.folder / "auth.json"
+    assert json.loads(auth.read_text()) == {"mistral": {"type": "api_key", "key": PLANTED[1]}}
+    assert auth.stat().st_mode & 0o777 == 0o600
+    assert load(fakes.home).default_model.startswith("mistral/codestral")
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_init_given_up(fakes: Fakes, forker: LoginForker, steps: int) -> None:
+    """Ctrl-C at any question, also behind the key, changes nothing."""
+    path = fakes.folder / "pigateway.json"
+    path.parent.mkdir(parents=True)
+    path.write_text("{}")
+    with set_up_terminal(forker, fakes.home, "ui") as terminal:
+        terminal.expect(r"\[y/N\] ")
+        for question, answer in ((r"number or name\)\? ", "y\n"), (r"\[1\] ", "mistral\n"), ("not shown.*: ", "2\n"))[:steps]:
+            terminal.type(answer)
+            terminal.expect(question)
+        terminal.type("planted\x03")
+        text = terminal.end(130, ("pigateway.json",))
+    assert path.read_text() == "{}" and "nothing was changed" in text and (steps < 3 or "planted" not in text)
+
+
+def test_init_over_a_file(fakes: Fakes, forker: LoginForker) -> None:
+    path = fakes.folder / "pigateway.json"
+    path.parent.mkdir(parents=True)
+    path.write_text("{}")
+    with set_up_terminal(forker, fakes.home, "init") as terminal:
+        terminal.expect(r"~/.pi/agent/pigateway.json is there already(.|\n)*\[y/N\] ")
+        terminal.type("\n")
+        terminal.end(1, ("pigateway.json",))
+    assert path.read_text() == "{}"
+
+
+def test_init_logs_in(desk: LoginDesk, forker: LoginForker) -> None:
+    with LoginTerminal(forker, desk, "init", "--provider", "kimi-coding", "--default-model", "k", "--client", "none") as terminal:
+        desk.began = time.time()
+        terminal.expect(r"3 I log in to .*\n.*\[1\] ")
+        terminal.type("3\n")
+        terminal.end(0, ("auth.json", "pigateway.json"))
+    desk.check_entry("kimi-coding")
+
+
+# --- show and check ---------------------------------------------------------------------------------------------------
+
+
+def test_show(own_home: Any, capsys: Any, monkeypatch: Any) -> None:
+    write_agent_files(own_home, gateway={"apiKey": PLANTED[3], "logLevel": "warn"},
+                      pigateway={"modelMap": {"claude-opus-4-8": "a-provider/with-a-model-of-a-long-name"}})
+    extra = own_home / ("long-" * 12) / "mine.json"
+    extra.parent.mkdir()
+    extra.write_text('{"retries": 3} // see above')
+    monkeypatch.setenv("PI_GATEWAY_PORT", "5")
+    arguments = ["show", "--config", str(extra), "--strict"]
+    assert pg.main(arguments) == 0
+    out = capsys.readouterr().out
+    rows = {line.split()[0]: line.split() for line in out.splitlines()}
+    assert rows["port"] == ["port", "5", "PI_GATEWAY_PORT"] and rows["strict"] == ["strict", "true", "--strict"]
+    assert rows["apiKey"] == ["apiKey", "[redacted]", "~/.pi/agent/gateway.json"]
+    assert rows["workers"] == ["workers", "1", "default"] and rows["retries"][1:][0] == "3"
+    assert list(rows) == [option.key for option in pg.OPTIONS] and max(map(len, out.splitlines())) <= 80
+    assert pg.main([*arguments, "--json"]) == 0
+    shown = capsys.readouterr().out
+    facts = json.loads(shown)
+    assert facts["modelMap"] == {"value": {"claude-opus-4-8": "a-provider/with-a-model-of-a-long-name"},
+                                 "from": "~/.pi/agent/pigateway.json"}
+    assert facts["retries"]["from"].endswith("/mine.json") and facts["retries"]["from"].startswith("~/long-")
+    check_written("show", out + shown)
+
+
+def checked(capsys: Any, *arguments: str) -> Tuple[int, str]:
+    """Exit status and words of the command check, on one line."""
+    status = pg.main(["check", *arguments])
+    out = capsys.readouterr().out
+    check_written("check", out)
+    assert max(map(len, out.splitlines())) <= 80
+    return status, re.sub(r"\s+", " ", out)
+
+
+@pytest.mark.parametrize("files, status, words", [
+    ({}, 0, ["not there ~/.pi/agent/gateway.json", "not there ~/.pi/agent/auth.json"]),
+    ({"gateway": {"port": 1}, "pigateway": {"strict": True}}, 0, ["ok ~/.pi/agent/gateway.json", "ok ~/.pi/agent/pigateway.json"]),
+    ({"gateway": {"prot": 1}, "pigateway": "{", "models": "[]", "auth": "{"}, 2,
+     ['problem: unknown key "prot"', "problem ~/.pi/agent/pigateway.json problem: not valid JSON", "problem ~/.pi/agent/auth.json",
+      "problem ~/.pi/agent/models.json"]),
+    ({"gateway": {"requireKeyOnLoopback": True}}, 2, ["all together", "requireKeyOnLoopback needs a key"]),
+    ({"pigateway": {"modelMap": {"claude-x": "opnai/gpt-9", "claude-y": ["no-such-model"]}, "provider": "nobody"}}, 0,
+     ['modelMap.claude-x: no model "opnai/gpt-9"; there is no provider "opnai"', 'claude-y: no model "no-such-model"',
+      'there is no provider "nobody"']),
+    ({"pigateway": {"defaultModel": "gpt-9-of-tomorrow", "provider": "openai", "passThrough": ["antropic"]}}, 0,
+     ['passThrough: there is no provider "antropic"']),
+    ({"models": {"providers": {"a": {"baseUrl": "http://h/v1", "apiKey": "$NOT_SET_HERE"}, "b": {"models": 1}}}}, 2,
+     ["providers.a.apiKey resolves to nothing", "providers.b"]),
+    ({"auth": {"groq": {"type": "api_key", "key": "$NOT_SET_HERE"}, "openai": {"type": "api_key", "key": "!touch ran; false"},
+               "nobody": {"type": "api_key", "key": PLANTED[1]}}}, 0,
+     ["groq: the key resolves to nothing", "nobody: no provider has this name"]),
+    ({"auth": {"groq": {"key": PLANTED[1]}}}, 2, ['groq: "type" must be'])])
+def test_check(own_home: Any, capsys: Any, monkeypatch: Any, files: Dict[str, Any], status: int, words: List[str]) -> None:
+    monkeypatch.chdir(own_home)
+    folder = write_agent_files(own_home, **files)
+    if "auth" in files:
+        os.chmod(os.path.join(folder, "auth.json"), 0o600)
+    ended, text = checked(capsys)
+    assert ended == status and [word for word in words if word not in text] == [], text
+    assert "openai" not in text and not os.path.exists("ran")
+
+
+def test_check_of_one_more_file_and_of_modes(own_home: Any, capsys: Any) -> None:
+    folder = write_agent_files(own_home, auth={})
+    os.chmod(os.path.join(folder, "auth.json"), 0o644)
+    status, text = checked(capsys, "--config", "no/such.json")
+    assert status == 2 and "no such file" in text
+    assert os.name != "posix" or "others can read it (mode 0644): chmod 600 ~/.pi/agent/auth.json" in text
