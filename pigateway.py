@@ -14640,7 +14640,8 @@ def log_in(file: AuthFile, terminal: Terminal, arguments: argparse.Namespace, co
     return EXIT_OK
 
 
-def obtain_log_in(row: Subscription, terminal: Terminal, arguments: argparse.Namespace, config: Config) -> Dict[str, Any]:
+def obtain_log_in(row: Subscription, terminal: Terminal, arguments: argparse.Namespace,
+                  config: Config) -> Dict[str, Any]:
     """The entry that a log-in ends in; it is not written yet. Raises `LogInFailed`, `ConfigError`."""
     vendor = Vendor(vendor_transport(ca_bundle(config, os.environ)), pause=Terminal.wait)
     vendor.secrets = []
@@ -15395,8 +15396,8 @@ def process_command(pid: int) -> Optional[bytes]:
 LIFECYCLE_COMMANDS = ("start", "stop", "restart", "status")
 LAUNCH_COMMANDS = ("code", "codex", "gemini")
 SET_UP_COMMANDS = ("init", "ui", "check")       # also with files that are not there yet, or are broken
-COMMANDS = (*LIFECYCLE_COMMANDS, *LAUNCH_COMMANDS, "env", *SET_UP_COMMANDS, "show", "models", "login", "logout", "accounts",
-            "quirks", "pi-extension", "help", "version")
+COMMANDS = (*LIFECYCLE_COMMANDS, *LAUNCH_COMMANDS, "env", *SET_UP_COMMANDS, "show", "models", "login", "logout",
+            "accounts", "quirks", "pi-extension", "help", "version")
 JSON_COMMANDS = ("status", "models", "accounts", "quirks", "show")
 VALUE_FLAGS = frozenset({option.flag for option in OPTIONS if option.flag and option.kind != "boolean"}
                         | {"--config", "--enterprise", "--shell", "--client"})
@@ -15439,8 +15440,8 @@ FLAG_HELP = (
     ("--yes", "with login: no question about the vendor's terms; with init: no question at all"),
     ("--version, --help", "print the version, or this page"))
 HELP_TAIL = (
-    "--allow-origin, --model-allowlist, --model-denylist and --pass-through may be repeated. --no-strict and its like turn "
-    "a switch off that a file turned on.",
+    "--allow-origin, --model-allowlist, --model-denylist and --pass-through may be repeated. --no-strict and its like "
+    "turn a switch off that a file turned on.",
     "Keys: set ANTHROPIC_API_KEY, OPENAI_API_KEY, ... or use ~/.pi/agent/auth.json. The gateway's own key is apiKey in "
     "~/.pi/agent/gateway.json or PI_GATEWAY_API_KEY, never a flag.",
     "Everything else: README.md")
@@ -15448,8 +15449,8 @@ HELP_COLUMNS = 79
 
 
 METAVARS = {"--bind": "ADDRESS", "--auth-dir": "PATH", "--allow-origin": "ORIGIN", "--log-level": "LEVEL",
-            "--model-allowlist": "MODEL", "--model-denylist": "MODEL", "--pid-file": "PATH", "--pass-through": "PROVIDER",
-            "--provider": "PROVIDER", "--default-model": "MODEL"}
+            "--model-allowlist": "MODEL", "--model-denylist": "MODEL", "--pid-file": "PATH",
+            "--pass-through": "PROVIDER", "--provider": "PROVIDER", "--default-model": "MODEL"}
 
 
 def two_columns(rows: Iterable[Tuple[str, str]], width: int) -> List[str]:
@@ -16078,7 +16079,8 @@ class Target(NamedTuple):
     is_foreign: bool = False    # whether the model's maker is not the client's
 
 
-CLAUDE_MODELS = ("ANTHROPIC_MODEL", *(f"ANTHROPIC_DEFAULT_{tier}_MODEL" for tier in ("OPUS", "SONNET", "HAIKU", "FABLE")))
+CLAUDE_MODELS = ("ANTHROPIC_MODEL", "ANTHROPIC_DEFAULT_OPUS_MODEL", "ANTHROPIC_DEFAULT_SONNET_MODEL",
+                 "ANTHROPIC_DEFAULT_HAIKU_MODEL", "ANTHROPIC_DEFAULT_FABLE_MODEL")
 COMPACT_LEAST = 100_000         # Claude Code warns of, and ignores, a smaller window to compact in
 
 
@@ -16093,7 +16095,7 @@ def claude_variables(target: Target) -> Dict[str, str]:
             **({"CLAUDE_CODE_AUTO_COMPACT_WINDOW": window} if target.window >= COMPACT_LEAST else {})}
 
 
-CODEX_KEY = "PIGATEWAY_API_KEY"                 # a name of our own, so that nobody takes the word in it for OpenAI's key
+CODEX_KEY = "PIGATEWAY_API_KEY"                 # a name of our own: nobody takes the word in it for OpenAI's key
 
 
 def codex_variables(target: Target) -> Dict[str, str]:
@@ -16117,8 +16119,8 @@ def gemini_variables(target: Target) -> Dict[str, str]:
             **({"GEMINI_MODEL": target.model} if target.model else {})}
 
 
-# Gemini CLI 0.61 refuses without a terminal the way to authorise that it derives from a base URL, and in one prefers the
-# log-in that its settings name. Settings of the system have the last word, and their place is a variable.
+# Gemini CLI 0.61 refuses without a terminal the way to authorise that it derives from a base URL, and in one prefers
+# the log-in that its settings name. Settings of the system have the last word, and their place is a variable.
 GEMINI_SETTINGS = {"security": {"auth": {"selectedType": "gemini-api-key"}}}
 GEMINI_SETTINGS_VARIABLE = "GEMINI_CLI_SYSTEM_SETTINGS_PATH"
 GEMINI_SYSTEM_SETTINGS = ("/etc/gemini-cli/settings.json", "/Library/Application Support/GeminiCli/settings.json",
@@ -16147,22 +16149,25 @@ class Client(NamedTuple):
     prefix: str = ""                            # of those names
     own_key: Tuple[str, ...] = ()               # variables with a key of the user's, which is not to travel
     detours: Tuple[str, ...] = ()               # variables that would lead elsewhere
-    settings: Callable[[str], Dict[str, str]] = lambda folder: {}       # variables for files that are written into a folder
+    settings: Callable[[str], Dict[str, str]] = lambda folder: {}       # variables for files, written into a folder
+    model_variable: str = ""                    # where the user may have named a model
 
 
 CLIENTS = {
     "code": Client(
         "Claude Code", claude_variables, "claude", "npm install -g @anthropic-ai/claude-code", homes=("anthropic",),
         prefix="claude", own_key=("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN", "CLAUDE_CODE_OAUTH_TOKEN"),
-        detours=("CLAUDE_CODE_USE_BEDROCK", "CLAUDE_CODE_USE_VERTEX", "CLAUDE_CODE_USE_FOUNDRY", "CLAUDE_CODE_USE_GATEWAY",
-                 "CLAUDE_CODE_USE_MANTLE", "CLAUDE_CODE_USE_ANTHROPIC_AWS", "CLAUDE_CODE_USE_ANTHROPIC_GOOGLE_CLOUD")),
+        detours=("CLAUDE_CODE_USE_BEDROCK", "CLAUDE_CODE_USE_VERTEX", "CLAUDE_CODE_USE_FOUNDRY",
+                 "CLAUDE_CODE_USE_GATEWAY", "CLAUDE_CODE_USE_MANTLE", "CLAUDE_CODE_USE_ANTHROPIC_AWS",
+                 "CLAUDE_CODE_USE_ANTHROPIC_GOOGLE_CLOUD"), model_variable="ANTHROPIC_MODEL"),
     "codex": Client(
         "Codex", codex_variables, "codex", "npm install -g @openai/codex", codex_arguments, ("openai", "openai-codex"),
         "gpt", (CODEX_KEY, "OPENAI_API_KEY", "CODEX_API_KEY")),
     "gemini": Client(
         "Gemini CLI", gemini_variables, "gemini", "npm install -g @google/gemini-cli",
-        homes=("google", "google-vertex", "google-gemini-cli"), prefix="gemini", own_key=("GEMINI_API_KEY", "GOOGLE_API_KEY"),
-        detours=("GOOGLE_GENAI_USE_VERTEXAI", "GOOGLE_GENAI_USE_GCA"), settings=gemini_settings),
+        homes=("google", "google-vertex", "google-gemini-cli"), prefix="gemini",
+        own_key=("GEMINI_API_KEY", "GOOGLE_API_KEY"), detours=("GOOGLE_GENAI_USE_VERTEXAI", "GOOGLE_GENAI_USE_GCA"),
+        settings=gemini_settings, model_variable="GEMINI_MODEL"),
     "openai": Client("OpenAI clients", lambda target: {
         "OPENAI_BASE_URL": f"{target.url}/v1", **({"OPENAI_API_KEY": target.key} if target.key else {})}),
     "anthropic": Client("Anthropic clients", lambda target: {
@@ -16211,7 +16216,8 @@ def choose_target(client: Client, config: Config, url: str, models: Mapping[str,
 
 
 def default_model(client: Client, config: Config, models: Mapping[str, int]) -> str:
-    """The model for a client without a name that the user or modelMap gave; "" when the client's own do. Raises `NoModel`."""
+    """The model for a client where neither the user nor modelMap names one; "" when the client's own names will do.
+    Raises `NoModel`."""
     if config.default_model:
         return find_model(config.default_model, models, config.provider) or config.default_model
     offered = [name for name in models if not config.provider or name.startswith(f"{config.provider}/")]
@@ -16219,9 +16225,9 @@ def default_model(client: Client, config: Config, models: Mapping[str, int]) -> 
         return ""
     if len(offered) == 1:
         return offered[0]
-    raise NoModel(f"which model? {client.title}'s own names mean nothing to what there is here: {', '.join(offered[:3])} ..."
-                  f" Name one: {NAME}.py --default-model MODEL ..., or keep one with {NAME}.py init; {NAME}.py models lists "
-                  "them")
+    some = f": {', '.join(offered[:3])} ..." if offered else ""
+    raise NoModel(f"which model? {client.title}'s own names mean nothing to what there is here{some} Name one: "
+                  f"{NAME}.py --default-model MODEL ..., or keep one with {NAME}.py init; {NAME}.py models lists them")
 
 
 def named_model(words: Sequence[str]) -> str:
@@ -16234,14 +16240,14 @@ def named_model(words: Sequence[str]) -> str:
 
 
 def client_environment(client: Client, target: Target, environ: Mapping[str, str]) -> Dict[str, Optional[str]]:
-    """What a client's environment has that `environ` has not: None for a variable that must go. Ours is where it goes and
-    the key; for the rest, what the user has set stands."""
+    """What a client's environment has that `environ` has not: None for a variable that must go. Ours is where it goes
+    and the key; for the rest, what the user has set stands."""
     ours = {**client.variables(target), **client.settings(os.path.join(home(environ), ".pi", "agent"))}
     gone = client.detours + (client.own_key if target.key else ())
     fixed = {name for name in ours if name in client.own_key or name.endswith(("_BASE_URL", "_HOST"))}
     changes: Dict[str, Optional[str]] = {name: None for name in gone if environ.get(name) and name not in ours}
     changes.update({name: value for name, value in ours.items() if name in fixed or not environ.get(name)})
-    if any(environ.get(name) for name in ("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+    if any(environ.get(name) or environ.get(name.upper()) for name in ("http_proxy", "https_proxy", "all_proxy")):
         host = urllib.parse.urlsplit(target.url).hostname or ""
         for name in ("NO_PROXY", "no_proxy"):   # a proxy elsewhere cannot reach this machine's loopback
             known = [part for part in environ.get(name, "").split(",") if part.strip()]
@@ -16259,7 +16265,7 @@ def split_launch(argv: Sequence[str]) -> Tuple[List[str], List[str]]:
 
 
 def forget_own_key(config: Config, environ: Any) -> None:
-    """Takes our own key, or the word in its place, out of variables for providers' keys: `env` may have put it there."""
+    """Takes our own key, or the word in its place, out of the variables of providers: `env` may have put it there."""
     for name in {name for provider in PROVIDERS.values() for name in provider.env}:
         if environ.get(name) in (NAME, config.api_key or NAME):
             del environ[name]
@@ -16302,7 +16308,7 @@ class Session:
                 signal.signal(number, handler)
 
     def _run_client(self, client: Client, program: str, url: str, words: Sequence[str]) -> int:
-        named = named_model(words) or os.environ.get(f"{client.prefix.replace('claude', 'anthropic').upper()}_MODEL", "")
+        named = named_model(words) or os.environ.get(client.model_variable, "")
         target = choose_target(client, self._config, url, self._models(url), named)
         changes = client_environment(client, target, os.environ)
         environ = {**os.environ, **changes}
@@ -16326,7 +16332,7 @@ class Session:
 
     def _on_signal(self, number: int, frame: Any) -> None:
         if not self._client_pid:
-            self._asked = self._asked or number
+            self._asked = self._asked or (0 if number == getattr(signal, "SIGTSTP", 0) else number)
         elif os.name == "posix" and not (number in (signal.SIGINT, signal.SIGQUIT) and is_in_foreground()):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._client_pid, number)
@@ -16348,8 +16354,10 @@ class Session:
                     raise
                 time.sleep(Lifecycle.POLL_S)
                 continue
+            if status == EXIT_OK:
+                self._enter(pid)
             if status != EXIT_RUNNING:
-                return (status, url) if status != EXIT_OK else (self._enter(pid)[0] and EXIT_OK, url)
+                return status, url
 
     def _start_arguments(self) -> List[str]:
         """The gateway's arguments: a free port where another program has the usual one."""
@@ -16365,7 +16373,8 @@ class Session:
         return self._argv
 
     def _enter(self, started: int = 0) -> Tuple[int, str]:
-        """Puts this session on the list, with the gateway that it has `started`. (pid, URL) of the gateway, 0 for none."""
+        """Puts this session on the list, with the gateway that it has `started`. Returns (pid, URL), pid 0 for no
+        gateway."""
         with one_at_a_time(os.path.dirname(self._list)):
             pid, url = self._lifecycle.find()
             if pid:
@@ -16417,8 +16426,8 @@ def listed_models(lifecycle: Lifecycle, url: str) -> Dict[str, int]:
 
 
 def wait_for_client(process: subprocess.Popen[bytes]) -> int:
-    """The exit status, below 0 for the signal that ended it. When it stops (Ctrl-Z) so does this process, for the shell to
-    see, and what wakes this one wakes it."""
+    """The exit status, below 0 for the signal that ended it. When it stops (Ctrl-Z) so does this process, for the shell
+    to see, and what wakes this one wakes it."""
     if os.name != "posix":
         return process.wait()
     while True:
@@ -16457,7 +16466,8 @@ class Shell(NamedTuple):
 
 SHELLS = {
     "bash": Shell("export {}={}", "unset {}", shlex.quote, "#", 'eval "$({})"'),
-    "fish": Shell("set -gx {} {}", "set -e {}", lambda text: "'" + re.sub(r"([\\'])", r"\\\1", text) + "'", "#", "{} | source"),
+    "fish": Shell("set -gx {} {}", "set -e {}", lambda text: "'" + re.sub(r"([\\'])", r"\\\1", text) + "'", "#",
+                  "{} | source"),
     "powershell": Shell("$env:{} = {}", "Remove-Item Env:{} -ErrorAction SilentlyContinue",
                         lambda text: "'" + re.sub("(['\u2018-\u201b])", r"\1\1", text) + "'", "#",
                         "{} | Out-String | Invoke-Expression"),
@@ -16496,8 +16506,8 @@ def print_environment(config: Config, arguments: argparse.Namespace) -> int:
 
 
 def guess_target(client: Client, config: Config, url: str) -> Tuple[Target, List[str]]:
-    """Where a client is to go when it is started later, and what is to be said of that: without `url`, where the gateway
-    will be."""
+    """Where a client is to go when it is started later, and what is to be said of that: without `url`, where the
+    gateway will be."""
     models = listed_models(Lifecycle(config, []), url) if url else {
         model.full_id: model.context_window for model in build_gateway(config, os.environ).models()}
     url = url or local_url(config.bind_address, config.port)
@@ -16571,8 +16581,8 @@ def run_check(arguments: argparse.Namespace) -> int:
         for kind, texts in (("problem", finding.problems), ("warning", finding.warnings)):
             for text in texts:
                 said = redact(text).replace(finding.path + ": ", "", 1)
-                print(textwrap.fill(f"{kind}: {said}", HELP_COLUMNS, initial_indent=" " * 11, subsequent_indent=" " * 13,
-                                    break_on_hyphens=False))
+                print(textwrap.fill(f"{kind}: {said}", HELP_COLUMNS, initial_indent=" " * 11,
+                                    subsequent_indent=" " * 13, break_on_hyphens=False))
     return EXIT_CONFIG if any(finding.problems for finding in findings) else EXIT_OK
 
 
@@ -16633,8 +16643,8 @@ def check_auth_file(path: str, providers: Mapping[str, Provider], keys: Credenti
             continue
         if name not in providers:
             warnings.append(f"{shown}: no provider has this name")
-        value = fields.get("key")
-        if fields["type"] == "api_key" and value is not None and not (isinstance(value, str) and resolves(keys, value, fields)):
+        value = fields.get("key") if fields["type"] == "api_key" else None
+        if value is not None and not (isinstance(value, str) and resolves(keys, value, fields)):
             warnings.append(f"{shown}: the key resolves to nothing")
     return Finding(path, os.path.exists(path), problems, warnings)
 
@@ -16662,26 +16672,20 @@ def name_warnings(config: Config, catalogue: Catalogue) -> Iterator[str]:
         if name not in catalogue.providers:
             yield f'passThrough: there is no provider "{name}"'
     targets = [("defaultModel", config.default_model)] if config.default_model else []
-    targets += [(f"modelMap.{name}", target) for name, value in config.model_map.items() for target in map_targets(value)]
+    targets += [(f"modelMap.{key}", target) for key, value in config.model_map.items() for target in map_targets(value)]
     for key, target in targets:
-        provider, slash, _ = target.partition("/")
-        names = [target] if slash else [target, *(f"{name}/{target}" for name in (config.provider, *key_provider(key)) if name)]
+        named, slash, _ = target.partition("/")
+        own = key.partition(".")[2].rpartition(":")[0] or config.provider       # modelMap's provider:name
         try:
-            for name in names[-1:]:
-                catalogue.resolve(name, lambda provider: True)
+            catalogue.resolve(f"{own}/{target}" if own and not slash else target, lambda provider: True)
         except ModelNotFound:
-            yield f'{key}: no model "{target}"' + (
-                f'; there is no provider "{provider}"' if slash and provider not in catalogue.providers else "")
-
-
-def key_provider(key: str) -> List[str]:
-    """The provider in a key of modelMap such as modelMap.openai:claude."""
-    name, colon, _ = key.partition(".")[2].partition(":")
-    return [name] if colon else []
+            is_known = not slash or named in catalogue.providers
+            yield f'{key}: no model "{target}"' + ("" if is_known else f'; there is no provider "{named}"')
 
 
 class SetUp:
-    """The command init: asks what is needed, and only then writes. Raises `ConfigError`, `LogInFailed`, `AuthFileError`."""
+    """The command init: asks what is needed, and only then writes. Raises `ConfigError`, `LogInFailed`,
+    `AuthFileError`."""
 
     SHOWN = 15                                  # models of a list
 
@@ -16737,7 +16741,8 @@ class SetUp:
     def _pick(self, question: str, names: Sequence[str], default: str) -> str:
         """One of the names, by number or name, or another name that was typed."""
         answer = self._terminal.ask(f"{question} [{default}] " if default else f"{question} ") or default
-        return names[int(answer) - 1] if answer.isascii() and answer.isdigit() and 0 < int(answer) <= len(names) else answer
+        numbered = {str(number): name for number, name in enumerate(names, 1)}
+        return numbered.get(answer, answer)
 
     def _pick_provider(self) -> Provider:
         providers = {name: row for name, row in self._gateway.catalogue.providers.items() if name != DEMO}
@@ -16795,9 +16800,8 @@ class SetUp:
                 self._terminal.say(f"{number:>3} {known}")
             self._terminal.say(f"    ... {len(names) - self.SHOWN} more" if len(names) > self.SHOWN else "")
             name = self._pick("Default model (number or name, empty for none)?", names, "")
-        if not name or name.partition("/")[0] in self._gateway.catalogue.providers:
-            return name
-        return f"{provider.name}/{name}"
+        is_full = name.partition("/")[0] in self._gateway.catalogue.providers and name not in names
+        return name if is_full or not name else f"{provider.name}/{name}"
 
     def _pick_client(self) -> str:
         names = [*LAUNCH_COMMANDS, "none"]
@@ -16825,7 +16829,8 @@ class SetUp:
 
 def render_config(provider: str, model: str) -> str:
     """A configuration file with comments, which only files of our own may have."""
-    lines = [f"// Written by {NAME}.py init. Comments are allowed here; README.md has all keys, {NAME}.py show those in force.",
+    lines = [f"// Written by {NAME}.py init. Comments are allowed here. README.md has all keys;",
+             f"// {NAME}.py show prints those in force.",
              "{", "  // Where names go that do not say a provider.", f'  "provider": {json.dumps(provider)},',
              "  // The model for names that mean nothing else.",
              f'  "defaultModel": {json.dumps(model)},' if model else f'  // "defaultModel": "{provider}/...",',

@@ -18964,7 +18964,8 @@ def fakes(own_home: Any, monkeypatch: Any) -> Fakes:
         (folder / name).write_text(FAKE_CLIENT.format(python=sys.executable, seen=str(seen)))
         (folder / name).chmod(0o755)
     for name in [name for name in os.environ if name.startswith(("CLAUDE", "GEMINI", "GOOGLE", "CODEX"))
-                 or name.lower().endswith("_proxy") or name in {key for row in pg.PROVIDERS.values() for key in row.env}]:
+                 or name.lower().endswith("_proxy")
+                 or name in {key for row in pg.PROVIDERS.values() for key in row.env}]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setattr(pg, "GEMINI_SYSTEM_SETTINGS", ())
@@ -19008,7 +19009,8 @@ def test_code_uses_the_gateway_that_runs(fakes: Fakes, capfd: Any, monkeypatch: 
 
 
 def test_code_with_a_key(fakes: Fakes, capfd: Any, monkeypatch: Any) -> None:
-    write_agent_files(fakes.home, pigateway='{\n  // who may\n  "apiKey": "%s", "requireKeyOnLoopback": true}' % PLANTED[3])
+    text = '{\n  // who may\n  "apiKey": "%s", "requireKeyOnLoopback": true}'
+    write_agent_files(fakes.home, pigateway=text % PLANTED[3])
     with found(fakes.home, api_key=PLANTED[3], require_key_on_loopback=True):
         assert pg.main(["code"]) == 0
     assert fakes.seen["environ"]["ANTHROPIC_AUTH_TOKEN"] == PLANTED[3]
@@ -19043,7 +19045,8 @@ def test_code_whose_gateway_cannot_start(fakes: Fakes, capfd: Any) -> None:
 
 
 @pytest.mark.parametrize("command, program, package", [
-    ("code", "claude", "@anthropic-ai/claude-code"), ("codex", "codex", "@openai/codex"), ("gemini", "gemini", "@google/gemini-cli")])
+    ("code", "claude", "@anthropic-ai/claude-code"), ("codex", "codex", "@openai/codex"),
+    ("gemini", "gemini", "@google/gemini-cli")])
 def test_a_client_that_is_not_installed(fakes: Fakes, capsys: Any, monkeypatch: Any, command: str, program: str,
                                         package: str) -> None:
     monkeypatch.setenv("PATH", str(fakes.home))
@@ -19092,7 +19095,8 @@ def test_a_client_that_stops_itself_goes_on_with_fg(fakes: Fakes) -> None:
 def set_up_terminal(forker: LoginForker, home: Any, *argv: str) -> LoginTerminal:
     """A command in a terminal of its own, with the environment of this test."""
     folder = write_agent_files(home)
-    return LoginTerminal(forker, types.SimpleNamespace(environ={}, folder=folder, raw=None), *argv)      # type: ignore[arg-type]
+    desk: Any = types.SimpleNamespace(environ={}, folder=folder, raw=None)
+    return LoginTerminal(forker, desk, *argv)
 
 
 def test_ctrl_c_belongs_to_the_client(fakes: Fakes, forker: LoginForker) -> None:
@@ -19135,12 +19139,15 @@ WITH_CLAUDE = {**SOME_MODELS, "anthropic/claude-9": 1_000_000}
     ({"default_model": "groq/tomorrow"}, SOME_MODELS, "", ("groq/tomorrow", 0, True)),
     ({"default_model": "claude-9"}, WITH_CLAUDE, "", ("anthropic/claude-9", 0, False)),
     ({"model_map": {"claude-x": ["groq/llama", "openai/gpt-9"]}}, SOME_MODELS, "", ("", 131_072, True)),
-    ({"model_map": {"openai:claude-x": {"model": "gpt-9", "effort": {"low": "high"}}}}, SOME_MODELS, "", ("", 400_000, True)),
+    ({"model_map": {"openai:claude-x": {"model": "gpt-9", "effort": {"low": "high"}}}}, SOME_MODELS, "",
+     ("", 400_000, True)),
     ({"model_map": {"default": {"groq": "llama"}}}, SOME_MODELS, "", ("", 131_072, True)),
     ({"model_map": {"gpt-x": "groq/llama"}}, WITH_CLAUDE, "", ("", 0, False)),
     ({}, SOME_MODELS, "groq/llama", ("groq/llama", 131_072, True)), ({}, WITH_CLAUDE, "opus", ("", 0, False)),
-    ({"pass_through": ("anthropic",)}, SOME_MODELS, "", ("", 0, False)), ({}, SOME_MODELS, "", None), ({}, {}, "opus", None)])
-def test_which_model_claude_code_is_given(config: Dict[str, Any], models: Dict[str, int], named: str, expected: Any) -> None:
+    ({"pass_through": ("anthropic",)}, SOME_MODELS, "", ("", 0, False)), ({}, SOME_MODELS, "", None),
+    ({}, {}, "opus", None)])
+def test_which_model_claude_code_is_given(config: Dict[str, Any], models: Dict[str, int], named: str,
+                                          expected: Any) -> None:
     def choose() -> pg.Target:
         return pg.choose_target(pg.CLIENTS["code"], pg.Config(**config), "http://h", models, named)
 
@@ -19159,7 +19166,8 @@ def test_named_model(words: List[str], expected: str) -> None:
 
 
 @pytest.mark.parametrize("argv, own, rest", [
-    (["code", "-v", "--port"], ["code"], ["-v", "--port"]), (["--port", "1", "codex", "x"], ["--port", "1", "codex"], ["x"]),
+    (["code", "-v", "--port"], ["code"], ["-v", "--port"]),
+    (["--port", "1", "codex", "x"], ["--port", "1", "codex"], ["x"]),
     (["--config", "code", "status"], ["--config", "code", "status"], []), (["login", "code"], ["login", "code"], []),
     (["--strict", "--port=1", "gemini", "code"], ["--strict", "--port=1", "gemini"], ["code"]), ([], [], [])])
 def test_what_is_the_client_s(argv: List[str], own: List[str], rest: List[str]) -> None:
@@ -19171,11 +19179,12 @@ AWKWARD_KEY = "planted-gateway-key-555 '\"$HOME`id`\\ %PATH% !"
 
 @pytest.mark.parametrize("shell, program, arguments, read", [
     ("bash", "bash", ["-c"], 'printf %s "$ANTHROPIC_AUTH_TOKEN|$ANTHROPIC_BASE_URL|${ANTHROPIC_API_KEY-none}"'),
-    ("fish", "fish", ["-c"], 'printf %s "$ANTHROPIC_AUTH_TOKEN|$ANTHROPIC_BASE_URL|"(set -q ANTHROPIC_API_KEY; or echo none)'),
+    ("fish", "fish", ["-c"],
+     'printf %s "$ANTHROPIC_AUTH_TOKEN|$ANTHROPIC_BASE_URL|"(set -q ANTHROPIC_API_KEY; or echo none)'),
     ("powershell", "pwsh", ["-NoProfile", "-Command"],
-     '[Console]::Out.Write("$env:ANTHROPIC_AUTH_TOKEN|$env:ANTHROPIC_BASE_URL|" + ($env:ANTHROPIC_API_KEY ?? "none"))')])
-def test_env_in_a_real_shell(fakes: Fakes, capsys: Any, monkeypatch: Any, shell: str, program: str, arguments: List[str],
-                             read: str) -> None:
+     '[Console]::Write("$env:ANTHROPIC_AUTH_TOKEN|$env:ANTHROPIC_BASE_URL|" + ($env:ANTHROPIC_API_KEY ?? "none"))')])
+def test_env_in_a_real_shell(fakes: Fakes, capsys: Any, monkeypatch: Any, shell: str, program: str,
+                             arguments: List[str], read: str) -> None:
     path = shutil.which(program)
     if not path:
         pytest.skip(f"{program} is not here")
@@ -19188,9 +19197,12 @@ def test_env_in_a_real_shell(fakes: Fakes, capsys: Any, monkeypatch: Any, shell:
 
 
 @pytest.mark.parametrize("client, shell, expected", [
-    ("openai", "bash", "export OPENAI_BASE_URL=http://127.0.0.1:4000/v1"), ("openai", "cmd", 'set "OPENAI_API_KEY=pigateway"'),
-    ("anthropic", "powershell", "$env:ANTHROPIC_API_KEY = 'pigateway'"), ("codex", "fish", "set -gx PIGATEWAY_API_KEY 'pigateway'"),
-    ("ollama", "bash", "export OLLAMA_HOST=http://127.0.0.1:4000"), ("claude", "bash", "export ANTHROPIC_MODEL=demo/echo"),
+    ("openai", "bash", "export OPENAI_BASE_URL=http://127.0.0.1:4000/v1"),
+    ("openai", "cmd", 'set "OPENAI_API_KEY=pigateway"'),
+    ("anthropic", "powershell", "$env:ANTHROPIC_API_KEY = 'pigateway'"),
+    ("codex", "fish", "set -gx PIGATEWAY_API_KEY 'pigateway'"),
+    ("ollama", "bash", "export OLLAMA_HOST=http://127.0.0.1:4000"),
+    ("claude", "bash", "export ANTHROPIC_MODEL=demo/echo"),
     ("gemini", "bash", "export GEMINI_API_KEY=pigateway")])
 def test_env_for_each_client(fakes: Fakes, capsys: Any, client: str, shell: str, expected: str) -> None:
     assert pg.main(["env", client, "--shell", shell]) == 0
@@ -19288,7 +19300,8 @@ def test_init_given_up(fakes: Fakes, forker: LoginForker, steps: int) -> None:
     path.write_text("{}")
     with set_up_terminal(forker, fakes.home, "ui") as terminal:
         terminal.expect(r"\[y/N\] ")
-        for question, answer in ((r"number or name\)\? ", "y\n"), (r"\[1\] ", "mistral\n"), ("not shown.*: ", "2\n"))[:steps]:
+        for question, answer in ((r"number or name\)\? ", "y\n"), (r"\[1\] ", "mistral\n"),
+                                 ("not shown.*: ", "2\n"))[:steps]:
             terminal.type(answer)
             terminal.expect(question)
         terminal.type("planted\x03")
@@ -19308,7 +19321,8 @@ def test_init_over_a_file(fakes: Fakes, forker: LoginForker) -> None:
 
 
 def test_init_logs_in(desk: LoginDesk, forker: LoginForker) -> None:
-    with LoginTerminal(forker, desk, "init", "--provider", "kimi-coding", "--default-model", "k", "--client", "none") as terminal:
+    flags = ("--provider", "kimi-coding", "--default-model", "k", "--client", "none")
+    with LoginTerminal(forker, desk, "init", *flags) as terminal:
         desk.began = time.time()
         terminal.expect(r"3 I log in to .*\n.*\[1\] ")
         terminal.type("3\n")
@@ -19354,10 +19368,11 @@ def checked(capsys: Any, *arguments: str) -> Tuple[int, str]:
 
 @pytest.mark.parametrize("files, status, words", [
     ({}, 0, ["not there ~/.pi/agent/gateway.json", "not there ~/.pi/agent/auth.json"]),
-    ({"gateway": {"port": 1}, "pigateway": {"strict": True}}, 0, ["ok ~/.pi/agent/gateway.json", "ok ~/.pi/agent/pigateway.json"]),
+    ({"gateway": {"port": 1}, "pigateway": {"strict": True}}, 0,
+     ["ok ~/.pi/agent/gateway.json", "ok ~/.pi/agent/pigateway.json"]),
     ({"gateway": {"prot": 1}, "pigateway": "{", "models": "[]", "auth": "{"}, 2,
-     ['problem: unknown key "prot"', "problem ~/.pi/agent/pigateway.json problem: not valid JSON", "problem ~/.pi/agent/auth.json",
-      "problem ~/.pi/agent/models.json"]),
+     ['problem: unknown key "prot"', "problem ~/.pi/agent/pigateway.json problem: not valid JSON",
+      "problem ~/.pi/agent/auth.json", "problem ~/.pi/agent/models.json"]),
     ({"gateway": {"requireKeyOnLoopback": True}}, 2, ["all together", "requireKeyOnLoopback needs a key"]),
     ({"pigateway": {"modelMap": {"claude-x": "opnai/gpt-9", "claude-y": ["no-such-model"]}, "provider": "nobody"}}, 0,
      ['modelMap.claude-x: no model "opnai/gpt-9"; there is no provider "opnai"', 'claude-y: no model "no-such-model"',
@@ -19366,11 +19381,13 @@ def checked(capsys: Any, *arguments: str) -> Tuple[int, str]:
      ['passThrough: there is no provider "antropic"']),
     ({"models": {"providers": {"a": {"baseUrl": "http://h/v1", "apiKey": "$NOT_SET_HERE"}, "b": {"models": 1}}}}, 2,
      ["providers.a.apiKey resolves to nothing", "providers.b"]),
-    ({"auth": {"groq": {"type": "api_key", "key": "$NOT_SET_HERE"}, "openai": {"type": "api_key", "key": "!touch ran; false"},
+    ({"auth": {"groq": {"type": "api_key", "key": "$NOT_SET_HERE"},
+               "openai": {"type": "api_key", "key": "!touch ran; false"},
                "nobody": {"type": "api_key", "key": PLANTED[1]}}}, 0,
      ["groq: the key resolves to nothing", "nobody: no provider has this name"]),
     ({"auth": {"groq": {"key": PLANTED[1]}}}, 2, ['groq: "type" must be'])])
-def test_check(own_home: Any, capsys: Any, monkeypatch: Any, files: Dict[str, Any], status: int, words: List[str]) -> None:
+def test_check(own_home: Any, capsys: Any, monkeypatch: Any, files: Dict[str, Any], status: int,
+               words: List[str]) -> None:
     monkeypatch.chdir(own_home)
     folder = write_agent_files(own_home, **files)
     if "auth" in files:
