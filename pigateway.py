@@ -16342,16 +16342,16 @@ class Session:
     def _join(self) -> Tuple[int, str]:
         """(exit status, URL) of the gateway for this session. Raises `AlreadyRunning`, OSError."""
         make_private_folder(os.path.dirname(self._list))
-        deadline = time.monotonic() + self.JOIN_S
         while True:
             pid, url = self._enter()
             if pid:
                 return EXIT_OK, url
             try:
                 status, pid, url = Lifecycle(self._config, self._start_arguments()).launch()
-            except AlreadyRunning:              # but not yet serving: somebody starts it just now
-                if time.monotonic() > deadline:
-                    raise
+            except AlreadyRunning:              # not ours, or not yet serving, since somebody starts it just now
+                with contextlib.suppress(OSError):
+                    if time.time() - os.stat(pid_path(self._config)).st_mtime > self.JOIN_S:
+                        raise
                 time.sleep(Lifecycle.POLL_S)
                 continue
             if status == EXIT_OK:

@@ -19044,6 +19044,17 @@ def test_code_whose_gateway_cannot_start(fakes: Fakes, capfd: Any) -> None:
     assert "models.json" in capfd.readouterr().err and not fakes.seen_path.exists()
 
 
+def test_code_beside_a_gateway_that_is_not_ours(fakes: Fakes, capfd: Any) -> None:
+    fakes.folder.mkdir(parents=True)
+    lock = fakes.folder / "gateway.pid"
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(20)", "gateway"]) as other:
+        lock.write_text(str(other.pid))
+        os.utime(lock, (1, 1))
+        assert pg.main(["code"]) == 3 and f"another gateway is running (pid {other.pid}" in capfd.readouterr().err
+        assert other.poll() is None and not fakes.seen_path.exists()
+        other.kill()
+
+
 @pytest.mark.parametrize("command, program, package", [
     ("code", "claude", "@anthropic-ai/claude-code"), ("codex", "codex", "@openai/codex"),
     ("gemini", "gemini", "@google/gemini-cli")])
