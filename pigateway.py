@@ -15263,6 +15263,9 @@ def stop_server(handle: ServerHandle, grace_s: Optional[float] = None) -> None:
     handle.gateway.credentials.close()
 
 
+SESSION_VARIABLE = "PIGATEWAY_SESSION"          # tells a gateway that it is there for a client's session only
+
+
 class AlreadyRunning(Exception):
     """Another live gateway owns the lock file."""
 
@@ -15288,7 +15291,8 @@ class PidFile:
 
     def write_state(self, url: str, argv: Sequence[str]) -> None:
         """Writes where this gateway is and how it was started."""
-        state = {"pid": os.getpid(), "url": url, "version": VERSION, "argv": list(argv)}
+        state = {"pid": os.getpid(), "url": url, "version": VERSION, "argv": list(argv),
+                 "session": bool(os.environ.pop(SESSION_VARIABLE, ""))}
         with contextlib.suppress(OSError):
             write_private_file(self.path + ".json", dumps(state).encode("ascii"))
 
@@ -15654,7 +15658,11 @@ class Lifecycle:
         pid, state = self.running_pid(), self._pid_file.read_state()
         return (pid, str(state.get("url"))) if pid and state.get("pid") == pid else (0, "")
 
-    def launch(self) -> Tuple[int, int, str]:
+    def is_for_sessions(self) -> bool:
+        """Whether the running gateway was started by a session."""
+        return bool(self._pid_file.read_state().get("session"))
+
+    def launch(self, **variables: str) -> Tuple[int, int, str]:
         """(exit status, pid, URL) of a gateway that is started, and waited for. Raises `AlreadyRunning`, OSError."""
         pid = self.running_pid()
         if pid:
@@ -15666,12 +15674,14 @@ class Lifecycle:
         with os.fdopen(descriptor, "ab") as out:
             begin = os.fstat(out.fileno()).st_size
             process = subprocess.Popen([sys.executable, os.path.abspath(__file__), *self._argv], stdin=subprocess.DEVNULL,
-                                       stdout=out, stderr=out, **detached())
+                                       stdout=out, stderr=out, env={**os.environ, **variables}, **detached())
         deadline = time.monotonic() + self.START_S
         while time.monotonic() < deadline:
             state = self._pid_file.read_state()
             if state.get("pid") == process.pid and self._probe(state["url"]):
                 return EXIT_OK, process.pid, state["url"]
+            if process.poll() == EXIT_RUNNING:  # somebody else was faster
+                raise AlreadyRunning(self.running_pid(), self._pid_file.path)
             if process.poll() is not None:
                 return self._tell_failure(begin, process.returncode), 0, ""
             time.sleep(self.POLL_S)
@@ -16347,7 +16357,8 @@ class Session:
             if pid:
                 return EXIT_OK, url
             try:
-                status, pid, url = Lifecycle(self._config, self._start_arguments()).launch()
+                starter = Lifecycle(self._config, self._start_arguments())
+                status, pid, url = starter.launch(**{SESSION_VARIABLE: "1"})
             except AlreadyRunning:              # not ours, or not yet serving, since somebody starts it just now
                 with contextlib.suppress(OSError):
                     if time.time() - os.stat(pid_path(self._config)).st_mtime > self.JOIN_S:
@@ -16355,9 +16366,8 @@ class Session:
                 time.sleep(Lifecycle.POLL_S)
                 continue
             if status == EXIT_OK:
-                self._enter(pid)
-            if status != EXIT_RUNNING:
-                return status, url
+                self._enter()
+            return status, url
 
     def _start_arguments(self) -> List[str]:
         """The gateway's arguments: a free port where another program has the usual one."""
@@ -16372,40 +16382,37 @@ class Session:
                     return [*self._argv, "--port", "0"]
         return self._argv
 
-    def _enter(self, started: int = 0) -> Tuple[int, str]:
-        """Puts this session on the list, with the gateway that it has `started`. Returns (pid, URL), pid 0 for no
-        gateway."""
+    def _enter(self) -> Tuple[int, str]:
+        """Puts this session on the list of a running gateway. Returns (pid, URL), pid 0 for no gateway."""
         with one_at_a_time(os.path.dirname(self._list)):
             pid, url = self._lifecycle.find()
             if pid:
-                gateway, others = self._others()
-                self._write(started or gateway, [*others, os.getpid()])
+                self._write([*self._others(), os.getpid()])
             return pid, url
 
     def _leave(self) -> None:
         """Takes this session off the list; the last one ends a gateway that a session has started."""
         with one_at_a_time(os.path.dirname(self._list)):
-            gateway, others = self._others()
+            others = self._others()
             if others:
-                return self._write(gateway, others)
+                return self._write(others)
             with contextlib.suppress(OSError):
                 os.unlink(self._list)
-            if gateway and self._lifecycle.find()[0] == gateway and not self._lifecycle.end(gateway):
-                print(f"{NAME}: pid {gateway} has been asked to stop and still runs", file=sys.stderr)
+            pid, _ = self._lifecycle.find()
+            if pid and self._lifecycle.is_for_sessions() and not self._lifecycle.end(pid):
+                print(f"{NAME}: pid {pid} has been asked to stop and still runs", file=sys.stderr)
 
-    def _others(self) -> Tuple[int, List[int]]:
-        """(the gateway that a session has started, the other sessions that live)."""
+    def _others(self) -> List[int]:
+        """The other sessions that live."""
         try:
             with open(self._list, encoding="utf-8") as file:
-                noted = as_dict(json.load(file))
+                noted = as_list(json.load(file))
         except (OSError, ValueError):
-            return 0, []
-        pids = [pid for pid in as_list(noted.get("sessions")) if isinstance(pid, int) and pid != os.getpid()]
-        gateway = noted.get("gateway")
-        return gateway if isinstance(gateway, int) else 0, [pid for pid in pids if is_gateway_process(pid)]
+            return []
+        return [pid for pid in noted if isinstance(pid, int) and pid != os.getpid() and is_gateway_process(pid)]
 
-    def _write(self, gateway: int, sessions: Sequence[int]) -> None:
-        write_private_file(self._list, dumps({"gateway": gateway, "sessions": list(sessions)}).encode("ascii"))
+    def _write(self, sessions: Sequence[int]) -> None:
+        write_private_file(self._list, dumps(list(sessions)).encode("ascii"))
 
     def _models(self, url: str) -> Dict[str, int]:
         """The listed models and their windows. A gateway that has just begun may still be asking servers."""

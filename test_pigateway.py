@@ -19026,7 +19026,7 @@ def test_code_starts_a_gateway_and_ends_it(fakes: Fakes, capfd: Any) -> None:
         port = taken.getsockname()[1]
         fakes.folder.mkdir(parents=True)
         lock = fakes.folder / "gateway.pid.sessions"
-        lock.write_text(json.dumps({"gateway": 0, "sessions": [stranger.pid]}))
+        lock.write_text(json.dumps([stranger.pid]))
         assert pg.main(["--port", str(port), "code", "3"]) == 3
         first = fakes.seen["environ"]["ANTHROPIC_BASE_URL"]
         assert first != f"http://127.0.0.1:{port}" and call(first, "/healthz").status == 200, "another session needs it"
