@@ -2166,16 +2166,6 @@ class OpenAIChat(OpenAIClient):
 FINGERPRINT = f"fp_{NAME}"
 
 
-def extra_fields(data: Mapping[str, Any], known: FrozenSet[str], defaults: Mapping[str, Any],
-                 refusals: Mapping[str, str], notes: Notes) -> Dict[str, Any]:
-    """The fields that only the client's own protocol knows and that ask for something; those whose loss would change
-    the answer are noted as refused instead."""
-    extra = {name: value for name, value in data.items()
-             if name not in known and value is not None and value != defaults.get(name, notes)}
-    notes.refused.extend((name, refusals[name]) for name in extra if name in refusals)
-    return {name: value for name, value in extra.items() if name not in refusals}
-
-
 def chat_id(provider_id: str, stamp: Stamp) -> str:
     """The provider's id if it has the form that clients expect, else a new one."""
     return provider_id if provider_id.startswith("chatcmpl-") else "chatcmpl-" + stamp.id
@@ -8635,7 +8625,7 @@ class ResponsesLane(NativeLane):
         self._shape = ResponseShape(self.request, self.stamp)
         self._response: Dict[str, Any] = {}     # as the first event tells it
         self._number = 0                        # of the next event
-        self._newest = {"output_index": -1, "item_id": ""}
+        self._newest: Dict[str, Any] = {"output_index": -1, "item_id": ""}
         self._items: Dict[Any, Any] = {}        # complete ones by place: some hosts leave them out of the last event
 
     def call(self, credential: Credential) -> Tuple[Call, List[str]]:
@@ -13852,6 +13842,7 @@ class Handler(socketserver.BaseRequestHandler):
     def _no_socket(self, head: Head, exchange: Exchange, body: bytes) -> None:
         """Codex and others first try a websocket here, and take to POST when they are told 426."""
         if head.headers.get("upgrade"):
+            exchange.answer_headers["upgrade"] = "HTTP/1.1"
             raise UpgradeRefused("no websocket here: send POST requests")
         exchange.answer_headers["allow"] = "POST"
         raise MethodNotAllowed("/responses takes POST, not GET")

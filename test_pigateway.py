@@ -1291,8 +1291,9 @@ ENC_ITEM = {"type": "reasoning", "summary": [{"type": "summary_text", "text": "H
      {"refused": (("tools[0]", "the tool type local_shell is for OpenAI's models only"),)}),
     ({"input": [{"type": "additional_tools", "role": "developer", "tools": [RNOW]}, {"role": "user", "content": "x"}]},
      {"tools": (pg.Tool("now"),), "lost": ("input[0]",)}),
-    ({"parallel_tool_calls": False}, {"parallel_tools": False}), ({"parallel_tool_calls": True}, {"parallel_tools": None}),
-    ({"user": "u"}, {"user": "u"}), ({"safety_identifier": "s"}, {"user": "s"}),
+    ({"parallel_tool_calls": False}, {"parallel_tools": False}),
+    ({"parallel_tool_calls": True}, {"parallel_tools": None}), ({"user": "u"}, {"user": "u"}),
+    ({"safety_identifier": "s"}, {"user": "s"}),
     ({"tools": [RNOW], "tool_choice": "required"}, {"tool_choice": pg.ToolChoice("required")}),
     ({"tools": [RNOW], "tool_choice": {"type": "function", "name": "now"}},
      {"tool_choice": pg.ToolChoice("tool", "now")}),
@@ -1302,7 +1303,8 @@ ENC_ITEM = {"type": "reasoning", "summary": [{"type": "summary_text", "text": "H
         {"type": "function", "name": "now"}, {"type": "web_search"}]}},
      {"tool_choice": pg.ToolChoice("required"), "tools": (pg.Tool("now"),)}),
     ({"tools": [{"type": "web_search"}], "tool_choice": {"type": "web_search"}},
-     {"tool_choice": None, "refused": (("tool_choice.type", "there is no tool 'web_search' that this model can call"),)}),
+     {"tool_choice": None,
+      "refused": (("tool_choice.type", "there is no tool 'web_search' that this model can call"),)}),
 ], ids=lambda value: ",".join(value)[:40] if isinstance(value, dict) else None)
 def test_responses_client_fields(fields: Dict[str, Any], expected: Dict[str, Any]) -> None:
     request = responses_request(**fields)
@@ -1325,8 +1327,9 @@ SEALED_REDACTED = pg.seal_thinking(pg.Thinking("", "RU5D", True, "anthropic-mess
     ([{"type": "message", "role": "assistant", "id": "msg_1", "status": "completed", "phase": "commentary", "content": [
         {"type": "output_text", "text": "a", "annotations": [], "logprobs": []}, {"type": "refusal", "refusal": "b"}]}],
      [("assistant", [pg.Text("a"), pg.Text("b")])]),
-    ([{"role": "user", "content": [{"type": "input_image", "image_url": f"data:image/png;base64,{PNG}", "detail": "low"},
-                                   {"type": "input_image", "image_url": "https://h/x.png", "detail": "original"}]}],
+    ([{"role": "user", "content": [
+        {"type": "input_image", "image_url": f"data:image/png;base64,{PNG}", "detail": "low"},
+        {"type": "input_image", "image_url": "https://h/x.png", "detail": "original"}]}],
      [("user", [pg.Image("image/png", PNG, detail="low"), pg.Image(url="https://h/x.png", detail="high")])]),
     ([{"role": "user", "content": [{"type": "input_file", "filename": "f.pdf", "file_data": "QUJD"},
                                    {"type": "input_file", "file_url": "https://h/f.pdf"}]}],
@@ -1502,9 +1505,9 @@ MESSAGES_SEED: Dict[str, Any] = {
                                                            "source": {"type": "url", "url": "https://h"}}]}]},
         {"role": "system", "content": [{"type": "compaction", "content": "x"}]}]}
 RESPONSES_SEED: Dict[str, Any] = {
-    "model": "p/m1", "instructions": "S", "stream": True, "stream_options": {"include_obfuscation": False}, "store": True,
-    "max_output_tokens": 50, "temperature": 1, "top_p": 0.5, "include": ["reasoning.encrypted_content", "x"],
-    "reasoning": {"effort": "low", "summary": "auto", "context": "auto"}, "metadata": {"a": "b"}, "user": "u",
+    "model": "p/m1", "instructions": "S", "stream": True, "stream_options": {"include_obfuscation": False},
+    "store": True, "max_output_tokens": 50, "temperature": 1, "top_p": 0.5,
+    "include": ["reasoning.encrypted_content", "x"], "reasoning": {"effort": "low", "summary": "auto", "context": "auto"}, "metadata": {"a": "b"}, "user": "u",
     "text": {"format": {"type": "json_schema", "name": "n", "schema": {}, "strict": True}, "verbosity": "low"},
     "tools": [RWX, {"type": "custom", "name": "sh", "format": LARK}, SPACE, {"type": "web_search"}, {"type": "mcp"}],
     "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "wx"}]},
@@ -1757,7 +1760,7 @@ def check_responses_stream(wire: bytes) -> Read:
             assert not (item.get("content") or item.get("summary") or item.get("arguments") or item.get("input"))
         elif kind == "response.output_item.done":
             assert event["output_index"] == len(items) and not inner
-            assert all(event["item"][name] == item[name] for name in ("id", "type", "role", "call_id", "name") if name in item)
+            assert all(event["item"][name] == item[name] for name in ("id", "type", "call_id", "name") if name in item)
             items.append(event["item"])
             item = None
         elif "response" not in event:
@@ -1768,8 +1771,8 @@ def check_responses_stream(wire: bytes) -> Read:
                 inner = event["part"]["type"]
                 assert not event["part"].get("text") and not event["part"].get("refusal")
             elif kind.endswith("_part.done"):
-                assert inner == event["part"]["type"] and (event["part"].get("text") or event["part"]["refusal"]) == joined
-                inner = ""
+                part, inner = event["part"], inner and ""
+                assert (part.get("text") or part["refusal"]) == joined
             elif kind.endswith(".delta"):
                 assert inner or not (in_message or in_reasoning), "a part is announced before its text"
                 joined += event["delta"]
@@ -1777,8 +1780,10 @@ def check_responses_stream(wire: bytes) -> Read:
                 name, = {"text", "refusal", "arguments", "input"} & set(event)
                 assert kind.endswith(".done") and event[name] == joined
     last = told[-1]
-    bare = [{name: value for name, value in item.items() if name != "encrypted_content"} for item in items]
-    assert [{name: value for name, value in item.items() if name != "encrypted_content"} for item in last["output"]] == bare
+    for item in (*items, *last["output"]):
+        item["encrypted_content"] = item.get("encrypted_content")
+    assert [{**item, "encrypted_content": ""} for item in last["output"]] == [
+        {**item, "encrypted_content": ""} for item in items], "some hosts seal late, all else is the same"
     assert kinds[-1] == "response." + last["status"]
     if last["status"] == "failed":
         assert last["error"]["message"] and last["error"]["code"] and "usage" in last
@@ -1799,8 +1804,8 @@ def read_response(response: Dict[str, Any]) -> Read:
     return Read("".join(part.get("text", "") for part in content),
                 "\n\n".join(part["text"] for item in thoughts for part in item["summary"]),
                 tuple((item["call_id"], item["name"], item.get("arguments", item.get("input"))) for item in calls),
-                "content_filter" if any(part["type"] == "refusal" for part in content) else stop, response["usage"], None,
-                tuple(item["encrypted_content"] for item in thoughts if item.get("encrypted_content")))
+                "content_filter" if any(part["type"] == "refusal" for part in content) else stop, response["usage"],
+                None, tuple(item["encrypted_content"] for item in thoughts if item.get("encrypted_content")))
 
 
 def response_seal(part: pg.Thinking) -> str:
@@ -2030,7 +2035,8 @@ def test_response_object() -> None:
             "input_tokens": 54, "input_tokens_details": {"cached_tokens": 30, "cache_write_tokens": 4},
             "output_tokens": 9, "output_tokens_details": {"reasoning_tokens": 5}, "total_tokens": 63}}
     refused = RESPONSES_CLIENT.render(request, pg.collect(RUNS["redacted"]), STAMP)
-    assert refused["status"] == "completed" and refused["output"][1]["content"] == [{"type": "refusal", "refusal": "Cannot."}]
+    assert refused["status"] == "completed"
+    assert refused["output"][1]["content"] == [{"type": "refusal", "refusal": "Cannot."}]
 
 
 @pytest.mark.parametrize("error, code, message", [
@@ -6013,7 +6019,8 @@ def test_responses_paths(script: Given, path: str) -> None:
     ("GET", "/v1/responses/resp_1/input_items?limit=2", 404, "response_not_found", "resp_1"),
     ("POST", "/v1/responses/resp_1/cancel", 404, "response_not_found", "resp_1"),
     ("POST", "/v1/responses/compact", 404, "endpoint_not_found", "compact"),
-    ("GET", "/v1/responses", 405, "method_not_allowed", "POST"), ("PUT", "/v1/responses/x", 405, "method_not_allowed", "")])
+    ("GET", "/v1/responses", 405, "method_not_allowed", "POST"),
+    ("PUT", "/v1/responses/x", 405, "method_not_allowed", "")])
 def test_responses_that_are_not_kept(script: Given, method: str, path: str, status: int, code: str, words: str) -> None:
     handle, _ = script(Answer())
     result = call(handle.url, path, {} if method == "POST" else None, method)
@@ -6027,6 +6034,7 @@ def test_a_websocket_is_refused_so_that_clients_take_to_post(script: Given) -> N
         result = client.ask("GET", "/v1/responses", None, "Connection: Upgrade", "Upgrade: websocket",
                             "Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==")
         assert result.status == 426 and "websocket" in result.json["error"]["message"]
+        assert result.headers["upgrade"] == "HTTP/1.1"      # RFC 9110 §15.5.22
         assert client.ask("POST", "/v1/responses", json.dumps(ASKED).encode()).status == 200
 
 
@@ -8264,7 +8272,8 @@ def test_responses_rate_limit_over_http(headers: Dict[str, Any], wanted: float) 
 
 
 def responses_lane(protocol: str = "openai-responses", stream: bool = True, **fields: Any) -> Any:
-    return pg.ResponsesLane(RESPONSES_CLIENT, pg.UPSTREAM_PROTOCOLS[protocol], responses_request(stream=stream, **fields),
+    request = responses_request(stream=stream, **fields)
+    return pg.ResponsesLane(RESPONSES_CLIENT, pg.UPSTREAM_PROTOCOLS[protocol], request,
                             responses_model(protocol=protocol), STAMP)
 
 
@@ -8284,8 +8293,9 @@ def test_responses_lane(name: str) -> None:
     assert lane.usage == wanted[-1].usage
     frames, given = out.split(b"\n\n"), data.split(b"\n\n")
     if name in ("D4", "D5", "D11"):         # every event as it came, but for the model's name
+        renamed = [frame.replace(b'"model":"m2"', b'"model":"p/m1"') for frame in given[:-1]]
         assert [json.loads(frame.partition(b"data: ")[2]) for frame in frames[:-1]] == [
-            json.loads(frame.partition(b"data: ")[2].replace(b'"model":"m2"', b'"model":"p/m1"')) for frame in given[:-1]]
+            json.loads(frame.partition(b"data: ")[2]) for frame in renamed]
         assert [one for one, other in zip(frames, given) if one != other and b'"response":' not in one] == []
     if name not in ("D6", "D7"):            # whose parts are announced or ended by nobody
         read, expected = check_responses_stream(out), pg.collect(wanted)
@@ -8328,6 +8338,12 @@ def test_responses_lane_takes_mutilated_events(name: str) -> None:
             assert sum(event in RESPONSES_ENDS for event in told) == 1 and told[-1] in RESPONSES_ENDS
 
 
+def test_responses_lane_splits_characters() -> None:
+    text = "\u6f22\U0001f3c1 caf\u00e9"
+    outs = {through(responses_lane(), RESPONSES_D4.replace(b"Done.", text.encode()), step) for step in range(1, 40)}
+    assert len(outs) == 1 and check_responses_stream(outs.pop()).text == text
+
+
 def test_responses_lane_garbage_is_an_error() -> None:
     for wire in (b"", b"data: {oops\n\n", b"data: [1]\n\n", b'data: {"type":[]}\n\n', b"<html>", b"data: {}\n\n",
                  b'data: {"type":"response.output_text.delta","delta":"\xff"}\n\n', b"data: [DONE]\n\n",
@@ -8363,8 +8379,9 @@ def test_responses_lane_whole() -> None:
     lane = responses_lane(stream=False)
     assert lane.whole(body) == body.replace(b'"model":"m2"', b'"model":"p/m1"')
     assert (lane.usage, lane.stop_reason, lane.issued) == (pg.Usage(30, 12, 10, 0, 8), "completed", ["ENC1"])
+    limited = {"code": "rate_limit_exceeded", "message": "m"}
     for fields, kind in (({"output": None}, pg.UpstreamProtocolError), ({"output": [{}]}, pg.UpstreamProtocolError),
-                         ({"status": "failed", "error": {"code": "rate_limit_exceeded", "message": "m"}}, pg.RateLimited),
+                         ({"status": "failed", "error": limited}, pg.RateLimited),
                          ({"output": [], "usage": {}}, pg.EmptyAnswer)):
         with pytest.raises(kind):
             responses_lane(stream=False).whole(json.dumps({**json.loads(body), **fields}).encode())
@@ -8454,7 +8471,8 @@ def test_responses_native_body_for_codex() -> None:
 def test_responses_of_codex_can_be_had_whole(tmp_path: Any) -> None:
     with fake_upstream(Answer(200, [RESPONSES_D4[:900], RESPONSES_D4[900:]], "text/event-stream")) as fake:
         write_agent_files(tmp_path, models={"providers": {"r": {
-            "baseUrl": fake.url + "/v1", "api": "openai-responses", "apiKey": "sk-upstream-key", "models": [{"id": "m2"}]}}})
+            "baseUrl": fake.url + "/v1", "api": "openai-responses", "apiKey": "sk-upstream-key",
+            "models": [{"id": "m2"}]}}})
         with running(tmp_path) as handle:       # a host that streams though nobody has asked it to
             result = call(handle.url, "/v1/responses", {"model": "r/m2", "input": "Hi"})
     assert result.status == 200 and result.headers["x-pigateway-lane"] == "translated"
@@ -11619,10 +11637,13 @@ RESPONSES_ASKED: Dict[str, Dict[str, Any]] = {
         "parallel_tool_calls": False, "text": {"verbosity": "low"}, "service_tier": "auto", "prompt_cache_key": "k"},
     "tools": {"input": "Hi", "tools": ResponsesSdk.tools("wx", "now"), "tool_choice": "auto"},
     "all kinds of tools": {"input": "Hi", "tools": [
-        *ResponsesSdk.tools("wx", "now"), SPACE, {"type": "custom", "name": "sh", "format": LARK}, {"type": "web_search"}]},
-    "forced tool": {"input": "Hi", "tools": ResponsesSdk.tools("wx"), "tool_choice": {"type": "function", "name": "wx"}},
+        *ResponsesSdk.tools("wx", "now"), SPACE, {"type": "custom", "name": "sh", "format": LARK},
+        {"type": "web_search"}]},
+    "forced tool": {"input": "Hi", "tools": ResponsesSdk.tools("wx"),
+                    "tool_choice": {"type": "function", "name": "wx"}},
     "thinking": {"input": "Hi", **ResponsesSdk.thinking()},
-    "shape": {"input": "Hi", "text": {"format": {"type": "json_schema", "name": "place", "schema": CITY, "strict": True}}},
+    "shape": {"input": "Hi", "text": {
+        "format": {"type": "json_schema", "name": "place", "schema": CITY, "strict": True}}},
     "history": {"tools": ResponsesSdk.tools("wx"), "input": [
         {"role": "user", "content": [ResponsesSdk.text("?"), ResponsesSdk.image()]}, ENC_ITEM,
         {"type": "message", "role": "assistant", "id": "msg_1", "status": "completed", "content": [
@@ -13484,8 +13505,9 @@ class GridResponsesClient(GridChatClient):
         picture = {"type": "input_image", "detail": "auto",
                    "image_url": "data:image/png;base64," + base64.b64encode(PICTURE).decode()}
         if turn.results:
-            return [{"type": "function_call_output", "call_id": call_id, "output": [
-                {"type": "input_text", "text": text}, picture] if shows else text} for call_id, text, shows in turn.results]
+            return [{"type": "function_call_output", "call_id": call_id,
+                     "output": [{"type": "input_text", "text": text}, picture] if shows else text}
+                    for call_id, text, shows in turn.results]
         items: List[Dict[str, Any]] = []
         if turn.thinking:
             items.append({"type": "reasoning", "id": "rs_before", "encrypted_content": turn.thinking,
@@ -13575,7 +13597,8 @@ def check_grid_request(case: GridCase, fake: GridFake, turns: Sequence[GridTurn]
 
 # Anthropic's API has no free-form JSON mode, and Responses no stop sequences, so that their clients cannot ask for it.
 GRID_CELLS = [(client, protocol, scenario) for client in GRID_CLIENTS for protocol in GRID_PROTOCOLS
-              for scenario, case in GRID_CASES.items() if not (client == "anthropic-messages" and case.output == "object")
+              for scenario, case in GRID_CASES.items()
+              if not (client == "anthropic-messages" and case.output == "object")
               and not (client == "openai-responses" and case.stop)]
 
 
@@ -13639,8 +13662,8 @@ def test_grid_lanes(grid: GridWorld, protocol: str) -> None:
 
 
 def check_grid_seals(client: GridChatClient, fake: GridFake, case: GridCase) -> None:
-    """Clients that are not plain give signatures back, and they reach their maker; a plain chat client knows nothing of them,
-    and those that calls cannot do without are remembered for it."""
+    """Signatures that a client gives back reach their maker; a plain chat client knows nothing of them, and those that
+    calls cannot do without are remembered for it."""
     if case.thinks and fake.maker and client.name != "openai-chat":
         assert fake.seen[-1].all("thought"), "the signature was lost"
     if getattr(fake, "signs_calls", False) and case.tools:
@@ -14954,7 +14977,7 @@ def embedding_lane(protocol: str, body: Dict[str, Any], **facts: Any) -> pg.Lane
     return pg.choose_lane(EMBEDDINGS, upstream, request)(EMBEDDINGS, upstream, request, target, STAMP)
 
 
-AZURE_PARTS = {"base_url": "https://r.openai.azure.com", "api_version": "2026-01-01", "deployment_map": "m1=mine"}
+AZURE_EMBEDDER = {"base_url": "https://r.openai.azure.com", "api_version": "2026-01-01", "deployment_map": "m1=mine"}
 GEMINI_ONE = {"model": "models/m1", "content": {"parts": [{"text": "a"}]}}
 EMBEDDING_CALLS: Dict[str, Tuple[str, Dict[str, Any], str, Dict[str, str], Dict[str, Any], List[str], str]] = {
     "openai-completions": (
@@ -14995,7 +15018,7 @@ def test_embedding_calls(name: str) -> None:
     protocol, body, url, headers, sent, dropped, lane_name = EMBEDDING_CALLS[name]
     lane = embedding_lane(protocol, body)
     lane.request = pg.replace(lane.request, headers={"openai-project": "proj"}, session="s1")
-    made, left_out = lane.call(pg.Credential("api_key", "sk-test", parts=AZURE_PARTS if name == "azure" else {}))
+    made, left_out = lane.call(pg.Credential("api_key", "sk-test", parts=AZURE_EMBEDDER if name == "azure" else {}))
     assert (made.method, made.url, json.loads(made.body), left_out, lane.name) == (
         "POST", url, sent, dropped, lane_name)
     assert {name: made.headers.get(name) for name in headers} == headers
