@@ -2925,8 +2925,9 @@ class ResponsesClient(OpenAIClient):
                 raise BadRequest(f"{name}: {advice}", code=code, param=name)
         turns = self._turns(data.get("input"), notes)
         leading = next((place for place, turn in enumerate(turns) if turn.role != "system"), len(turns))
-        tools = [*self._tools(fields["tools"], "tools", notes), *self._added_tools(data.get("input"), notes)]
-        tool_choice, tools = self._tool_choice(data.get("tool_choice"), tools, notes)
+        named = {tool.name: tool for tool in (*self._tools(fields["tools"], "tools", notes),
+                                              *self._added_tools(data.get("input"), notes))}
+        tool_choice, tools = self._tool_choice(data.get("tool_choice"), list(named.values()), notes)
         text, instructions = fields["text"] or {}, [Text(fields["instructions"])] if fields["instructions"] else []
         self._lose_includes(fields["include"] or (), notes)
         extra = extra_fields(data, RESPONSES_KNOWN, RESPONSES_DEFAULTS, RESPONSES_REFUSALS, notes)
@@ -2979,7 +2980,7 @@ class ResponsesClient(OpenAIClient):
                 notes.lose(where)
 
     def _added_tools(self, items: Any, notes: Notes) -> Iterator[Tool]:
-        """The tools that a conversation gained on its way."""
+        """The tools that a conversation gained on its way, or that changed there."""
         for place, item in enumerate(items if isinstance(items, list) else ()):
             if item.get("type") in ("additional_tools", "tool_search_output"):
                 yield from self._tools(item.get("tools"), f"input[{place}].tools", notes)

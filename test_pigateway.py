@@ -1289,8 +1289,8 @@ ENC_ITEM = {"type": "reasoning", "summary": [{"type": "summary_text", "text": "H
      {"tools": (pg.Tool("now"),), "lost": ("tools[0]", "tools[1]"), "refused": ()}),
     ({"tools": [{"type": "local_shell"}]},
      {"refused": (("tools[0]", "the tool type local_shell is for OpenAI's models only"),)}),
-    ({"input": [{"type": "additional_tools", "role": "developer", "tools": [RNOW]}, {"role": "user", "content": "x"}]},
-     {"tools": (pg.Tool("now"),), "lost": ("input[0]",)}),
+    ({"input": [{"type": "additional_tools", "role": "developer", "tools": [RNOW]}, {"role": "user", "content": "x"}],
+      "tools": [{**RNOW, "description": "before"}, RWX]}, {"tools": (pg.Tool("now"), WX), "lost": ("input[0]",)}),
     ({"parallel_tool_calls": False}, {"parallel_tools": False}),
     ({"parallel_tool_calls": True}, {"parallel_tools": None}), ({"user": "u"}, {"user": "u"}),
     ({"safety_identifier": "s"}, {"user": "s"}),
@@ -7284,6 +7284,24 @@ def test_sdk_unknown_model_and_model_list(tmp_path: Any, client: str) -> None:
     assert fake.received == []
 
 
+@needs("openai")
+@pytest.mark.parametrize("name", ["D4", "D5", "D7", "D11"])
+def test_sdk_reads_native_responses(tmp_path: Any, name: str) -> None:
+    wire, _, wanted = RESPONSES_GOLDENS[name]
+    with fake_upstream(Answer(200, [wire[:700], wire[700:]], "text/event-stream")) as fake:
+        write_agent_files(tmp_path, models={"providers": {"resp": {
+            "baseUrl": fake.url + "/v1", "api": "openai-responses", "apiKey": "k", "models": [{"id": "m1"}]}}})
+        with running(tmp_path) as handle:
+            sdk = ResponsesSdk(handle.url)
+            with sdk.client.responses.stream(model="resp/m1", input="Hi") as stream:
+                reply = stream.get_final_response()
+    assert sdk.lanes == ["native"] and reply.model == "resp/m1"
+    parts = pg.collect(wanted).parts
+    assert reply.output_text == "".join(part.text for part in parts if isinstance(part, pg.Text))
+    assert [item.call_id for item in reply.output if "_call" in item.type] == [
+        part.id for part in parts if isinstance(part, pg.ToolCall)]
+
+
 @needs("anthropic")
 @each_provider
 def test_sdk_counts_tokens(tmp_path: Any, provider: str) -> None:
@@ -11094,7 +11112,8 @@ HOSTILE_PLACES: Dict[str, Tuple[bool, Callable[[str], Answer]]] = {
        for field in ("message", "code", "type") for is_first in (True, False) for is_escaped in (True, False)}}
 
 
-HOSTILE_CASES = [(client, row, place) for client, row in WAYS for place in HOSTILE_PLACES]
+HOSTILE_CASES = [(client, row, place) for client, row in (*WAYS, ("responses", "chat"), ("responses", "anth"))
+                 for place in HOSTILE_PLACES]
 
 
 def test_keys_that_json_escapes_are_found_too() -> None:
@@ -11107,7 +11126,10 @@ def test_no_answer_shows_a_key_of_unknown_shape(hostile: Given, lines: LogLines,
                                                 place: str) -> None:
     is_stream, answer = HOSTILE_PLACES[place]
     handle, fake = hostile(answer(row))
-    result = call(handle.url, WAY_IN[client], question(row, is_stream))
+    body = question(row, is_stream)
+    if client == "responses":
+        body["input"] = body.pop("messages")
+    result = call(handle.url, WAY_IN.get(client, "/v1/responses"), body)
     lines.access()
     assert HOSTILE_KEY in json.dumps(fake.received[0].headers)
     shown = result.body.decode("utf-8", "replace") + json.dumps(result.headers)
