@@ -7025,7 +7025,7 @@ class AnthropicSdk:
     def tools(*names: str) -> List[Any]:
         return [{"name": name, "description": "A tool.", "input_schema": CITY} for name in names]
 
-    text = OpenAISdk.text
+    text = staticmethod(OpenAISdk.text)
 
     @staticmethod
     def image() -> Dict[str, Any]:
