@@ -14969,16 +14969,12 @@ def load_config(environ: Mapping[str, str], flags: Mapping[str, Any] = MappingPr
                 extra_file: Optional[str] = None) -> Config:
     """Defaults < ~/.pi/agent/gateway.json < pigateway.json beside it < `extra_file` < environment < `flags`. Without any of
     the files, piai-router's own. Raises `ConfigError`."""
-    folder = os.path.join(home(environ), ".pi", "agent")
     values: Dict[str, Any] = {}
-    sources = []
-    router_file = os.path.join(home(environ), ROUTER_FILE)
+    sources: List[str] = []
     origins: Dict[str, str] = {}
-    for path, is_required in ((os.path.join(folder, "gateway.json"), False),
-                              (os.path.join(folder, "pigateway.json"), False), (extra_file, True), (router_file, False)):
-        if not path or (path is router_file and sources):
-            continue
-        layer = read_config_file(os.path.expanduser(path), is_required)
+    extra_file = os.path.expanduser(extra_file) if extra_file else None
+    for path in config_files(environ, extra_file):
+        layer = read_config_file(path, path == extra_file)
         if layer is not None:
             add_layer(values, layer)
             sources.append(path)
@@ -14992,9 +14988,19 @@ def load_config(environ: Mapping[str, str], flags: Mapping[str, Any] = MappingPr
             add_layer(values, layer)
             sources += [source] if source not in sources else []
             origins.update({option.attribute: name_of(option) for option in OPTIONS if option.attribute in layer})
+    if "providers" in origins:                  # they may settle these two
+        origins = {**dict.fromkeys(("provider", "default_model"), origins["providers"]), **origins}
     config = Config(**settle_router(values), sources=tuple(sources), origins=origins)
     check_security(config)
     return config
+
+
+def config_files(environ: Mapping[str, str], extra_file: Optional[str]) -> List[str]:
+    """The files that are read where they are there, the last one wins; `extra_file` has to be there."""
+    folder = os.path.join(home(environ), ".pi", "agent")
+    paths = [os.path.join(folder, "gateway.json"), os.path.join(folder, "pigateway.json"), *filter(None, [extra_file])]
+    router_file = os.path.join(home(environ), ROUTER_FILE)
+    return paths if any(map(os.path.exists, paths)) or not os.path.exists(router_file) else [*paths, router_file]
 
 
 def add_layer(values: Dict[str, Any], layer: Mapping[str, Any]) -> None:
@@ -15171,6 +15177,11 @@ def build_catalogue(config: Config, environ: Mapping[str, str]) -> Catalogue:
     models = read_models_json(path)
     for problem in models.problems:
         log.warning("%s: %s (left out)", path, problem)
+    return catalogue_of(config, models)
+
+
+def catalogue_of(config: Config, models: ModelsFile) -> Catalogue:
+    """What models.json holds, with the providers of the configuration over it. Raises `ConfigError`."""
     own_ids = [name for name in config.routing.targets() if name.partition("/")[0] not in models.providers or "/" not in name]
     for name, entry in config.providers.items():
         try:
@@ -15178,7 +15189,9 @@ def build_catalogue(config: Config, environ: Mapping[str, str]) -> Catalogue:
         except BadRequest as error:
             raise ConfigError(error.message) from None
     if config.provider and config.provider not in models.providers:
-        raise ConfigError(f"provider: there is no {config.provider!r}; known: {', '.join(sorted(models.providers))}")
+        near = difflib.get_close_matches(config.provider, models.providers, 1, 0.6)
+        raise ConfigError(f'provider: there is no provider "{config.provider}"' + (
+            f'; did you mean "{near[0]}"?' if near else ""))
     return Catalogue(models.providers, models.custom, config.model_allowlist, config.model_denylist, config.demo)
 
 
@@ -16587,17 +16600,16 @@ def run_check(arguments: argparse.Namespace) -> int:
 
 def check_files(environ: Mapping[str, str], arguments: argparse.Namespace) -> List[Finding]:
     """What is to say of each file that the gateway reads, and of all of them together."""
-    folder = os.path.join(home(environ), ".pi", "agent")
-    extra = os.path.expanduser(arguments.config) if arguments.config else ""
+    extra = os.path.expanduser(arguments.config) if arguments.config else None
     findings = []
-    for path in filter(None, (os.path.join(folder, "gateway.json"), os.path.join(folder, "pigateway.json"), extra)):
+    for path in config_files(environ, extra):
         problems = said_problems(lambda: read_config_file(path, path == extra))
         findings.append(Finding(path, os.path.exists(path), problems, []))
     together: List[str] = []
     config = Config()
     if not any(finding.problems for finding in findings):
         try:
-            config = load_config(environ, read_flags(arguments), extra or None)
+            config = load_config(environ, read_flags(arguments), extra)
         except ConfigError as error:
             together.append(str(error))
     agent = agent_dir(config, environ)
@@ -16609,7 +16621,12 @@ def check_files(environ: Mapping[str, str], arguments: argparse.Namespace) -> Li
     findings.append(Finding(models_path, os.path.exists(models_path), [*problems, *models.problems],
                             list(key_warnings(models, keys))))
     findings.append(check_auth_file(auth_path, models.providers, keys))
-    warnings = list(name_warnings(config, Catalogue(models.providers, models.custom)))
+    catalogue = Catalogue(models.providers, models.custom)
+    try:
+        catalogue = catalogue_of(config, models)
+    except ConfigError as error:
+        together.append(str(error))
+    warnings = list(name_warnings(config, catalogue))
     if together or warnings:
         findings.append(Finding("all together", True, together, warnings))
     return findings
@@ -16665,8 +16682,6 @@ def key_warnings(models: ModelsFile, keys: Credentials) -> Iterator[str]:
 
 def name_warnings(config: Config, catalogue: Catalogue) -> Iterator[str]:
     """Names in the configuration that lead nowhere."""
-    if config.provider and config.provider not in catalogue.providers:
-        yield f'provider: there is no provider "{config.provider}"'
     for name in config.pass_through:
         if name not in catalogue.providers:
             yield f'passThrough: there is no provider "{name}"'

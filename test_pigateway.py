@@ -14860,7 +14860,7 @@ def test_provider_in_charge_and_default_model(tmp_path: Any) -> None:
             assert (result.status, result.json["model"]) == (200, name or "m1")
         assert [received.json["model"] for received in fake.received] == ["m1", "unheard-of", "m1", "m1", "m1", "m1"]
         assert call(url, "/v1/messages", {**ASK, "model": "anth/m1", "max_tokens": 3}).headers["x-pigateway-model"] == "anth/m1"
-    with pytest.raises(pg.ConfigError, match="there is no 'nobody'"), running(tmp_path, provider="nobody"):
+    with pytest.raises(pg.ConfigError, match='there is no provider "nobody"'), running(tmp_path, provider="nobody"):
         pass
 
 
@@ -19430,9 +19430,9 @@ def checked(capsys: Any, *arguments: str) -> Tuple[int, str]:
      ['problem: unknown key "prot"', "problem ~/.pi/agent/pigateway.json problem: not valid JSON",
       "problem ~/.pi/agent/auth.json", "problem ~/.pi/agent/models.json"]),
     ({"gateway": {"requireKeyOnLoopback": True}}, 2, ["all together", "requireKeyOnLoopback needs a key"]),
-    ({"pigateway": {"modelMap": {"claude-x": "opnai/gpt-9", "claude-y": ["no-such-model"]}, "provider": "nobody"}}, 0,
+    ({"pigateway": {"modelMap": {"claude-x": "opnai/gpt-9", "claude-y": ["no-such-model"]}, "provider": "groqq"}}, 2,
      ['modelMap.claude-x: no model "opnai/gpt-9"; there is no provider "opnai"', 'claude-y: no model "no-such-model"',
-      'there is no provider "nobody"']),
+      'provider: there is no provider "groqq"; did you mean "groq"?']),
     ({"pigateway": {"defaultModel": "gpt-9-of-tomorrow", "provider": "openai", "passThrough": ["antropic"]}}, 0,
      ['passThrough: there is no provider "antropic"']),
     ({"models": {"providers": {"a": {"baseUrl": "http://h/v1", "apiKey": "$NOT_SET_HERE"}, "b": {"models": 1}}}}, 2,
