@@ -42,7 +42,9 @@ from __future__ import annotations
 import argparse
 import base64
 import binascii
+import bisect
 import codecs
+import collections
 import configparser
 import contextlib
 import datetime
@@ -1421,18 +1423,20 @@ def level_of_budget(budget: int) -> str:
     return next((level for limit, level in BUDGET_LEVELS if budget <= limit), "max")
 
 
+MEDIA_TOKENS: Dict[type, float] = {Image: 1400.0, Document: 3000.0}
+
+
 def estimate_tokens(request: Request) -> int:
     """A guess at the prompt's tokens, for a provider that does not count: on the high side, tools and images included.
 
     Latin text is about 3.5 characters a token; a character beyond it is about one token of its own."""
-    weights = {Image: 1400.0, Document: 3000.0}
     total = 8.0
     for tool in request.tools:
         total += _text_tokens(tool.name + (tool.description or "") + dumps(tool.schema)) + 8
     for message in (*request.messages, Message("system", request.system)):
         for part in _flat_parts(message.parts):
             text = "".join(getattr(part, name, "") or "" for name in ("text", "name", "arguments"))
-            total += weights.get(type(part), 0.0) + _text_tokens(text) + 3
+            total += MEDIA_TOKENS.get(type(part), 0.0) + _text_tokens(text) + 3
     return math.ceil(total)
 
 
@@ -1444,6 +1448,237 @@ def _flat_parts(parts: Iterable[Part]) -> Iterator[Part]:
 def _text_tokens(text: str) -> float:
     wide = 0 if text.isascii() else sum(character > "\u02ff" for character in text)
     return (len(text) - wide) / 3.5 + wide
+
+
+# What a request's tokens are made of: (tokens for each before anything is known, how far off that may be). A prompt's
+# frame and its tools are counted by themselves, since what becomes of them is the provider's affair: some leave tools
+# out, and some add a system prompt where there is none.
+METER_PRIOR: Dict[str, Tuple[float, float]] = {
+    "request": (8, 20), "system": (0, 20), "message": (4, 4), "call": (8, 8), "result": (4, 4), "tool": (8, 8),
+    "media": (1, 0.5), "call text": (1, 1), "tool text": (1, 1), "thinking": (1, 1),
+    # Latin letters: pieces of words as camelCase cuts them, by length; words that no blank stands before
+    "short": (0.9, 0.2), "piece": (0.9, 0.3), "letter": (0.15, 0.1), "letter from the 8th": (0.05, 0.2),
+    "capital": (0.15, 0.2), "inner piece": (0.05, 0.2), "glued": (0.15, 0.2), "accented word": (0.3, 0.5),
+    "digit": (0.6, 0.5), "number": (0.3, 0.5), "digit and letter": (0.1, 0.3), "blank and digit": (0.3, 0.5),
+    "punctuation": (0.6, 0.4), "mark": (0.3, 0.3), "mark from the 4th": (0.05, 0.2), "quote": (0.05, 0.2),
+    "underscore": (0.05, 0.2), "blank and mark": (0.05, 0.2),
+    "line": (0.2, 0.4), "line ends": (0.2, 0.4), "gap": (0.5, 0.4), "blank in a gap": (0.05, 0.1), "tab": (0, 0.4),
+    # all other scripts together, and by how much each differs
+    "wide": (1, 1), "wide run": (0.3, 0.5), "latin": (0.8, 0.5), "greek": (0, 1), "cyrillic": (0, 1), "hebrew": (0, 1),
+    "arabic": (0, 1), "devanagari": (0, 1), "indic": (0, 1), "southeast asian": (0, 1), "georgian": (0, 1),
+    "symbol": (0, 1), "kana": (0, 1), "han": (0, 1), "hangul": (0, 1), "other": (0, 1), "astral": (0, 1)}
+_METER_PLACES = {name: place for place, name in enumerate(METER_PRIOR)}
+# Where each script begins; what is not listed belongs to the one before it.
+_SCRIPTS = (
+    (0x80, "latin"), (0x250, "other"), (0x370, "greek"), (0x400, "cyrillic"), (0x530, "other"), (0x590, "hebrew"),
+    (0x600, "arabic"), (0x900, "devanagari"), (0x980, "indic"), (0xE00, "southeast asian"), (0x10A0, "georgian"),
+    (0x1100, "hangul"), (0x1200, "other"), (0x1E00, "latin"), (0x1F00, "greek"), (0x2000, "symbol"), (0x2E80, "han"),
+    (0x3000, "kana"), (0x3400, "han"), (0xA000, "other"), (0xAC00, "hangul"), (0xD800, "other"), (0xF900, "han"),
+    (0xFB00, "other"), (0xFF00, "kana"), (0x10000, "astral"))
+_SCRIPT_STARTS = [start for start, _ in _SCRIPTS]
+_LETTERS, _PIECES = re.compile("[A-Za-z]+"), re.compile("[A-Z]?[a-z]+|[A-Z]+")
+_MARKS, _GAPS, _WIDE = re.compile(r"[!-/:-@\[-`{-~]+"), re.compile("[ \t]{2,}"), re.compile("[\u0370-\U0010ffff]+")
+_METER_PATTERNS = {"blank and letter": re.compile(" [A-Za-z]"), "digit and letter": re.compile("[0-9][A-Za-z]"),
+                   "blank and digit": re.compile(" [0-9]"), "blank and mark": re.compile(r" [!-/:-@\[-`{-~]"),
+                   "line ends": re.compile("\n+"), "number": re.compile("[0-9]+")}
+_METER_SETS = {"digit": "0123456789", "capital": "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "quote": '"', "underscore": "_",
+               "line": "\n", "tab": "\t"}
+_ACCENTED = re.compile(r"[^\W\d_]*[\u00c0-\u024f\u1e00-\u1eff][^\W\d_]*")
+
+
+def _text_features(text: str) -> Dict[str, float]:
+    """What a text is made of, by the names of `METER_PRIOR`."""
+    found = {name: len(pattern.findall(text)) for name, pattern in _METER_PATTERNS.items()}
+    spaced = found.pop("blank and letter")
+    words, pieces = len(_LETTERS.findall(text)), list(map(len, _PIECES.findall(text)))
+    marks, gaps = list(map(len, _MARKS.findall(text))), list(map(len, _GAPS.findall(text)))
+    long_pieces = [length for length in pieces if length > 2]
+    counts = collections.Counter(text)
+    features: Dict[str, float] = {
+        **found, **{name: sum(counts[each] for each in characters) for name, characters in _METER_SETS.items()},
+        "short": len(pieces) - len(long_pieces), "piece": len(long_pieces), "letter": sum(long_pieces),
+        "letter from the 8th": sum(length - 7 for length in long_pieces if length > 7),
+        "inner piece": len(pieces) - words, "glued": words - spaced, "punctuation": len(marks), "mark": sum(marks),
+        "mark from the 4th": sum(length - 3 for length in marks if length > 3),
+        "gap": len(gaps), "blank in a gap": sum(gaps)}
+    if not text.isascii():
+        features.update(_script_features(text, counts))
+    return features
+
+
+def _script_features(text: str, counts: Mapping[str, int]) -> Dict[str, float]:
+    """How many characters of each script a text has."""
+    features: Dict[str, float] = {"accented word": len(_ACCENTED.findall(text)), "wide run": len(_WIDE.findall(text))}
+    for character, count in counts.items():
+        if character >= "\x80":
+            script = _SCRIPTS[bisect.bisect(_SCRIPT_STARTS, ord(character)) - 1][1]
+            features[script] = features.get(script, 0) + count
+            if script != "latin":
+                features["wide"] = features.get("wide", 0) + count
+    return features
+
+
+def _add_features(total: List[float], features: Mapping[str, float]) -> None:
+    for name, count in features.items():
+        total[_METER_PLACES[name]] += count
+
+
+def _prior_tokens(text: str) -> float:
+    return sum(METER_PRIOR[name][0] * count for name, count in _text_features(text).items())
+
+
+def _head_features(request: Request) -> List[float]:
+    """What the part of a prompt before its messages is made of."""
+    total = [0.0] * len(METER_PRIOR)
+    tools = "".join(tool.name + (tool.description or "") + dumps(tool.schema) for tool in request.tools)
+    _add_features(total, {"request": 1, "system": bool(request.system), "tool": len(request.tools),
+                          "tool text": _prior_tokens(tools)})
+    _add_features(total, _text_features("\n".join(text.text for text in request.system)))
+    return total
+
+
+def _message_features(messages: Sequence[Message]) -> List[float]:
+    """What messages are made of. Pictures and documents count as they always do."""
+    total = [0.0] * len(METER_PRIOR)
+    parts = [part for message in messages for part in message.parts]
+    flat = list(_flat_parts(parts))
+    calls = [part for part in flat if isinstance(part, ToolCall)]
+    _add_features(total, {
+        "message": len(messages), "call": len(calls), "result": sum(isinstance(part, ToolResult) for part in parts),
+        "call text": _prior_tokens("\n".join(call.name + call.arguments for call in calls)),
+        "thinking": _prior_tokens("\n".join(part.text for part in flat if isinstance(part, Thinking))),
+        "media": sum(MEDIA_TOKENS.get(type(part), 0.0) for part in flat)})
+    _add_features(total, _text_features("\n".join(part.text for part in flat if isinstance(part, Text))))
+    return total
+
+
+class _ModelMeter:
+    """What is known of one model's way of counting: weights by recursive least squares, the prior's for what has not
+    been seen, and how far off it was of late, in standard deviations."""
+
+    RECENT = 64
+    SURE = 0.93                             # so many of the recent errors would have been covered by the margin
+
+    def __init__(self) -> None:
+        self.seen = 0
+        self.prefixes: Dict[bytes, int] = {}
+        self._weights = [mean for mean, _ in METER_PRIOR.values()]
+        self._spread = [[spread ** 2 if row == column else 0.0 for column in range(len(METER_PRIOR))]
+                        for row, (_, spread) in enumerate(METER_PRIOR.values())]
+        self._surprises: List[float] = []
+
+    def learn(self, features: Sequence[float], tokens: int) -> None:
+        """Takes one observation."""
+        self.seen += 1
+        used = [place for place, count in enumerate(features) if count]
+        gain = [sum(row[place] * features[place] for place in used) for row in self._spread]
+        variance = self._noise(features, tokens) + sum(features[place] * gain[place] for place in used)
+        error = tokens - self._mean(features)
+        self._surprises = [*self._surprises[1 - self.RECENT:], error / math.sqrt(variance)]
+        self._weights = [weight + each * error / variance for weight, each in zip(self._weights, gain)]
+        for row, each in zip(self._spread, gain):
+            if each:
+                factor = each / variance
+                row[:] = [value - factor * other for value, other in zip(row, gain)]
+
+    def _noise(self, features: Sequence[float], tokens: float) -> float:
+        """The variance that stays when all weights are known: by style, by words, and by language."""
+        foreign = features[_METER_PLACES["wide"]] + features[_METER_PLACES["latin"]]
+        return (0.03 * tokens) ** 2 + 0.1 * tokens + (0.1 * foreign) ** 2
+
+    def _mean(self, features: Sequence[float]) -> float:
+        return sum(weight * count for weight, count in zip(self._weights, features))
+
+    def estimate(self, features: Sequence[float]) -> float:
+        """Tokens on the high side: the mean, and as many of the deviations to expect as it was too low by of late."""
+        used = [place for place, count in enumerate(features) if count]
+        variance = sum(self._spread[row][column] * features[row] * features[column] for row in used for column in used)
+        mean = max(self._mean(features), 1.0)
+        errors = sorted([2.0, 2.0, *self._surprises])      # the doubts of a beginning
+        margin = max(errors[int(self.SURE * len(errors))], 1.0)
+        return mean + margin * math.sqrt(self._noise(features, mean) + max(variance, 0.0))
+
+
+class TokenMeter:
+    """Counts prompts for providers that do not, better with every answer whose usage is observed: by what requests are
+    made of, and, for a conversation that has grown, from the count of what came before. Keeps no text: of a beginning a
+    keyed digest and its tokens. Safe to share between threads."""
+
+    MODELS, PREFIXES = 64, 512
+    ALWAYS, EVERY = 200, 16         # so many of a model's first answers are learnt from, then one in that many
+
+    def __init__(self, key: bytes) -> None:
+        self._key = key
+        self._lock = threading.Lock()
+        self._models: Dict[str, _ModelMeter] = {}
+        self._count = 0
+
+    def observe(self, model_id: str, request: Request, tokens: int) -> None:
+        """Notes how many tokens the provider counted in a request's prompt."""
+        if tokens <= 0:
+            return
+        digests = self._digests(request)
+        with self._lock:
+            self._count += 1
+            meter = self._models.pop(model_id, None) or _ModelMeter()
+            self._models[model_id] = meter                  # as the newest; the oldest makes room
+            if len(self._models) > self.MODELS:
+                del self._models[next(iter(self._models))]
+            known, place = self._known(meter, digests)
+            meter.prefixes.pop(digests[-1], None)
+            meter.prefixes[digests[-1]] = tokens
+            if len(meter.prefixes) > self.PREFIXES:
+                del meter.prefixes[next(iter(meter.prefixes))]
+            is_learnt = meter.seen < self.ALWAYS or self._count % self.EVERY == 0
+        if is_learnt and known < tokens and place < len(digests):
+            features = self._features(request, place)
+            with self._lock:
+                meter.learn(features, tokens - known)
+
+    def estimate(self, model_id: str, request: Request) -> int:
+        """The prompt's tokens, on the high side; exact where the very same prompt was observed."""
+        digests = self._digests(request) if model_id in self._models else []
+        with self._lock:
+            meter = self._models.get(model_id)
+            known, place = self._known(meter, digests) if meter else (0, 0)
+        if meter is None or not digests:
+            return estimate_tokens(request)
+        if place == len(digests):
+            return known
+        features = self._features(request, place)
+        with self._lock:
+            return known + math.ceil(meter.estimate(features))
+
+    def _digests(self, request: Request) -> List[bytes]:
+        """A digest of the prompt up to each of its messages, that before the first one left out."""
+        hasher = hashlib.blake2b(repr((request.system, request.tools, request.output)).encode("utf-8", "replace"),
+                                 digest_size=16, key=self._key)
+        digests = []
+        for message in request.messages or (Message("", ()),):
+            hasher.update(repr((message.role, [_counted(part) for part in message.parts])).encode("utf-8", "replace"))
+            digests.append(hasher.digest())
+        return digests
+
+    def _known(self, meter: _ModelMeter, digests: Sequence[bytes]) -> Tuple[int, int]:
+        """(tokens of the longest beginning that is known, its number of messages)."""
+        for place in range(len(digests), 0, -1):
+            tokens = meter.prefixes.get(digests[place - 1])
+            if tokens is not None:
+                return tokens, place
+        return 0, 0
+
+    def _features(self, request: Request, place: int) -> List[float]:
+        rest = _message_features(request.messages[place:])
+        return rest if place else [one + other for one, other in zip(rest, _head_features(request))]
+
+
+def _counted(part: Part) -> Any:
+    """What of a part can be in a prompt: its seals and ids may be others when it comes back."""
+    if isinstance(part, ToolCall):
+        return part.name, part.arguments
+    if isinstance(part, ToolResult):
+        return [_counted(inner) for inner in part.parts], part.is_error
+    return part.text if isinstance(part, (Text, Thinking)) else part
 
 
 # ======================================================================================================================
@@ -12551,6 +12786,8 @@ class Gateway:
         self.quirks = quirks or Quirks(None)
         self.journal = journal or Journal(LogSettings())
         self.media = MediaFetcher(config.ca_bundle)
+        self.meter = TokenMeter(secrets.token_bytes(16))
+        self.uncounted: set[str] = set()        # models of hosts that speak Anthropic's protocol but do not count
         self.cooling = Memory()                 # models that failed not long ago
         self.load: Any = [0]                    # requests under way at providers, by worker process
         self.worker = 0
@@ -12659,13 +12896,16 @@ class Gateway:
                 return
             except (ModelNotFound, UpstreamError):
                 exchange.log.pop("error", None)     # a host that speaks Messages need not count
-        self._send_count(model, exchange, {"input_tokens": estimate_tokens(request)})
+                self.uncounted.add(model.full_id)
+        self._send_count(model, exchange, {"input_tokens": self.meter.estimate(model.full_id, request)})
 
     def count_input(self, exchange: Exchange, body: bytes) -> None:
         """Answers OpenAI's input_tokens with an estimate."""
-        request = replace(RESPONSES.parse_prompt(parse_json_object(body)), headers=exchange.headers, stream=False)
+        request = replace(RESPONSES.parse_prompt(self._with_model(parse_json_object(body))), headers=exchange.headers,
+                          stream=False)
         model, _ = self._resolve(request, exchange)
-        self._send_count(model, exchange, {"object": "response.input_tokens", "input_tokens": estimate_tokens(request)})
+        self._send_count(model, exchange, {"object": "response.input_tokens",
+                                           "input_tokens": self.meter.estimate(model.full_id, request)})
 
     def _send_count(self, model: Model, exchange: Exchange, answer: Dict[str, Any]) -> None:
         exchange.log["lane"] = TranslatedLane.name
@@ -12905,6 +13145,13 @@ class Gateway:
             exchange.log.update(lane=lane.name, tokens_in=lane.usage.prompt, tokens_out=lane.usage.output,
                                 stop=redact(str(lane.stop_reason), lane.secrets)[:64])
             response.close()
+        self._observe(lane)
+
+    def _observe(self, lane: Lane) -> None:
+        """Learns from an answer that has been sent how its model counts, unless its provider can be asked."""
+        model_id = lane.model.full_id
+        if lane.error is None and (lane.model.protocol != AnthropicMessages.name or model_id in self.uncounted):
+            self.meter.observe(model_id, lane.request, lane.usage.prompt)
 
     def _refusal(self, lane: Lane, response: Response) -> GatewayError:
         if 300 <= response.status < 400:

@@ -852,6 +852,148 @@ def test_estimate_tokens_counts_what_is_costly() -> None:
     assert pg.estimate_tokens(messages_request(messages=[{"role": "user", "content": [result]}])) > plain + 1000
 
 
+METER_WORDS = ("the of and request value returns index buffer stream provider conversation calibrated parse token "
+               "measurement path line error open client function import class self none true").split()
+METER_SCRIPTS = ("\u6f22\u5b57\u8a9e\u4f1a\u8b70\u4e2d\u6587", "\u043f\u0440\u0438\u0432\u0435\u0442\u043c",
+                 "\u05e9\u05dc\u05d5\u05dd\u05e2")
+METER_KINDS = ("prose", "code", "json", "digits", "script", "tools", "turns", "system")
+
+
+def meter_text(chance: random.Random, kind: str) -> str:
+    """Some text of this kind."""
+    words = [chance.choice(METER_WORDS) for _ in range(chance.randrange(60, 300))]
+    if kind == "code":
+        return "\n".join(f"    {one}_{other} = {third}({chance.randrange(999)})" for one, other, third in
+                         zip(words[::3], words[1::3], words[2::3]))
+    if kind == "json":
+        return json.dumps({f"{word}{place}": chance.choice([word, place, [word], None])
+                           for place, word in enumerate(words)})
+    if kind == "digits":
+        return "\n".join(",".join(str(chance.randrange(10 ** 5)) for _ in range(6)) for _ in words[:40])
+    if kind == "script":
+        letters = chance.choice(METER_SCRIPTS)
+        return " ".join("".join(chance.choice(letters) for _ in range(5)) for _ in words)
+    return " ".join(words) + "."
+
+
+def meter_body(chance: random.Random, kind: str, turns: int = 0) -> Dict[str, Any]:
+    """A request of this kind."""
+    plain = kind if kind in ("code", "json", "digits", "script") else "prose"
+    body: Dict[str, Any] = {"messages": [{"role": "user", "content": meter_text(chance, plain)}]}
+    if kind == "system":
+        body["system"] = meter_text(chance, "prose")
+    if kind in ("tools", "turns"):
+        body["tools"] = [{"name": f"tool_{place}", "description": meter_text(chance, "prose"), "input_schema": {
+            "type": "object", "properties": {word: {"type": "string"} for word in METER_WORDS[:chance.randrange(9)]}}}
+            for place in range(chance.randrange(1, 4))]
+    for turn in range(turns or (kind == "turns") * chance.randrange(1, 4)):
+        body["messages"] += [
+            {"role": "assistant", "content": [{"type": "tool_use", "id": f"c{turn}", "name": "tool_0",
+                                               "input": {"path": meter_text(chance, "prose")[:40]}}]},
+            {"role": "user", "content": [{"type": "tool_result", "tool_use_id": f"c{turn}",
+                                          "content": meter_text(chance, chance.choice(METER_KINDS[:5]))}]}]
+    return body
+
+
+def made_up_tokens(body: Dict[str, Any]) -> int:
+    """What a made-up provider counts: pieces of words, single digits, three for each character of other scripts, a
+    frame for each message, and tools as JSON."""
+    texts = [body.get("system", ""), *(json.dumps(tool, separators=(",", ":")) for tool in body.get("tools", ()))]
+    for message in body["messages"]:
+        for block in message["content"] if isinstance(message["content"], list) else [{"text": message["content"]}]:
+            texts.append(block.get("text") or block.get("content") or "")
+            texts.append(json.dumps(block["input"]) if "input" in block else "")
+    text = "\x00".join(texts)
+    pieces = re.findall(r" ?[A-Za-z]{1,6}|[0-9]| ?[!-/:-@\[-`{-~]{1,2}|\n[ \n]*| +", text)
+    wide = sum(character > "\x7f" for character in text)
+    return len(pieces) + 3 * wide + 5 * len(body["messages"]) + 31
+
+
+def test_meter_learns_how_a_model_counts() -> None:
+    chance, meter = random.Random(7), pg.TokenMeter(b"k")
+    seen, others = ([meter_body(chance, METER_KINDS[place % 8]) for place in range(50)] for _ in range(2))
+
+    def errors(bodies: List[Dict[str, Any]]) -> List[float]:
+        return [meter.estimate("p/m", messages_request(**body)) / made_up_tokens(body) - 1 for body in bodies]
+
+    assert min(errors(others)) < -0.5                           # other scripts cost more than one would think
+    for body in seen:
+        meter.observe("p/m", messages_request(**body), made_up_tokens(body))
+    assert 0 <= min(errors(others)) and max(errors(others)) <= 0.1
+    assert set(errors(seen)) == {0.0}                           # known prompts are counted exactly
+    assert meter.estimate("p/other", messages_request(**seen[0])) == pg.estimate_tokens(messages_request(**seen[0]))
+
+
+def test_meter_counts_a_conversation_that_grows() -> None:
+    chance, meter = random.Random(8), pg.TokenMeter(b"k")
+    for place in range(24):
+        body = meter_body(chance, METER_KINDS[place % 8])
+        meter.observe("p/m", messages_request(**body), made_up_tokens(body))
+    whole, off = meter_body(chance, "turns", 12), []
+    for length in range(1, len(whole["messages"]) + 1, 2):
+        body = {**whole, "messages": whole["messages"][:length]}
+        off.append(meter.estimate("p/m", messages_request(**body)) / made_up_tokens(body) - 1)
+        meter.observe("p/m", messages_request(**body), made_up_tokens(body))
+    assert all(0 <= each <= 0.1 for each in off) and max(off[6:]) < 0.03
+    # what a seal or an id is does not matter: clients may give them back otherwise, or not at all
+    call = whole["messages"][-2]["content"][0]
+    call["id"] = whole["messages"][-1]["content"][0]["tool_use_id"] = "toolu_other"
+    assert meter.estimate("p/m", messages_request(**whole)) == made_up_tokens(whole)
+    changed = {**whole, "system": "Another."}
+    assert meter.estimate("p/m", messages_request(**changed)) != made_up_tokens(whole)
+
+
+def test_meter_is_bounded_and_keeps_no_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pg.TokenMeter, "MODELS", 3)
+    monkeypatch.setattr(pg.TokenMeter, "PREFIXES", 4)
+    monkeypatch.setattr(pg.TokenMeter, "ALWAYS", 5)
+    meter = pg.TokenMeter(b"k")
+    requests = [messages_request(messages=[{"role": "user", "content": f"hidden {number}"}]) for number in range(40)]
+    for number in range(5):
+        for request in requests:
+            meter.observe(f"p/m{number}", request, 30)
+    assert list(meter._models) == ["p/m2", "p/m3", "p/m4"]
+    for known in meter._models.values():
+        assert len(known.prefixes) == 4 and 5 <= known.seen < 10 and len(known._surprises) == known.seen
+        assert "hidden" not in repr(vars(known))
+    assert meter.estimate("p/m4", requests[-1]) == 30
+    meter.observe("p/m0", requests[0], 0)               # a provider that does not say
+    assert "p/m0" not in meter._models
+
+
+def test_meter_among_threads() -> None:
+    meter, chance = pg.TokenMeter(b"k"), random.Random(9)
+    bodies = [meter_body(chance, METER_KINDS[place % 8]) for place in range(24)]
+    faults: List[BaseException] = []
+
+    def work(place: int) -> None:
+        try:
+            for body in bodies[place:] + bodies[:place]:
+                meter.observe(f"p/m{place % 2}", messages_request(**body), made_up_tokens(body))
+                assert meter.estimate(f"p/m{place % 2}", messages_request(**body)) == made_up_tokens(body)
+        except BaseException as error:
+            faults.append(error)
+
+    threads = [threading.Thread(target=work, args=(place,)) for place in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not faults
+
+
+@pytest.mark.parametrize("text", ["", " ", "\ud800", "\U0010ffff" * 9, "\x00\x7f\x80", "a" * 9999, "{" * 9999,
+                                  "\t\n " * 999])
+def test_meter_takes_any_text(text: str) -> None:
+    meter = pg.TokenMeter(b"k")
+    request = pg.replace(messages_request(), messages=(pg.Message("user", (pg.Text(text),)),))
+    meter.observe("p/m", messages_request(), 10)
+    assert meter.estimate("p/m", request) > 0
+    meter.observe("p/m", request, 50)
+    assert meter.estimate("p/m", request) == 50
+    assert meter.estimate("p/m", pg.replace(request, messages=())) > 0
+
+
 # ======================================================================================================================
 # §7 Client protocols
 # ======================================================================================================================
@@ -5404,12 +5546,54 @@ def test_count_tokens(script: Given, row: str, answer: Answer, expected: int, is
     body = {"model": f"{row}/m1", "messages": [{"role": "user", "content": "word " * 100}],
             "tools": [{"name": "wx", "description": "d" * 350, "input_schema": {"type": "object"}}]}
     handle, fake = script(answer)
+    handle.server.gateway.meter = pg.TokenMeter(b"k")       # that has not seen what other tests made providers count
     result = call(handle.url, "/v1/messages/count_tokens?beta=true", body)
     paths = [request.path.partition("?")[0] for request in fake.received]
     assert paths == (["/v1/messages/count_tokens"] if row == "anth" else [])
     assert result.status == 200 and set(result.json) == {"input_tokens"}
     count = result.json["input_tokens"]
     assert count == expected if is_native else 200 < count < 400
+
+
+@pytest.mark.parametrize("client", ["chat", "messages"])
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_count_tokens_learns_from_answers(tmp_path: Any, client: str, stream: bool) -> None:
+    """The same prompt is counted as the provider counted it, and a longer one from there."""
+    usage = {"prompt_tokens": 23, "completion_tokens": 2, "total_tokens": 25}
+    answer = Answer(200, json.dumps({**CHAT_WHOLE, "usage": usage}).encode())
+    if stream:
+        told = sse([*CHAT_CHUNKS, {**CHAT_CHUNKS[-1], "choices": [], "usage": usage}], end="[DONE]")
+        answer = Answer(200, [told], "text/event-stream")
+    with serving(tmp_path, answer) as (handle, fake):
+        asked = question("chat", stream)
+        guess = call(handle.url, "/v1/messages/count_tokens", asked).json["input_tokens"]
+        assert call(handle.url, WAY_IN[client], asked).status == 200
+        handle.server._wait_idle(5.0)
+        known = call(handle.url, "/v1/messages/count_tokens", asked).json["input_tokens"]
+        assert known == 23 != guess
+        longer = {**asked, "messages": [*asked["messages"], {"role": "assistant", "content": "Yes"},
+                                        {"role": "user", "content": "word " * 50}]}
+        assert known + 20 < call(handle.url, "/v1/messages/count_tokens", longer).json["input_tokens"] < known + 200
+        assert len(fake.received) == 1
+
+
+def test_count_tokens_does_not_learn_where_it_can_ask(tmp_path: Any) -> None:
+    def answer(request: Received) -> Answer:
+        if request.path.partition("?")[0].endswith("/count_tokens"):
+            return Answer(404, b"{}") if is_lacking else Answer(200, b'{"input_tokens": 42}')
+        return whole_answer("anth")
+
+    is_lacking = False
+    with serving(tmp_path, answer) as (handle, _):
+        meter = handle.server.gateway.meter
+        for is_lacking in (False, True):
+            counted = call(handle.url, "/v1/messages/count_tokens", question("anth")).json["input_tokens"]
+            assert (counted == 42) is not is_lacking
+            assert call(handle.url, WAY_IN["messages"], question("anth")).status == 200
+            handle.server._wait_idle(5.0)
+            assert bool(meter._models) is is_lacking
+        usage = pg.read_anthropic_usage(WHOLES["anth"]["usage"]).prompt
+        assert call(handle.url, "/v1/messages/count_tokens", question("anth")).json == {"input_tokens": usage}
 
 
 @pytest.mark.parametrize("status", [400, 403, 413, 429, 500, 529])
@@ -11876,6 +12060,29 @@ def test_real_model_node(real_model: pg.ServerHandle, tmp_path: Any) -> None:
         read, written, total = row["tokens"]
         assert read > 0 and 0 < written <= 24 and total == read + written, row
         assert row["lane"] == lane_of(row["client"], row["model"].partition("/")[0]), row
+
+
+def test_real_model_counts_are_learnt(real_model: pg.ServerHandle) -> None:
+    """A conversation that grows is counted on the high side, by at most a tenth, though the provider is never asked; a
+    prompt that was answered is counted exactly."""
+    def prompt_tokens(body: Dict[str, Any]) -> int:
+        usage = call(real_model.url, PATHS[True], {**body, "max_tokens": 1, "temperature": 0}).json["usage"]
+        real_model.server._wait_idle(5.0)
+        return usage["input_tokens"] + usage["cache_read_input_tokens"]
+
+    def counted(body: Dict[str, Any]) -> int:
+        return call(real_model.url, "/v1/messages/count_tokens", body).json["input_tokens"]
+
+    chance = random.Random(5)
+    for place in range(24):
+        body = {"model": "chat/small", **meter_body(chance, METER_KINDS[place % 8])}
+        assert prompt_tokens(body) == counted(body)
+    whole, off = meter_body(chance, "turns", 6), []
+    for length in range(1, len(whole["messages"]) + 1, 2):
+        body = {**whole, "model": "chat/small", "messages": whole["messages"][:length]}
+        guess, true = counted(body), prompt_tokens(body)
+        off.append(guess / true - 1)
+    assert all(-0.01 <= each <= 0.1 for each in off[1:]), off
 
 
 def test_real_model_is_discovered(real_model: pg.ServerHandle) -> None:
