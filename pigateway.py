@@ -17093,7 +17093,7 @@ def render_config(provider: str, model: str) -> str:
     lines = [f"// Written by {NAME}.py init. Comments are allowed here. README.md has all keys;",
              f"// {NAME}.py show prints those in force.",
              "{", "  // Where names go that do not say a provider.", f'  "provider": {json.dumps(provider)},',
-             "  // The model for names that mean nothing else.",
+             "  // The model for requests that name none.",
              f'  "defaultModel": {json.dumps(model)},' if model else f'  // "defaultModel": "{provider}/...",',
              "  // What a client's own names stand for; a list is tried in turn.",
              '  "modelMap": {', '    // "claude-haiku-4-5": "provider/a-small-model"', "  }", "}"]
