@@ -2957,7 +2957,8 @@ class AnthropicClient(ClientProtocol):
 
     def render(self, request: Request, reply: Reply, stamp: Stamp) -> Dict[str, Any]:
         """A message object."""
-        content = [block for part in visible_parts(request, reply.parts) for block in self._render_part(part)]
+        parts = without_last_seal(visible_parts(request, reply.parts))
+        content = [block for part in parts for block in self._render_part(part)]
         return {"id": message_id(reply.id, stamp), "type": "message", "role": "assistant", "model": request.model,
                 "content": content, **stop_fields(reply.stop_reason, reply.detail),
                 "usage": messages_usage(reply.usage)}
@@ -3000,6 +3001,18 @@ def visible_parts(request: Request, parts: Iterable[Part]) -> List[Part]:
     return [part for part in parts if not (request.output and isinstance(part, Thinking))]
 
 
+def is_seal(part: Part) -> bool:
+    """Whether this is thinking of which the client sees nothing."""
+    return isinstance(part, Thinking) and part.redacted
+
+
+def without_last_seal(parts: List[Part]) -> List[Part]:
+    """The parts, not ending in a seal behind text: Claude Code takes the last block for the whole answer. At the end of a
+    turn no provider insists on having it back."""
+    ends = len(parts) > 1 and is_seal(parts[-1]) and isinstance(parts[-2], Text)
+    return parts[:-1] if ends else parts
+
+
 def message_id(provider_id: str, stamp: Stamp) -> str:
     """The provider's id if it has the form that clients expect, else a new one."""
     return provider_id if provider_id.startswith("msg_") else "msg_" + stamp.id
@@ -3030,6 +3043,8 @@ class MessagesWriter(SerialWriter):
     def __init__(self, request: Request, stamp: Stamp) -> None:
         super().__init__(request, stamp)
         self._block = -1                        # the client's index of the open block
+        self._is_text = False                   # that or the last one
+        self._seal: Optional[Part] = None       # one behind text, see `without_last_seal`: sent before what follows
 
     def _start(self, event: Start) -> bytes:
         usage = messages_usage(event.usage or Usage(estimate_tokens(self._request)))
@@ -3040,10 +3055,16 @@ class MessagesWriter(SerialWriter):
 
     def hides(self, part: Part) -> bool:
         """See `SerialWriter.hides`."""
-        return not visible_parts(self._request, [part])
+        if not visible_parts(self._request, [part]):
+            return True
+        self._seal = part if is_seal(part) and self._is_text else self._seal
+        return part is self._seal
 
     def begin(self, part: Part) -> bytes:
         """See `SerialWriter.begin`."""
+        held, self._seal = self._seal, None
+        before = self.begin(held) + self.finish(held) if held else b""
+        self._is_text = isinstance(part, Text)
         self._block += 1
         block: Dict[str, Any] = {"type": "text", "text": ""}
         if isinstance(part, Thinking):
@@ -3054,7 +3075,8 @@ class MessagesWriter(SerialWriter):
             block = {"type": "tool_use", "id": fit_id(part.id, ANTHROPIC_ID_LIMIT), "name": part.name, "input": {}}
         self._delta_head = ('event: content_block_delta\ndata: {"type":"content_block_delta","index":%d,"delta":%s'
                             % (self._block, self._DELTAS[type(part)]))
-        return sse({"type": "content_block_start", "index": self._block, "content_block": block}, "content_block_start")
+        return before + sse({"type": "content_block_start", "index": self._block, "content_block": block},
+                            "content_block_start")
 
     _DELTAS = {Text: '{"type":"text_delta","text":', Thinking: '{"type":"thinking_delta","thinking":',
                ToolCall: '{"type":"input_json_delta","partial_json":'}
@@ -4114,7 +4136,7 @@ class OpenAICompletions(UpstreamProtocol):
             model=model.id, messages=messages, stream=request.stream or None, max_tokens=request.max_tokens,
             temperature=request.temperature, top_p=request.top_p, stop=list(request.stop) or None, seed=request.seed,
             frequency_penalty=request.frequency_penalty, presence_penalty=request.presence_penalty,
-            logit_bias=request.logit_bias, user=request.user, verbosity=request.verbosity,
+            logit_bias=request.logit_bias, user=fit_length(request.user or "") or None, verbosity=request.verbosity,
             response_format=self._response_format(request.output),
             tools=[self._tool(tool, model) for tool in request.tools] or None)
         if request.tools:

@@ -2276,6 +2276,38 @@ def test_thinking_is_hidden_where_the_first_block_is_read_as_json() -> None:
     assert MESSAGES.render(request, pg.collect(RUNS["thinking"]), STAMP)["content"] == [{"type": "text", "text": "ok"}]
 
 
+SEALED_PART = pg.Thinking("", "sig", True, "openai-responses")
+
+
+@pytest.mark.parametrize("parts, kinds", [
+    ([pg.Text("a"), SEALED_PART], ["text"]), ([SEALED_PART, pg.Text("a")], ["redacted_thinking", "text"]),
+    ([pg.Text("a"), SEALED_PART, pg.ToolCall("c", "f", "{}")], ["text", "redacted_thinking", "tool_use"]),
+    ([pg.Text("a"), SEALED_PART, pg.Text("b"), SEALED_PART], ["text", "redacted_thinking", "text"]),
+    ([pg.ToolCall("c", "f", "{}"), SEALED_PART], ["tool_use", "redacted_thinking"]), ([SEALED_PART], ["redacted_thinking"])])
+def test_no_seal_is_behind_the_words_of_an_answer(parts: List[Any], kinds: List[str]) -> None:
+    # Claude Code takes the last block for the whole answer
+    events: List[Any] = [pg.Start()]
+    for index, part in enumerate(parts):
+        bare = pg.replace(part, arguments="") if isinstance(part, pg.ToolCall) else pg.Text("") if (
+            isinstance(part, pg.Text)) else part
+        said = part.text if isinstance(part, pg.Text) else ""
+        events += [pg.PartStart(index, bare), *([pg.PartDelta(index, said)] if said else []), pg.PartEnd(index, part)]
+    events.append(pg.Done("stop"))
+    wire = MESSAGES.writer(messages_request(stream=True), STAMP).write(events)
+    check_messages_stream(wire)
+    starts = [json.loads(text) for name, text in pg.parse_events(wire) if name == "content_block_start"]
+    assert [start["content_block"]["type"] for start in starts] == kinds
+    assert [start["index"] for start in starts] == list(range(len(kinds)))
+    body = MESSAGES.render(messages_request(), pg.collect(events), STAMP)
+    assert [block["type"] for block in body["content"]] == kinds
+
+
+@pytest.mark.parametrize("user, sent", [("u" * 64, "u" * 64), ("u" * 65, 64), (None, None)])
+def test_users_are_no_longer_than_openai_takes(user: Optional[str], sent: Any) -> None:
+    body, _ = built(messages_request(metadata={"user_id": user} if user else {}), model(), MESSAGES)
+    assert body.get("user") == sent or len(body["user"]) == sent
+
+
 def test_message_start_has_a_guess_at_the_prompt() -> None:
     # R16: clients show it before the provider has said anything
     wire = MESSAGES.writer(messages_request(stream=True), STAMP).write([pg.Start()])
