@@ -2984,7 +2984,7 @@ class AnthropicClient(ClientProtocol):
         status, word = self.classify(error)
         message = error.message
         if isinstance(error, ContextOverflow) and not message.startswith("prompt is too long"):
-            message = "prompt is too long: " + message          # the words at which Claude Code compacts
+            message = f"prompt is too long: {overflow_figures(message)}{message}"   # the words at which Claude Code compacts
         body: Dict[str, Any] = {"type": word, "message": message}
         if error.named_code:
             body["details"] = {"error_code": error.named_code}
@@ -2993,6 +2993,12 @@ class AnthropicClient(ClientProtocol):
     def error_event(self, error: GatewayError, request_id: str) -> bytes:
         """An `error` event."""
         return sse(self.render_error(error, request_id)[1], "error")
+
+
+def overflow_figures(message: str) -> str:
+    """The two token counts in a provider's complaint in Anthropic's words: Claude Code then knows how much to leave out."""
+    counts = sorted({int(text.replace(",", "")) for text in re.findall(r"\b\d{4,9}\b|\b\d{1,3}(?:,\d{3})+\b", message)})
+    return f"{counts[1]} tokens > {counts[0]} maximum: " if len(counts) == 2 else ""
 
 
 def visible_parts(request: Request, parts: Iterable[Part]) -> List[Part]:

@@ -2276,6 +2276,16 @@ def test_thinking_is_hidden_where_the_first_block_is_read_as_json() -> None:
     assert MESSAGES.render(request, pg.collect(RUNS["thinking"]), STAMP)["content"] == [{"type": "text", "text": "ok"}]
 
 
+@pytest.mark.parametrize("words, told", [
+    ("This model's maximum context length is 128000 tokens. However, your messages resulted in 141,234 tokens.",
+     "141234 tokens > 128000 maximum: "),
+    ("input token count (1048580) exceeds the maximum number of tokens allowed (1048576)", "1048580 tokens > 1048576 maximum: "),
+    ("too long", ""), ("of 128000 at most", ""), ("1000 and 2000 and 3000", ""), ("gpt-4 has 8192, not 8192", "")])
+def test_overflows_are_told_with_their_figures(words: str, told: str) -> None:
+    error = MESSAGES.render_error(pg.ContextOverflow(words), "req_1")[1]["error"]
+    assert error["message"] == f"prompt is too long: {told}{words}"
+
+
 SEALED_PART = pg.Thinking("", "sig", True, "openai-responses")
 
 
