@@ -5,7 +5,7 @@ One file, standard library only, Python 3.9 or newer. Run it:
 
     python3 pigateway.py --port 4000
 
-and point an OpenAI client at http://127.0.0.1:4000/v1 or an Anthropic client at http://127.0.0.1:4000.
+and point an OpenAI client at http://127.0.0.1:4000/v1, an Anthropic or a Gemini client at http://127.0.0.1:4000.
 
 Contents (`grep -n '^# §' pigateway.py`):
 
@@ -1143,6 +1143,26 @@ def sse(data: Mapping[str, Any], name: str = "") -> bytes:
     return text.encode("ascii")
 
 
+class JsonArray:
+    """Whole server-sent events made a JSON array that grows; signs of life become white space."""
+
+    def __init__(self) -> None:
+        self._lead = b"["
+
+    def write(self, events: bytes) -> bytes:
+        """The elements that these events are."""
+        out = []
+        for line in events.split(b"\n"):
+            if line.startswith(b"data: "):
+                out.append(self._lead + line[len(b"data: "):])
+                self._lead = b",\n"
+        return b"".join(out) or b"\n"
+
+    def end(self) -> bytes:
+        """The end of the array."""
+        return b"[]" if self._lead == b"[" else b"]"
+
+
 def parse_retry_after(headers: Mapping[str, str], now: float) -> Optional[float]:
     """Seconds to wait by `retry-after-ms`, or `retry-after` as seconds or HTTP date (RFC 9110 §10.2.3); None when there
     is none or it is unreadable."""
@@ -1708,10 +1728,18 @@ class ClientProtocol:
     error_types: Mapping[Type[GatewayError], Tuple[Optional[int], str]] = {}   # class → (status if not its own, type)
     heartbeat = b": heartbeat\n\n"
     wants_objects = False                   # tool arguments travel as JSON objects, so they must be some
+    streams_arguments = True                # a stream has them piece by piece
+    stream_type = "text/event-stream; charset=utf-8"
+    repack: Optional[Type[JsonArray]] = None    # what turns its server-sent events into another form on their way out
+    count_field = "input_tokens"            # of an answer that counts tokens
 
     def parse(self, data: Dict[str, Any]) -> Request:
         """A request body as a `Request`. Raises `BadRequest` naming the field at fault."""
         raise NotImplementedError
+
+    def parse_prompt(self, data: Dict[str, Any]) -> Request:
+        """The body of a request to count tokens."""
+        return self.parse(data)
 
     def render(self, request: Request, reply: Reply, stamp: Stamp) -> Dict[str, Any]:
         """A whole answer."""
@@ -1824,11 +1852,22 @@ class Notes:
         self.images: List[str] = []
         self.seals: List[str] = []
         self.function_ids: Dict[str, str] = {}
+        self.open_calls: List[Tuple[str, str]] = []
 
     def lose(self, path: str) -> None:
         """Names something that a translation leaves out."""
         if path not in self.lost:
             self.lost.append(path)
+
+    def claim(self, call_id: Optional[str], name: Optional[str], path: str) -> str:
+        """The id of the call that a result answers: the one that it names, else the oldest open one of its tool's name;
+        of any, when it does not name a tool either. `open_calls` are (id, name)."""
+        fits = ([call for call in self.open_calls if call[0] == call_id] if call_id else []) or [
+            call for call in self.open_calls if name in (None, call[1])]
+        if not fits:
+            return call_id or f"call_{path}"
+        self.open_calls.remove(fits[0])
+        return fits[0][0]
 
 
 def missing_field(path: str) -> BadRequest:
@@ -1943,22 +1982,35 @@ def check_url(url: str, path: str) -> str:
 _SEAL = "pigw1."
 
 
-def seal(part: Thinking, protocol: str) -> str:
+def seal(part: Union[Thinking, ToolCall], protocol: str) -> str:
     """The signature of `part` as a client of `protocol` is to keep it, "" when there is none."""
     if not part.signature or part.maker == protocol:
         return part.signature or ""
-    packed = json_text([part.maker, part.signature, part.origin]).encode("utf-8", "surrogatepass")
-    return _SEAL + base64.urlsafe_b64encode(packed).decode("ascii")
+    return pack_seal([part.maker, part.signature, part.origin])
+
+
+def pack_seal(content: List[Any]) -> str:
+    """A seal around a JSON array."""
+    return _SEAL + base64.urlsafe_b64encode(json_text(content).encode("utf-8", "surrogatepass")).decode("ascii")
+
+
+def open_seal(sealed: str) -> List[Any]:
+    """What is in a seal, [] when it is broken."""
+    try:
+        content = json.loads(base64.urlsafe_b64decode(sealed[len(_SEAL):]))
+    except (ValueError, TypeError, RecursionError):
+        return []
+    return content if isinstance(content, list) else []
 
 
 def unseal(signature: Optional[str], protocol: str) -> Tuple[Optional[str], str, str]:
     """(signature, maker, origin) of what a client of `protocol` gave back."""
     if not signature or not signature.startswith(_SEAL):
         return signature or None, protocol, ""
-    try:
-        maker, inner, origin = (json.loads(base64.urlsafe_b64decode(signature[len(_SEAL):])) + [""])[:3]
-    except (ValueError, TypeError):
+    content = open_seal(signature)
+    if len(content) < 2:
         return None, "", ""
+    maker, inner, origin = (content + [""])[:3]
     return (inner, maker, origin) if all(isinstance(text, str) for text in (maker, inner, origin)) else (None, "", "")
 
 
@@ -3665,13 +3717,568 @@ class ResponsesWriter(SerialWriter):
                 PartEnd: SerialWriter.part_end, Done: _done, Failed: _failed}
 
 
+# --- Gemini -----------------------------------------------------------------------------------------------------------
+
+GEMINI_FINISH = {"stop": "STOP", "tool_use": "STOP", "stop_sequence": "STOP", "pause": "STOP", "length": "MAX_TOKENS",
+                 "overflow": "MAX_TOKENS", "refusal": "SAFETY"}
+# VALIDATED is AUTO with arguments that are checked, a promise that other providers make for some schemas only.
+GEMINI_MODES = {"auto": "auto", "any": "required", "none": "none", "validated": "auto", "mode_unspecified": "auto"}
+GEMINI_ROLES = {"user": "user", "model": "assistant", "function": "user", "tool": "user"}
+GEMINI_KNOWN = frozenset({"model", "stream", "contents", "systemInstruction", "tools", "toolConfig", "generationConfig",
+                          "generateContentRequest"})
+GEMINI_DEFAULTS: Dict[str, Any] = {"store": False, "serviceTier": "unspecified"}
+GEMINI_REFUSALS = {"cachedContent": "cached contents exist on Google's side only"}
+# Scalar fields of generationConfig: (kind, low, high).
+GEMINI_CONFIG: Dict[str, Tuple[str, Optional[float], Optional[float]]] = {
+    "temperature": ("a number", 0, 2), "topP": ("a number", 0, 1), "topK": ("a number", 0, None),
+    "maxOutputTokens": ("an integer", 1, None), "candidateCount": ("an integer", 1, None),
+    "seed": ("an integer", None, None), "presencePenalty": ("a number", -2, 2), "frequencyPenalty": ("a number", -2, 2),
+    "stopSequences": ("an array", None, None), "responseMimeType": ("a string", None, None),
+    "responseSchema": ("an object", None, None), "responseJsonSchema": ("an object", None, None),
+    "thinkingConfig": ("an object", None, None), "responseModalities": ("an array", None, None),
+    "responseLogprobs": ("a boolean", None, None), "logprobs": ("an integer", None, None)}
+GEMINI_PART_MODIFIERS = ("videoMetadata", "mediaResolution", "partMetadata")
+# Fields whose names are the client's own, all the way down.
+GEMINI_FREE = frozenset({"args", "response", "parameters", "parametersJsonSchema", "responseSchema",
+                         "responseJsonSchema", "labels", "partMetadata"})
+GEMINI_RESULTS = ("output", "result", "content", "error")
+# How every seal of ours begins once it is base64, as Google's clients demand of signatures.
+GEMINI_SEAL = base64.b64encode(_SEAL.encode("ascii")).decode("ascii")
+_SNAKE = re.compile(r"(?<=[a-zA-Z0-9])_([a-z0-9])")
+
+
+def camel_case(name: str) -> str:
+    """`max_output_tokens` as `maxOutputTokens`."""
+    return _SNAKE.sub(lambda match: match.group(1).upper(), name) if "_" in name else name
+
+
+def camel_keys(value: Any) -> Any:
+    """A body with the field names of proto JSON, which may come in either of two spellings, in one. What is inside of
+    arguments, results and schemas stays as it is."""
+    if isinstance(value, list):
+        return [camel_keys(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    named = ((camel_case(name), inner) for name, inner in value.items())
+    return {name: inner if name in GEMINI_FREE else camel_keys(inner) for name, inner in named}
+
+
+def one_or_more(value: Any) -> Any:
+    """An array, also where there is just its one item: Google takes that, and its own examples do it."""
+    return [value] if isinstance(value, dict) else value
+
+
+_SCHEMA_COUNTS = frozenset({"minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties"})
+
+
+def plain_schema(schema: Any) -> Any:
+    """A schema in Google's dialect of OpenAPI 3.0 as JSON Schema: types in lower case, `nullable` as a type of its own,
+    counts, which proto JSON may write as strings, as numbers."""
+    if not isinstance(schema, dict):
+        return schema
+    out: Dict[str, Any] = {}
+    for name, value in ((camel_case(name), value) for name, value in schema.items()):
+        if name in _SCHEMA_MAPS and isinstance(value, dict):
+            value = {key: plain_schema(inner) for key, inner in value.items()}
+        elif name in _SCHEMA_LISTS and isinstance(value, list):
+            value = [plain_schema(inner) for inner in value]
+        elif name in ("items", "additionalProperties"):
+            value = plain_schema(value)
+        elif name == "type" and isinstance(value, str):
+            value = value.lower()
+        elif name in _SCHEMA_COUNTS and isinstance(value, str) and re.fullmatch(r"[0-9]{1,15}", value):
+            value = int(value)
+        out[name] = value
+    out.pop("propertyOrdering", None)
+    if out.get("type") == "type_unspecified":
+        del out["type"]
+    return _with_null(out) if out.pop("nullable", False) is True else out
+
+
+def _with_null(schema: Dict[str, Any]) -> Dict[str, Any]:
+    if isinstance(schema.get("anyOf"), list):
+        return {**schema, "anyOf": [*schema["anyOf"], {"type": "null"}]}
+    if isinstance(schema.get("enum"), list) and None not in schema["enum"]:
+        schema = {**schema, "enum": [*schema["enum"], None]}
+    return {**schema, "type": [schema["type"], "null"]} if isinstance(schema.get("type"), str) else schema
+
+
+def gemini_seal(part: Union[Thinking, ToolCall]) -> Optional[str]:
+    """The signature of `part` as a thoughtSignature, None when there is none."""
+    return seal_in_base64(seal(part, GeminiClient.name)) or None
+
+
+def seal_in_base64(sealed: str) -> str:
+    """A seal in the form of a signature; a bare signature as it is."""
+    return base64.b64encode(sealed.encode("ascii")).decode("ascii") if sealed.startswith(_SEAL) else sealed
+
+
+def read_riders(sealed: str) -> List[Thinking]:
+    """The thinking that rides on a call, see `GeminiParts`."""
+    riders = []
+    for item in open_seal(sealed):
+        if isinstance(item, list) and [type(field) for field in item] == [str, str, str, bool, str]:
+            riders.append(Thinking(item[4], item[1], item[3], item[0], item[2]))
+    return riders
+
+
+def join_pieces(parts: Sequence[Part]) -> List[Part]:
+    """A model's turn as it was before it was streamed: pieces of text joined, and pieces of a thought up to the signed
+    one; thinking that rides on a call left out where the client has kept the thought itself."""
+    groups: List[List[Any]] = []
+    signatures = set()
+    for part in parts:
+        if isinstance(part, Thinking) and part.signature:
+            if part.signature in signatures:
+                continue
+            signatures.add(part.signature)
+        last = groups[-1][-1] if groups else None
+        is_next = isinstance(part, Thinking) and isinstance(last, Thinking) and not last.signature and not part.redacted
+        if is_next or (isinstance(part, Text) and isinstance(last, Text)):
+            groups[-1].append(part)
+        else:
+            groups.append([part])
+    return [group[0] if len(group) == 1 else replace(group[-1], text="".join(part.text for part in group))
+            for group in groups]
+
+
+class GeminiClient(ClientProtocol):
+    """Gemini: POST /v1beta/models/{model}:generateContent, :streamGenerateContent and :countTokens. The fields `model`
+    and `stream` are the server's, by the path. Its name is the provider protocol's, whose signatures pass bare."""
+
+    name = "google-generative-ai"
+    heartbeat = b"\n"                           # comments break Google's clients, blank lines do not
+    wants_objects, streams_arguments = True, False
+    count_field = "totalTokens"
+    field_names = {
+        "messages": "contents", "system": "systemInstruction", "tool_choice": "toolConfig",
+        "output": "generationConfig.responseMimeType", "reasoning": "generationConfig.thinkingConfig",
+        "stop": "generationConfig.stopSequences", "max_tokens": "generationConfig.maxOutputTokens",
+        "temperature": "generationConfig.temperature", "top_p": "generationConfig.topP",
+        "top_k": "generationConfig.topK",
+        "seed": "generationConfig.seed", "frequency_penalty": "generationConfig.frequencyPenalty",
+        "presence_penalty": "generationConfig.presencePenalty"}
+    error_types = {
+        GatewayError: (None, "INTERNAL"), BadRequest: (None, "INVALID_ARGUMENT"), ModelNotFound: (None, "NOT_FOUND"),
+        RouteNotFound: (None, "NOT_FOUND"), RequestTimeout: (None, "DEADLINE_EXCEEDED"), Conflict: (None, "ABORTED"),
+        Unauthorized: (None, "UNAUTHENTICATED"), Forbidden: (None, "PERMISSION_DENIED"),
+        ShuttingDown: (None, "UNAVAILABLE"), UpstreamError: (None, "INTERNAL"), RateLimited: (None,
+            "RESOURCE_EXHAUSTED"),
+        Overloaded: (None, "UNAVAILABLE"), UpstreamTimeout: (None, "DEADLINE_EXCEEDED"),
+    }
+
+    def parse(self, data: Dict[str, Any]) -> Request:
+        """See `ClientProtocol.parse`; fields by Google's API v1beta, in camel or snake case."""
+        notes = Notes()
+        data = camel_keys(data)
+        model = required(data, "model", "a string")
+        config = optional(data, "generationConfig", "an object") or {}
+        said = self._config(config, notes)
+        messages = self._messages(one_or_more(data.get("contents")), notes)
+        tools = self._tools(one_or_more(data.get("tools")), notes)
+        tool_choice, tools = self._tool_choice(optional(data, "toolConfig", "an object") or {}, tools, notes)
+        return Request(
+            model=model, messages=tuple(messages), system=self._system(data.get("systemInstruction"), notes),
+            tools=tuple(tools), tool_choice=tool_choice, max_tokens=said["maxOutputTokens"],
+            temperature=said["temperature"], top_p=said["topP"],
+            top_k=None if said["topK"] is None else int(said["topK"]), seed=said["seed"],
+            stop=self._stop(said["stopSequences"] or []), frequency_penalty=said["frequencyPenalty"] or None,
+            presence_penalty=said["presencePenalty"] or None, reasoning=self._reasoning(said["thinkingConfig"] or {}),
+            output=self._output(said), stream=bool(optional(data, "stream", "a boolean")), include_usage=True,
+            protocol=self.name, extra=self._extra(data, notes), lost=tuple(notes.lost), refused=tuple(notes.refused),
+            images=tuple(notes.images), data=data)
+
+    def parse_prompt(self, data: Dict[str, Any]) -> Request:
+        """The body of countTokens: contents, or a whole request in a wrapper."""
+        data = camel_keys(data)
+        inner = optional(data, "generateContentRequest", "an object") or {}
+        return replace(self.parse({**data, **inner, "model": data.get("model")}), data=data)
+
+    def _extra(self, data: Dict[str, Any], notes: Notes) -> Dict[str, Any]:
+        said = {name: value for name, value in data.items() if value not in ([], {})}
+        return extra_fields(said, GEMINI_KNOWN, GEMINI_DEFAULTS, GEMINI_REFUSALS, notes)
+
+    def _config(self, config: Dict[str, Any], notes: Notes) -> Dict[str, Any]:
+        path = "generationConfig"
+        said = {name: optional(config, name, kind, path, low, high)
+                for name, (kind, low, high) in GEMINI_CONFIG.items()}
+        for name, value in config.items():
+            if name not in GEMINI_CONFIG and value not in (None, [], {}):
+                notes.lose(f"{path}.{name}")
+        if (said["candidateCount"] or 1) > 1:
+            notes.refused.append((f"{path}.candidateCount", "only one candidate can be made on this model"))
+        if said["responseLogprobs"] or said["logprobs"]:
+            notes.refused.append((f"{path}.responseLogprobs", "log probabilities are not available on this model"))
+        if any(not isinstance(kind, str) or kind.upper() != "TEXT" for kind in said["responseModalities"] or ()):
+            notes.refused.append((f"{path}.responseModalities", "only text answers are available on this model"))
+        if said["responseMimeType"] not in (None, "", "text/plain", "application/json"):
+            notes.refused.append((f"{path}.responseMimeType", "only text and JSON can be asked of this model"))
+        said["topP"] = None if said["topP"] == 1 else said["topP"]      # all of it is what "not said" means
+        return said
+
+    def _stop(self, texts: List[Any]) -> Tuple[str, ...]:
+        path = "generationConfig.stopSequences"
+        return tuple(check(text, "a string", f"{path}[{index}]") for index, text in enumerate(texts) if text != "")
+
+    def _output(self, said: Dict[str, Any]) -> Optional[OutputFormat]:
+        if said["responseJsonSchema"] is not None:
+            return OutputFormat(said["responseJsonSchema"])
+        if said["responseSchema"] is not None:
+            return OutputFormat(plain_schema(said["responseSchema"]))
+        return OutputFormat() if said["responseMimeType"] == "application/json" else None
+
+    def _reasoning(self, config: Dict[str, Any]) -> Optional[Reasoning]:
+        path = "generationConfig.thinkingConfig"
+        level = (optional(config, "thinkingLevel", "a string", path) or "").lower()
+        budget = optional(config, "thinkingBudget", "an integer", path)
+        shows = optional(config, "includeThoughts", "a boolean", path)
+        if level in LEVEL_ALIASES:
+            return Reasoning(LEVEL_ALIASES[level])
+        if level not in ("", "thinking_level_unspecified"):
+            raise BadRequest(f"{path}.thinkingLevel: must be one of minimal, low, medium, high",
+                             param=f"{path}.thinkingLevel")
+        if budget is None or budget < 0:        # as much as the model likes
+            return Reasoning("medium") if shows or budget is not None else None
+        return Reasoning(level_of_budget(budget), budget or None)
+
+    def _system(self, value: Any, notes: Notes) -> Tuple[Text, ...]:
+        if isinstance(value, str):
+            return (Text(value),)
+        if value is None:
+            return ()
+        path = "systemInstruction"
+        parts = self._parts(check(value, "an object", path).get("parts"), f"{path}.parts", notes)
+        return tuple(part for part in parts if isinstance(part, Text))
+
+    def _tools(self, items: Any, notes: Notes) -> List[Tool]:
+        tools: List[Tool] = []
+        for path, item in objects(items, "tools"):
+            where = f"{path}.functionDeclarations"
+            tools.extend(self._function(*declaration, notes)
+                         for declaration in objects(one_or_more(item.get("functionDeclarations")), where))
+            for name, value in item.items():    # what Google itself runs: searches, code
+                if name != "functionDeclarations" and value is not None:
+                    notes.lose(f"{path}.{name}")
+        return tools
+
+    def _function(self, path: str, item: Dict[str, Any], notes: Notes) -> Tool:
+        schema = optional(item, "parametersJsonSchema", "an object", path)
+        if schema is None:
+            schema = plain_schema(optional(item, "parameters", "an object", path))
+        for name, value in item.items():
+            if name not in ("name", "description", "parameters", "parametersJsonSchema") and value is not None:
+                notes.lose(f"{path}.{name}")
+        name, description = required(item, "name", "a string", path), optional(item, "description", "a string", path)
+        return Tool(name, description, schema) if schema else Tool(name, description)
+
+    def _tool_choice(self, config: Dict[str, Any], tools: List[Tool], notes: Notes,
+                     ) -> Tuple[Optional[ToolChoice], List[Tool]]:
+        for name, value in config.items():
+            if name != "functionCallingConfig" and value not in (None, False, {}):
+                notes.lose(f"toolConfig.{name}")
+        path = "toolConfig.functionCallingConfig"
+        calling = optional(config, "functionCallingConfig", "an object", "toolConfig") or {}
+        mode = optional(calling, "mode", "a string", path)
+        if mode is None:
+            return None, tools
+        if mode.lower() not in GEMINI_MODES:
+            raise BadRequest(f"{path}.mode: must be AUTO, ANY, NONE or VALIDATED", param=f"{path}.mode")
+        kind, where = GEMINI_MODES[mode.lower()], f"{path}.allowedFunctionNames"
+        allowed = [check(name, "a string", f"{where}[{place}]") for place, name in enumerate(
+            optional(calling, "allowedFunctionNames", "an array", path) or [])]
+        strange = next((name for name in allowed if name not in {tool.name for tool in tools}), None)
+        if strange is not None:
+            raise BadRequest(f"{where}: no function is called {strange[:80]!r}", param=where)
+        if kind == "required" and len(allowed) == 1:
+            return ToolChoice("tool", allowed[0]), tools
+        return ToolChoice(kind), [tool for tool in tools if tool.name in allowed] if allowed else tools
+
+    def _messages(self, items: Any, notes: Notes) -> List[Message]:
+        if not items:
+            raise missing_field("contents")
+        turns: List[Tuple[str, List[Part]]] = []
+
+        def add(role: str, parts: List[Part]) -> None:
+            if turns and turns[-1][0] == role != "user":        # the pieces of a stream, or results one by one
+                turns[-1][1].extend(parts)
+            else:
+                turns.append((role, parts))
+
+        for path, item in objects(items, "contents"):
+            role = optional(item, "role", "a string", path) or "user"
+            if role not in GEMINI_ROLES:
+                raise BadRequest(f"{path}.role: must be user or model, not {role[:40]!r}", param=f"{path}.role")
+            parts = self._parts(item.get("parts"), f"{path}.parts", notes)
+            results: List[Part] = [part for part in parts if isinstance(part, ToolResult)]
+            if results:
+                add("tool", results)
+            if len(results) < len(parts) or not parts:
+                add(GEMINI_ROLES[role], [part for part in parts if not isinstance(part, ToolResult)])
+        return [Message(role, tuple(join_pieces(parts) if role == "assistant" else parts)) for role, parts in turns]
+
+    def _parts(self, items: Any, path: str, notes: Notes) -> List[Part]:
+        parts: List[Part] = []
+        for where, item in objects(one_or_more(items), path):
+            for name in GEMINI_PART_MODIFIERS:
+                if item.get(name) is not None:
+                    notes.lose(f"{where}.{name}")
+            kind = next((name for name in self.part_kinds if item.get(name) is not None), None)
+            strange = [name for name, value in item.items() if value is not None and name not in (
+                "thought", "thoughtSignature", *GEMINI_PART_MODIFIERS)]
+            if kind:
+                parts.extend(self.part_kinds[kind](self, item, where, notes))
+            elif strange:
+                notes.refused.append((f"{where}.{strange[0][:40]}", "this kind of part cannot go to this model"))
+            elif item.get("thoughtSignature") is not None:
+                parts.extend(self._text({"text": "", **item}, where, notes))
+        return parts
+
+    def read_seal(self, part: Dict[str, Any], path: str) -> Tuple[List[Thinking], Tuple[Optional[str], str, str]]:
+        """What a part's thoughtSignature holds: thinking that rides on it, or its own (signature, maker, origin)."""
+        signature = read_signature(optional(part, "thoughtSignature", "a string", path))
+        if signature is None or signature == GEMINI_SENTINEL:
+            return [], (None, "", "")
+        if not signature.startswith(GEMINI_SEAL):
+            return [], (signature, self.name, "")
+        sealed = base64.b64decode(signature).decode("latin-1")
+        return read_riders(sealed), unseal(sealed, self.name)
+
+    def _text(self, part: Dict[str, Any], path: str, notes: Notes) -> List[Part]:
+        text = check(part["text"], "a string", f"{path}.text")
+        riders, (signature, maker, origin) = self.read_seal(part, path)
+        if optional(part, "thought", "a boolean", path):
+            return [*riders, Thinking(text, signature, False, maker, origin)]
+        behind = [Thinking("", signature, True, maker, origin)] if signature else []     # see `GeminiReader`
+        return [*riders, Text(text), *behind]
+
+    def _blob(self, part: Dict[str, Any], path: str, notes: Notes) -> List[Part]:
+        blob, where = check(part["inlineData"], "an object", f"{path}.inlineData"), f"{path}.inlineData"
+        media_type = required(blob, "mimeType", "a string", where)
+        payload = required(blob, "data", "a string", where).replace("-", "+").replace("_", "/")
+        payload = check_base64(payload, f"{where}.data")
+        return self._media(media_type, path, notes, data=payload,
+                           name=optional(blob, "displayName", "a string", where))
+
+    def _file(self, part: Dict[str, Any], path: str, notes: Notes) -> List[Part]:
+        file, where = check(part["fileData"], "an object", f"{path}.fileData"), f"{path}.fileData"
+        uri = required(file, "fileUri", "a string", where)
+        media_type = optional(file, "mimeType", "a string", where) or ""
+        if not uri.startswith(("http://", "https://")) or "//generativelanguage.googleapis.com/" in uri:
+            reason = "files at Google cannot go to this model, only http(s) addresses"
+            notes.refused.append((f"{where}.fileUri", reason))
+            return []
+        return self._media(media_type, path, notes, url=check_url(uri, f"{where}.fileUri"),
+                           name=optional(file, "displayName", "a string", where))
+
+    def _media(self, media_type: str, path: str, notes: Notes, *, name: Optional[str], data: Optional[str] = None,
+               url: Optional[str] = None) -> List[Part]:
+        if media_type.startswith("image/"):
+            notes.images.append(path)
+            return [Image(media_type, data, url)]
+        if media_type.startswith(("audio/", "video/")):
+            notes.refused.append((path, f"{media_type[:60]} cannot go to this model"))
+            return []
+        return [Document(media_type or "application/pdf", data, url, name)]
+
+    def _call(self, part: Dict[str, Any], path: str, notes: Notes) -> List[Part]:
+        call, where = check(part["functionCall"], "an object", f"{path}.functionCall"), f"{path}.functionCall"
+        name = required(call, "name", "a string", where)
+        call_id = optional(call, "id", "a string", where) or "call_" + re.sub(r"\W+", "_", path).strip("_")
+        arguments = json_text(optional(call, "args", "an object", where) or {})
+        notes.open_calls.append((call_id, name))
+        riders, (signature, maker, origin) = self.read_seal(part, path)
+        return [*riders, ToolCall(call_id, name, arguments, signature, maker, origin)]
+
+    def _result(self, part: Dict[str, Any], path: str, notes: Notes) -> List[Part]:
+        result = check(part["functionResponse"], "an object", f"{path}.functionResponse")
+        where = f"{path}.functionResponse"
+        tool_name = required(result, "name", "a string", where)
+        call_id = notes.claim(optional(result, "id", "a string", where), tool_name, path)
+        response = optional(result, "response", "an object", where) or {}
+        name, value = next(iter(response.items())) if len(response) == 1 else ("", response)
+        if name not in GEMINI_RESULTS:
+            name, value = "", response
+        text = value if isinstance(value, str) else json_text(value) if response else ""
+        shown = self._parts(result.get("parts"), f"{where}.parts", notes)
+        for field_name in ("willContinue", "scheduling"):
+            if result.get(field_name):
+                notes.lose(f"{where}.{field_name}")
+        return [ToolResult(call_id, (*([Text(text)] if text else []), *shown), name == "error")]
+
+    def _server_part(self, part: Dict[str, Any], path: str, notes: Notes) -> List[Part]:
+        notes.lose(path)                        # what ran at Google; its meaning is in the text around it
+        return []
+
+    part_kinds: Mapping[str, Callable[..., List[Part]]] = {
+        "text": _text, "functionCall": _call, "functionResponse": _result, "inlineData": _blob, "fileData": _file,
+        "executableCode": _server_part, "codeExecutionResult": _server_part, "toolCall": _server_part,
+        "toolResponse": _server_part}
+
+    def render(self, request: Request, reply: Reply, stamp: Stamp) -> Dict[str, Any]:
+        """A GenerateContentResponse."""
+        shape = GeminiParts(request)
+        parts = [item for part in reply.parts for item in shape.whole(part)]
+        return {"candidates": [gemini_candidate(parts, Done(reply.stop_reason, reply.usage, reply.detail))],
+                "usageMetadata": gemini_usage(reply.usage), "modelVersion": request.model,
+                "responseId": reply.id or stamp.id}
+
+    def writer(self, request: Request, stamp: Stamp) -> Writer:
+        """See `ClientProtocol.writer`."""
+        return GeminiWriter(request, stamp)
+
+    def render_error(self, error: GatewayError, request_id: str) -> Tuple[int, Dict[str, Any]]:
+        """The envelope {"error": {code, message, status, details}}, details of the types that Google has for them."""
+        status, word = self.classify(error)
+        kinds = "type.googleapis.com/google.rpc."
+        details: List[Dict[str, Any]] = [{"@type": kinds + "ErrorInfo", "reason": error.code.upper(), "domain": NAME,
+                                          "metadata": {"requestId": request_id}}]
+        if error.param is not None:
+            violation = {"field": error.param, "description": error.message}
+            details.append({"@type": kinds + "BadRequest", "fieldViolations": [violation]})
+        if error.retry_after is not None:
+            details.append({"@type": kinds + "RetryInfo", "retryDelay": f"{error.retry_after:.9g}s"})
+        return status, {"error": {"code": status, "message": error.message, "status": word, "details": details}}
+
+
+class GeminiArrayClient(GeminiClient):
+    """The same without alt=sse: a stream is then one JSON array, whose elements come bit by bit."""
+
+    stream_type = "application/json; charset=utf-8"
+    repack = JsonArray
+
+
+def shows_thoughts(request: Request) -> bool:
+    """Whether a Gemini client asked to see thoughts."""
+    config = as_dict(as_dict(request.data.get("generationConfig")).get("thinkingConfig"))
+    return config.get("includeThoughts") is True
+
+
+def gemini_candidate(parts: List[Dict[str, Any]], done: Done) -> Dict[str, Any]:
+    """The only candidate, complete. It has a part in any case: chats of Google's SDK forget a turn without one."""
+    return {"content": {"role": "model", "parts": parts or [{"text": ""}]},
+            "finishReason": GEMINI_FINISH[done.stop_reason],
+            **present(finishMessage=done.detail if done.stop_reason == "refusal" else None), "index": 0}
+
+
+def gemini_usage(usage: Usage) -> Dict[str, Any]:
+    """Usage in Google's terms: promptTokenCount includes what was cached, candidatesTokenCount leaves out thoughts."""
+    return {"promptTokenCount": usage.prompt, "candidatesTokenCount": usage.output - usage.reasoning,
+            "totalTokenCount": usage.prompt + usage.output,
+            **present(cachedContentTokenCount=usage.cache_read or None, thoughtsTokenCount=usage.reasoning or None)}
+
+
+class GeminiParts:
+    """One answer's parts in Gemini's shape.
+
+    Clients give signatures on calls back but may drop thoughts, and not all ask to see them. So signed thinking of
+    other makers also rides on the first call behind it, in the seal that this call then has."""
+
+    def __init__(self, request: Request) -> None:
+        self.shows = shows_thoughts(request)
+        self._riders: List[List[Any]] = []
+
+    def whole(self, part: Part) -> List[Dict[str, Any]]:
+        """A complete part."""
+        if isinstance(part, Thinking):
+            return self.thought(part, part.text)
+        if isinstance(part, ToolCall):
+            return [self._call(part)]
+        return [{"text": part.text}] if isinstance(part, Text) and part.text else []
+
+    def thought(self, part: Thinking, text: str) -> List[Dict[str, Any]]:
+        """The end of a thought, of which `text` has not been shown yet."""
+        if part.signature and part.maker != GeminiClient.name:
+            self._riders.append([part.maker, part.signature, part.origin, part.redacted, part.text])
+        if part.redacted:                       # the way in which Gemini itself gives the signature of a text
+            return [present(text="", thoughtSignature=gemini_seal(part))] if part.signature else []
+        if not self.shows or not (text or part.signature):
+            return []
+        return [present(text=text, thought=True, thoughtSignature=gemini_seal(part))]
+
+    def _call(self, part: ToolCall) -> Dict[str, Any]:
+        signature = gemini_seal(part)
+        if signature is None and self._riders:
+            signature, self._riders = seal_in_base64(pack_seal(self._riders)), []
+        arguments = loads(part.arguments or "{}")       # an object: see `SoundCalls`
+        return present(functionCall={"id": part.id, "name": part.name, "args": arguments}, thoughtSignature=signature)
+
+
+class GeminiWriter(Writer):
+    """Events → chunks, each a GenerateContentResponse. Of a thought the last piece is held back, for its signature to
+    stand on. Calls go out whole, behind the thoughts that began before them."""
+
+    def __init__(self, request: Request, stamp: Stamp) -> None:
+        self._request = request
+        self._stamp = stamp
+        self._parts = GeminiParts(request)
+        self._kinds: Dict[int, type] = {}
+        self._held: Dict[int, str] = {}
+        self._open_thoughts: set[int] = set()
+        self._calls: List[ToolCall] = []
+        self._set_id("")
+
+    def _set_id(self, provider_id: str) -> None:
+        self._envelope = dumps({"modelVersion": self._request.model, "responseId": provider_id or self._stamp.id})[1:]
+
+    def _chunk(self, parts: Sequence[Mapping[str, Any]]) -> bytes:
+        if not parts:
+            return b""
+        content = dumps({"role": "model", "parts": parts})
+        return f'data: {{"candidates":[{{"content":{content},"index":0}}],{self._envelope}\n\n'.encode("ascii")
+
+    def _start(self, event: Start) -> bytes:
+        self._set_id(event.id)
+        return b""
+
+    def _part_start(self, event: PartStart) -> bytes:
+        self._kinds[event.index] = type(event.part)
+        if isinstance(event.part, Thinking):
+            self._open_thoughts.add(event.index)
+        return b""
+
+    def _part_delta(self, event: PartDelta) -> bytes:
+        kind = self._kinds[event.index]
+        if kind is Text:
+            return self._chunk([{"text": event.text}])
+        if kind is not Thinking or not self._parts.shows:
+            return b""
+        before, self._held[event.index] = self._held.get(event.index), event.text
+        return self._chunk([{"text": before, "thought": True}] if before else [])
+
+    def _part_end(self, event: PartEnd) -> bytes:
+        parts: List[Dict[str, Any]] = []
+        if isinstance(event.part, Thinking):
+            self._open_thoughts.discard(event.index)
+            parts.extend(self._parts.thought(event.part, self._held.pop(event.index, "")))
+        elif isinstance(event.part, ToolCall):
+            self._calls.append(event.part)
+        if not self._open_thoughts:
+            parts.extend(item for call in self._calls for item in self._parts.whole(call))
+            self._calls = []
+        return self._chunk(parts)
+
+    def _done(self, event: Done) -> bytes:
+        candidates = dumps([gemini_candidate([], event)])
+        usage = dumps(gemini_usage(event.usage))
+        return f'data: {{"candidates":{candidates},"usageMetadata":{usage},{self._envelope}\n\n'.encode("ascii")
+
+    def _failed(self, event: Failed) -> bytes:
+        held = [{"text": text, "thought": True} for text in self._held.values()]
+        return self._chunk(held) + GEMINI_CLIENT.error_event(event.error, self._stamp.request_id)
+
+    handlers = {Start: _start, PartStart: _part_start, PartDelta: _part_delta, PartEnd: _part_end, Done: _done,
+                Failed: _failed}
+
+
 CHAT = OpenAIChat()
 TEXTS = OpenAITexts()
 EMBEDDINGS = OpenAIEmbeddings()
 MESSAGES = AnthropicClient()
 RESPONSES = ResponsesClient()
+GEMINI_CLIENT = GeminiClient()
+GEMINI_ARRAYS = GeminiArrayClient()
 CLIENT_PROTOCOLS: Dict[str, ClientProtocol] = {
-    client.name: client for client in (CHAT, MESSAGES, RESPONSES, TEXTS, EMBEDDINGS)}
+    client.name: client for client in (CHAT, MESSAGES, RESPONSES, TEXTS, EMBEDDINGS, GEMINI_CLIENT)}
 
 
 # ======================================================================================================================
@@ -5920,11 +6527,6 @@ def gemini_name(model_id: str) -> str:
     return model_id if model_id.startswith("tunedModels/") else "models/" + bare_id(model_id)
 
 
-def gemini_url(model: Model, method: str) -> str:
-    """Where a method of the model is."""
-    return join_url(model.base_url, "/" + urllib.parse.quote(gemini_name(model.id), safe="/@:") + method)
-
-
 def gemini_major(model_id: str) -> Optional[int]:
     """3 for gemini-3.1-pro and gemini-live-3-x; None for what has no number, or is not Gemini."""
     match = re.match(r"gemini(?:-live)?-(\d+)", bare_id(model_id))
@@ -5962,6 +6564,7 @@ class GoogleGenerativeAI(UpstreamProtocol):
     Compat flag `legacyParameters`: tools are declared in the older, strict schema dialect."""
 
     name = "google-generative-ai"
+    knows_ids = True                        # of calls, also where a model is given none
 
     def carries(self, model: Model) -> FrozenSet[str]:
         """What generationConfig has a field for; reasoning unless the model is known not to, or not known to."""
@@ -5985,8 +6588,12 @@ class GoogleGenerativeAI(UpstreamProtocol):
 
     def build(self, request: Request, model: Model, credential: Credential) -> Call:
         """See `UpstreamProtocol.build`."""
-        url = gemini_url(model, self.method(request))
-        return Call("POST", url, self.headers(model, credential), dumps(self.body(request, model)).encode("ascii"))
+        return Call("POST", self.url(self.method(request), model, credential), self.headers(model, credential),
+                    dumps(self.body(request, model)).encode("ascii"))
+
+    def url(self, method: str, model: Model, credential: Credential) -> str:
+        """Where a method of the model is."""
+        return join_url(model.base_url, "/" + urllib.parse.quote(gemini_name(model.id), safe="/@:") + method)
 
     def method(self, request: Request) -> str:
         """The end of the URL. Without alt=sse a stream would be a JSON array that comes bit by bit."""
@@ -6132,8 +6739,12 @@ class GoogleGenerativeAI(UpstreamProtocol):
         return GeminiReader(self.name, stamp)
 
     def parse_error(self, status: int, headers: Mapping[str, str], body: bytes, now: float) -> GatewayError:
-        """See `UpstreamProtocol.parse_error`."""
-        return google_error(status, headers, body, now)
+        """See `UpstreamProtocol.parse_error`. The body is kept for Gemini clients, which act on its details, unless it
+        is about our key."""
+        error = google_error(status, headers, body, now)
+        if not isinstance(error, CredentialRefused) and isinstance(error_object(body), dict):
+            error.provider_reply = ProviderReply(status, headers.get("content-type", "application/json"), body)
+        return error
 
 
 def _may_join(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
@@ -6208,6 +6819,14 @@ _BARE_JSON = re.compile(rb"^[ \t]*[\[{]", re.MULTILINE)
 _EVENT_LINE = re.compile(rb"(?:data|event|id|retry)?:|\s*\Z")
 
 
+def bare_json(before: bytes, block: bytes) -> bytes:
+    """What of a JSON body has come among the events, with this block of them."""
+    if not before and not _BARE_JSON.search(block):
+        return before
+    lines = [line for line in block.splitlines() if not _EVENT_LINE.match(line)]
+    return (before + b"\n".join(lines))[:MAX_ERROR_BYTES]
+
+
 class GeminiReader(Reader):
     """GenerateContentResponse chunks → events. `maker` names the protocol that signed thinking goes back to.
 
@@ -6229,9 +6848,7 @@ class GeminiReader(Reader):
 
     def _read(self, block: bytes) -> Iterator[Event]:
         yield from super()._read(block)
-        if self._bare or _BARE_JSON.search(block):
-            lines = [line for line in block.splitlines() if not _EVENT_LINE.match(line)]
-            self._bare = (self._bare + b"\n".join(lines))[:MAX_ERROR_BYTES]
+        self._bare = bare_json(self._bare, block)
 
     def on_event(self, name: str, text: str) -> Iterator[Event]:
         """One chunk. [DONE] comes from hosts that mix up protocols."""
@@ -6847,6 +7464,7 @@ class GoogleVertex(GoogleGenerativeAI):
     """Gemini and Claude on Vertex AI. `Credential.parts`: project, location, quota_project."""
 
     name = "google-vertex"
+    knows_ids = False
 
     def carries(self, model: Model) -> FrozenSet[str]:
         """By the model's own protocol."""
@@ -6862,17 +7480,19 @@ class GoogleVertex(GoogleGenerativeAI):
 
     def build(self, request: Request, model: Model, credential: Credential) -> Call:
         """See `UpstreamProtocol.build`."""
-        if hosts_claude(model):
-            return self._build_claude(request, model, credential)
-        body = dumps(self.body(request, model)).encode("ascii")
-        return Call("POST", vertex_url(model, credential, self.method(request)), self.headers(model, credential), body)
+        build = self._build_claude if hosts_claude(model) else super().build
+        return build(request, model, credential)
+
+    def url(self, method: str, model: Model, credential: Credential) -> str:
+        """The URL of a model's method."""
+        return vertex_url(model, credential, method)
 
     def _build_claude(self, request: Request, model: Model, credential: Credential) -> Call:
         """The Messages body, with the model in the URL and the version in the body."""
         body = json.loads(CLAUDE_ON_VERTEX.build(request, model, Credential()).body)
         del body["model"]
         method = ":streamRawPredict" if request.stream else ":rawPredict"
-        return Call("POST", vertex_url(model, credential, method), self.headers(model, credential),
+        return Call("POST", self.url(method, model, credential), self.headers(model, credential),
                     dumps({"anthropic_version": VERTEX_ANTHROPIC, **body}).encode("ascii"))
 
     def headers(self, model: Model, credential: Credential) -> Dict[str, str]:
@@ -8103,7 +8723,8 @@ class GeminiEmbedder(MistralEmbedder):
                  for text in texts_or_tokens(request.data, "input")]
         method, body = ((":embedContent", asked[0]) if isinstance(given, str) else
                         (":batchEmbedContents", {"requests": asked}))
-        return Call("POST", gemini_url(model, method), upstream.headers(model, credential), dumps(body).encode("ascii"))
+        return Call("POST", upstream.url(method, model, credential), upstream.headers(model, credential),
+                    dumps(body).encode("ascii"))
 
     def read(self, data: Dict[str, Any]) -> Dict[str, Any]:
         """See `Embedder.read`."""
@@ -8219,7 +8840,8 @@ class TranslatedLane(Lane):
         self._writer = self.client.writer(self.request, self.stamp)
         self._events: List[Event] = []
         # Where servers see to it that arguments are sound, a client that streams may have them as they grow.
-        holds_calls = self.client.wants_objects and (self.upstream.is_lax or not self.request.stream)
+        grows = self.request.stream and self.client.streams_arguments and not self.upstream.is_lax
+        holds_calls = self.client.wants_objects and not grows
         self._sound = SoundCalls() if holds_calls else None
 
     def call(self, credential: Credential) -> Tuple[Call, List[str]]:
@@ -8519,11 +9141,12 @@ class CountLane(AnthropicLane):
         return body
 
 
-def restore_model(text: str, provider_name: Any, client_name: str) -> str:
-    """The event's JSON text with the model named as the client named it."""
+def restore_model(text: str, provider_name: Any, client_name: str, name: str = "model") -> str:
+    """The event's JSON text with the model, in the field `name`, named as the client named it."""
     if not isinstance(provider_name, str) or provider_name == client_name:
         return text
-    pattern = r'("model"\s*:\s*)(?:' + "|".join(re.escape(encode(provider_name)) for encode in (dumps, json_text)) + ")"
+    spellings = "|".join(re.escape(encode(provider_name)) for encode in (dumps, json_text))
+    pattern = rf'("{name}"\s*:\s*)(?:{spellings})'
     return re.sub(pattern, lambda match: match.group(1) + dumps(client_name), text, count=1)
 
 
@@ -9041,20 +9664,195 @@ class ResponsesLane(NativeLane):
         return splice_model(body, data, self.request.model)
 
 
+# As line ends inside a JSON text, these break clients that split lines the Unicode way.
+_LINE_MARKS = {ord(mark): f"\\u{ord(mark):04x}" for mark in "\u0085\u2028\u2029"}
+_LINE_MARKS[ord("\n")] = " "
+
+
+class GeminiLane(NativeLane):
+    """Gemini to Gemini: the client's own bytes, and every chunk's as they came; only the model's name is put back."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._answered = False
+        self._bare = b""
+
+    def call(self, credential: Credential) -> Tuple[Call, List[str]]:
+        """The client's own bytes, unless the conversation holds signatures or calls that this model did not make, or
+        the model's name demands a level of thinking."""
+        request, model = self.request, self.model
+        is_mixed = bool(request.foreign) or any(self._is_strange(part) for message in request.messages
+                                                for part in message.parts)
+        body = dumps(self._edited(request.data, is_mixed)).encode("ascii") if is_mixed or model.level else request.body
+        url = self.upstream.url(self._method(), model, credential)
+        return Call("POST", url, self.upstream.headers(model, credential), body), []
+
+    def _method(self) -> str:
+        return str(self.upstream.method(self.request))
+
+    def _is_strange(self, part: Part) -> bool:
+        """Whether the model would not take the part as the client has it: another's signature, or one that is in a
+        seal; a call without a signature, or with an id, for a model that does not have that."""
+        if isinstance(part, ToolCall) and (
+                self._strips_ids() or not part.signature and checks_signatures(self.model.id)):
+            return True
+        return isinstance(part, (Thinking, ToolCall)) and bool(part.signature) and not (
+            part.maker == self.upstream.name == GEMINI_CLIENT.name)
+
+    def _strips_ids(self) -> bool:
+        return not (self.upstream.knows_ids or sends_call_ids(self.model.id))
+
+    def _edited(self, data: Mapping[str, Any], is_mixed: bool) -> Dict[str, Any]:
+        data = {name: value for name, value in data.items() if name not in ("model", "stream")}
+        if is_mixed:
+            data["contents"] = [self._without_foreign(content) for content in one_or_more(data["contents"])]
+            if checks_signatures(self.model.id):
+                mark_unsigned(data["contents"])
+        if self.model.level:
+            thinking, _ = self.upstream.thinking(self.request, self.model)
+            if not shows_thoughts(self.request):
+                thinking = {name: value for name, value in (thinking or {}).items() if name != "includeThoughts"}
+            data["generationConfig"] = {**as_dict(data.get("generationConfig")), "thinkingConfig": thinking}
+        return data
+
+    def _without_foreign(self, content: Dict[str, Any]) -> Dict[str, Any]:
+        parts = [self._own_part(part) for part in one_or_more(content.get("parts")) or ()]
+        if self._strips_ids():
+            parts = [without_call_id(part) for part in parts]
+        return {"role": "user", **content, "parts": [part for part in parts if part] or [{"text": GEMINI_OPENING}]}
+
+    def _own_part(self, part: Dict[str, Any]) -> Dict[str, Any]:
+        """The part with its signature if that is this model's own; {} for a thought that another made."""
+        if part.get("thoughtSignature") in (None, GEMINI_SENTINEL):
+            return part
+        _, (signature, maker, _) = GEMINI_CLIENT.read_seal(part, "")
+        if signature and maker == self.upstream.name and signature not in self.request.foreign:
+            return part if maker == GEMINI_CLIENT.name else {**part, "thoughtSignature": signature}
+        if part.get("thought") or part.get("text") == "":
+            return {}
+        return {name: value for name, value in part.items() if name != "thoughtSignature"}
+
+    def _relay(self, block: bytes) -> bytes:
+        self._bare = bare_json(self._bare, block)
+        return super()._relay(block)
+
+    def _ended(self) -> bytes:
+        if self._bare:
+            return self.fail(google_error(0, {}, self._bare, 0.0))
+        if not self.stop_reason:
+            return super()._ended()
+        if self.stop_reason == "STOP" and not self._answered:
+            return self.fail(EmptyAnswer("the provider's answer is empty"))
+        self.started = self.finished = True
+        return b""
+
+    def relay_event(self, name: str, text: str) -> bytes:
+        """See `NativeLane.relay_event`."""
+        if text.strip() == "[DONE]":            # comes from hosts that mix up protocols
+            return b""
+        text = self._read_along(text, loads(text)).translate(_LINE_MARKS)
+        return f"data: {text}\n\n".encode("utf-8")
+
+    def relay_whole(self, body: bytes, data: Dict[str, Any]) -> bytes:
+        """See `NativeLane.relay_whole`."""
+        if data.get("candidates") is None and data.get("promptFeedback") is None and not data.get("error"):
+            raise UpstreamProtocolError("the provider's answer has no candidates")
+        text = self._read_along(body.decode("utf-8-sig"), data)
+        if self.stop_reason == "STOP" and not self._answered:
+            raise EmptyAnswer("the provider's answer is empty")
+        self.started = self.finished = True
+        return text.encode("utf-8")
+
+    def _read_along(self, text: str, chunk: Any) -> str:
+        """A chunk's text for the client; usage, signatures and the end are noted. Vertex AI's signatures are sealed:
+        bare ones are the Gemini API's."""
+        if not isinstance(chunk, dict):
+            raise UpstreamProtocolError("the provider sent an event that is not an object")
+        if chunk.get("error"):
+            raise google_error(0, {}, text.encode("utf-8"), 0.0)
+        if isinstance(chunk.get("usageMetadata"), dict):
+            self.usage = read_gemini_usage(chunk["usageMetadata"])
+        for candidate in chunk.get("candidates") or ():
+            parts = as_dict(candidate.get("content")).get("parts") or ()
+            if any([self._read_part(part) for part in parts]):
+                text = dumps(chunk)
+            self.stop_reason = candidate.get("finishReason") or self.stop_reason
+        blocked = as_dict(chunk.get("promptFeedback")).get("blockReason")
+        self.stop_reason = self.stop_reason or blocked or ""
+        if not isinstance(self.stop_reason, str):
+            raise UpstreamProtocolError("the provider sent a finish reason that is no text")
+        return restore_model(text, chunk.get("modelVersion"), self.request.model, "modelVersion")
+
+    def _read_part(self, part: Dict[str, Any]) -> bool:
+        """Notes what a part has; whether that changed it."""
+        says = any(value not in (None, "") for name, value in part.items()
+                   if name not in ("thought", "thoughtSignature"))
+        self.started = self.started or says
+        self._answered = self._answered or says and not part.get("thought")
+        signature = read_signature(part.get("thoughtSignature"))
+        if not signature:
+            return False
+        self.issued.append(signature)
+        if self.upstream.name == GEMINI_CLIENT.name:
+            return False
+        part["thoughtSignature"] = gemini_seal(Thinking("", signature, False, self.upstream.name, self.origin))
+        return True
+
+
+def without_call_id(part: Dict[str, Any]) -> Dict[str, Any]:
+    """A Gemini part whose call or result has no id."""
+    return {name: {key: inner for key, inner in value.items() if key != "id"}
+            if name in ("functionCall", "functionResponse") else value for name, value in part.items()}
+
+
+class GeminiCountLane(GeminiLane):
+    """countTokens at a provider that has it."""
+
+    def _method(self) -> str:
+        return ":countTokens"
+
+    def _edited(self, data: Mapping[str, Any], is_mixed: bool) -> Dict[str, Any]:
+        return super()._edited(data, is_mixed and bool(data.get("contents")))
+
+    def call(self, credential: Credential) -> Tuple[Call, List[str]]:
+        """See `Lane.call`; a request in a wrapper names its model again."""
+        call, dropped = super().call(credential)
+        inner = self.request.data.get("generateContentRequest")
+        if isinstance(inner, dict):
+            inner = {**self._edited(inner, True), "model": "models/" + bare_id(self.model.id)}
+            call = call._replace(body=dumps({"generateContentRequest": inner}).encode("ascii"))
+        return call, dropped
+
+    def relay_whole(self, body: bytes, data: Dict[str, Any]) -> bytes:
+        """See `NativeLane.relay_whole`."""
+        if not isinstance(data.get("totalTokens"), int):
+            raise UpstreamProtocolError("the provider's answer has no totalTokens")
+        self.started = self.finished = True
+        return body
+
+
 NATIVE_LANES: Dict[Tuple[str, str], Type[NativeLane]] = {
     (OpenAIChat.name, OpenAICompletions.name): ChatLane,
     (OpenAITexts.name, OpenAICompletions.name): TextLane, (OpenAITexts.name, OpenAIResponses.name): TextLane,
     (OpenAITexts.name, AzureResponses.name): TextLane,
     (AnthropicClient.name, AnthropicMessages.name): AnthropicLane,
-    **{(ResponsesClient.name, kind.name): ResponsesLane for kind in (OpenAIResponses, AzureResponses, CodexResponses)}}
+    **{(ResponsesClient.name, kind.name): ResponsesLane for kind in (OpenAIResponses, AzureResponses, CodexResponses)},
+    **{(GeminiClient.name, kind.name): GeminiLane for kind in (GoogleGenerativeAI, GoogleVertex)}}
+COUNT_LANES: Dict[Tuple[str, str], Type[NativeLane]] = {
+    (AnthropicClient.name, AnthropicMessages.name): CountLane,
+    **{(GeminiClient.name, kind.name): GeminiCountLane for kind in (GoogleGenerativeAI, GoogleVertex)}}
 # Client protocols whose requests are no conversation, so that there is nothing to translate.
 OWN_LANES: Dict[str, Type[Lane]] = {OpenAIEmbeddings.name: EmbeddingLane}
 
 
-def choose_lane(client: ClientProtocol, upstream: UpstreamProtocol, request: Request) -> Type[Lane]:
+def choose_lane(client: ClientProtocol, upstream: UpstreamProtocol, request: Request, model: Optional[Model] = None,
+                ) -> Type[Lane]:
     """Native when both sides speak the same protocol. A chat conversation that every provider would refuse as it is
-    (calls and results that do not pair up, images in tool messages) is translated all the same."""
-    lane = NATIVE_LANES.get((client.name, upstream.name), OWN_LANES.get(client.name, TranslatedLane))
+    (calls and results that do not pair up, images in tool messages) is translated all the same, and so is what goes to
+    the Claude models at Google."""
+    lane: Type[Lane] = NATIVE_LANES.get((client.name, upstream.name), OWN_LANES.get(client.name, TranslatedLane))
+    if issubclass(lane, GeminiLane) and model is not None and hosts_claude(model):
+        return TranslatedLane
     if lane is not ChatLane:
         return lane
     has_tool_image = any(isinstance(part, (Image, Document)) for message in request.messages if message.role == "tool"
@@ -12665,6 +13463,7 @@ class Exchange:
     responder: HttpResponder
     query: str = ""
     size: int = 0                               # of the body, in bytes
+    named: Mapping[str, Any] = field(default_factory=dict)      # fields of the request that its path holds
     is_last: bool = True                        # no other model stands behind this one
     account: str = ""                           # which one was called, as a hash
     answer_headers: Dict[str, str] = field(default_factory=dict)
@@ -12836,7 +13635,7 @@ class Gateway:
 
     def complete(self, exchange: Exchange, body: bytes) -> None:
         """Answers a completion request. Raises `GatewayError` while nothing has been sent, or `ClientGone`."""
-        data = self._with_model(parse_json_object(body))
+        data = self._with_model({**parse_json_object(body), **exchange.named})
         request = replace(exchange.client.parse(data), body=body, headers=exchange.headers, query=exchange.query,
                           session=session_of(exchange.headers, data))
         exchange.log["stream"], exchange.asked = request.stream, request.model
@@ -12892,9 +13691,10 @@ class Gateway:
             refuse([(request.images[0], f"{model.full_id} does not take images")])
         request = self._own_seals(request, origin_of(model, credential))
         upstream = UPSTREAM_PROTOCOLS[model.protocol]
-        if (exchange.client.name, upstream.name) not in NATIVE_LANES:
+        lane_type = choose_lane(exchange.client, upstream, request, model)
+        if not issubclass(lane_type, NativeLane):
             request = with_bytes(request, lambda part: upstream.needs_bytes(part, model), self.media.fetch)
-        lane = choose_lane(exchange.client, upstream, request)(exchange.client, upstream, request, model, exchange.stamp)
+        lane = lane_type(exchange.client, upstream, request, model, exchange.stamp)
         self._run(lane, credential, exchange)
 
     def _own_seals(self, request: Request, origin: str) -> Request:
@@ -12909,23 +13709,25 @@ class Gateway:
         return without_seals(request, is_foreign)
 
     def count_tokens(self, exchange: Exchange, body: bytes) -> None:
-        """Answers Anthropic's count_tokens: from the provider where it has that, else with an estimate."""
-        data = self._with_model(parse_json_object(body))
-        request = replace(MESSAGES.parse_prompt(data), body=body, headers=exchange.headers, query=exchange.query,
+        """Answers a request to count tokens: from the provider where it speaks the same protocol, else by a guess."""
+        client = exchange.client
+        data = self._with_model({**parse_json_object(body), **exchange.named})
+        request = replace(client.parse_prompt(data), body=body, headers=exchange.headers, query=exchange.query,
                           stream=False)
         model, credential = self._resolve(request, exchange)
         if credential.is_passed:
             request = passed_request(request, self.config.api_key)
         request = self._own_seals(request, origin_of(model, credential))
-        if model.protocol == AnthropicMessages.name:
-            lane = CountLane(exchange.client, UPSTREAM_PROTOCOLS[model.protocol], request, model, exchange.stamp)
+        lane_type = COUNT_LANES.get((client.name, model.protocol))
+        if lane_type and (client is MESSAGES or not hosts_claude(model)):
+            lane = lane_type(client, UPSTREAM_PROTOCOLS[model.protocol], request, model, exchange.stamp)
             try:
                 self._run(lane, credential, exchange)
                 return
             except (ModelNotFound, UpstreamError):
-                exchange.log.pop("error", None)     # a host that speaks Messages need not count
+                exchange.log.pop("error", None)     # a host that speaks a protocol need not count
                 self.uncounted.add(model.full_id)
-        self._send_count(model, exchange, {"input_tokens": self.meter.estimate(model.full_id, request)})
+        self._send_count(model, exchange, {client.count_field: self.meter.estimate(model.full_id, request)})
 
     def count_input(self, exchange: Exchange, body: bytes) -> None:
         """Answers OpenAI's input_tokens with an estimate."""
@@ -13207,7 +14009,9 @@ class Gateway:
 
     def _begin(self, exchange: Exchange) -> None:
         if not exchange.responder.has_begun:
-            exchange.responder.begin(200, {**exchange.answer_headers, **STREAM_HEADERS})
+            client = exchange.client
+            exchange.responder.begin(200, {**exchange.answer_headers, "content-type": client.stream_type,
+                                           **STREAM_HEADERS}, client.repack() if client.repack else None)
 
     def _carry(self, lane: Lane, response: Response, is_stream: bool, exchange: Exchange) -> None:
         """Brings the answer to the client, streamed as it comes or whole at its end."""
@@ -13310,8 +14114,7 @@ def passed_credential(exchange: Exchange, provider: Provider, model: Model, own_
                        code="no_credentials", param="model")
 
 
-STREAM_HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache, no-transform",
-                  "x-accel-buffering": "no"}
+STREAM_HEADERS = {"cache-control": "no-cache, no-transform", "x-accel-buffering": "no"}
 
 
 def session_of(headers: Mapping[str, str], data: Mapping[str, Any]) -> str:
@@ -13723,18 +14526,22 @@ def answer_fields(done: Exchanged, hidden: Sequence[str]) -> Dict[str, Any]:
     if capture.size > LOGGED_BYTES:
         return {"cut": True, "body": hide_body(data, hidden)}
     if done.facts.get("stream") and not done.has_failed:
-        with contextlib.suppress(GatewayError):
+        with contextlib.suppress(GatewayError, ValueError):
             return {"reassembled": True, "body": hide_secrets(reassembled(done, data), hidden)}
     return {"body": hide_body(data, hidden)}
 
 
 def reassembled(done: Exchanged, data: bytes) -> Dict[str, Any]:
     """What the client would have got, had it not asked for a stream. Raises `GatewayError`."""
-    upstream = UPSTREAM_PROTOCOLS[AnthropicMessages.name if done.client is MESSAGES else OpenAICompletions.name]
+    upstream = UPSTREAM_PROTOCOLS[done.client.name if done.client in (MESSAGES, GEMINI_CLIENT, GEMINI_ARRAYS) else
+                                  OpenAICompletions.name]
     model = Model(done.asked, "", upstream.name, "")
     reader = Settled(upstream.reader(model, done.stamp))
+    if done.client.repack:
+        data = b"".join(sse(chunk) for chunk in loads(data.decode("utf-8")))
     reply = replace(collect([*reader.feed(data), *reader.end()]), usage=done.usage)     # few clients are sent it
-    return done.client.render(Request(done.asked, ()), reply, done.stamp)
+    shows_all = {"generationConfig": {"thinkingConfig": {"includeThoughts": True}}}     # what was sent, was asked for
+    return done.client.render(Request(done.asked, (), data=shows_all), reply, done.stamp)
 
 
 # ======================================================================================================================
@@ -13761,7 +14568,8 @@ _LOCAL_ORIGIN = re.compile(r"(?:https?://(?:localhost|127\.0\.0\.1|\[::1\])(?::\
                            r"(?:app|tauri|vscode-webview|vscode-file|capacitor|file|electron|obsidian)://[^\s,]*)")
 _CORS_HEADERS = {"access-control-allow-methods": "GET, POST, HEAD, OPTIONS", "access-control-max-age": "600",
                  "access-control-allow-headers": "authorization, content-type, accept, openai-beta, x-api-key, "
-                 "x-goog-api-key, anthropic-version, anthropic-beta, anthropic-dangerous-direct-browser-access, "
+                 "x-goog-api-key, x-goog-api-client, anthropic-version, anthropic-beta, "
+                 "anthropic-dangerous-direct-browser-access, "
                  "x-pigateway-strict, x-stainless-arch, x-stainless-async, x-stainless-helper-method, x-stainless-lang, "
                  "x-stainless-os, x-stainless-package-version, x-stainless-retry-count, x-stainless-runtime, "
                  "x-stainless-runtime-version, x-stainless-timeout"}
@@ -13809,6 +14617,7 @@ class HttpResponder:
         self._common = common
         self._heartbeat_s = heartbeat_s
         self._pending_head: Optional[bytes] = None
+        self._repack: Optional[JsonArray] = None
         self.keep_alive = (head is not None and self._chunked
                            and "close" not in head.headers.get("connection", "").lower())
         self.status = 0
@@ -13840,8 +14649,9 @@ class HttpResponder:
         head = self._head(status, {**headers, "content-length": str(len(body))} if status != 204 else headers)
         self._send(head if self._is_head or status == 204 else head + body)
 
-    def begin(self, status: int, headers: Mapping[str, str]) -> None:
+    def begin(self, status: int, headers: Mapping[str, str], repack: Optional[JsonArray] = None) -> None:
         """The head of a streamed answer; it goes out with the first `write`."""
+        self._repack = repack
         if self._chunked:
             headers = {**headers, "transfer-encoding": "chunked"}
         else:
@@ -13859,6 +14669,9 @@ class HttpResponder:
             return
         if self._scope:
             self._scope.put_off_beat()
+        self._write(self._repack.write(data) if self._repack else data)
+
+    def _write(self, data: bytes) -> None:
         if self.capture:
             self.capture.add(data)
         head, self._pending_head = self._pending_head or b"", None
@@ -13866,6 +14679,8 @@ class HttpResponder:
 
     def finish(self, is_complete: bool) -> None:
         """The end of a streamed answer. After a failure the connection is closed as well, for clients that only notice that."""
+        if self._repack:
+            self._write(self._repack.end())
         head, self._pending_head = self._pending_head or b"", None
         self.keep_alive = self.keep_alive and is_complete
         if head or self._chunked:
@@ -14005,9 +14820,12 @@ class Handler(socketserver.BaseRequestHandler):
         server, started = self.server, time.monotonic()
         self._has_unread_body = body_length(head.headers) not in (0, -1)
         client = client_protocol(head)
+        if client.name == GeminiClient.name:
+            head = with_query_key(head)
         common = {**self._common(stamp), **server.cors(head.headers.get("origin"))}
         responder = HttpResponder(self.request, head, common, server.config.heartbeat_interval_ms / 1000)
-        exchange = Exchange(client, stamp, head.headers, responder, head.target.partition("?")[2])
+        exchange = Exchange(client, stamp, head.headers, responder, head.target.partition("?")[2],
+                            named=path_fields(head))
         try:
             self._dispatch(head, exchange)
         except (ClientGone, ConnectionError):
@@ -14092,8 +14910,7 @@ class Handler(socketserver.BaseRequestHandler):
         server.check_origin(head)
         server.check_key(head)
         shown = redact(head.target.partition("?")[0])[:200]
-        folder = next((path for path in ("/models/*", "/responses/*") if head.path.startswith(path[:-1])), "")
-        route = ROUTES.get(head.path) or ROUTES.get(folder)
+        route = ROUTES.get(route_name(head.path))
         if route is None:
             raise route_not_found(head.path, f"{head.method} {shown}")
         method = "GET" if head.method == "HEAD" else head.method
@@ -14134,6 +14951,8 @@ class Handler(socketserver.BaseRequestHandler):
         models, created = self.server.gateway.listed(wants_claude(head)), self.server.started_at
         if exchange.client is MESSAGES:
             answer = anthropic_model_page(models, created, head.query)
+        elif exchange.client is GEMINI_CLIENT:
+            answer = gemini_model_page(models, created, head.query)
         else:
             answer = {"object": "list", "data": [openai_model(model, created) for model in models]}
             if "client_version" in head.query:
@@ -14143,13 +14962,14 @@ class Handler(socketserver.BaseRequestHandler):
         self._send_json(exchange, answer)
 
     def _model(self, head: Head, exchange: Exchange, body: bytes) -> None:
-        name = head.path[len("/models/"):]
+        match = MODEL_PATH.fullmatch(head.path)
+        name = match["model"] if match else ""
         gateway = self.server.gateway
         listed = {model.listed_id: model for model in gateway.listed(name.startswith(CLAUDE_ALIAS))}
         model = listed.get(name) or gateway.catalogue.resolve(name, gateway.is_usable)
         if not gateway.is_usable(gateway.catalogue.providers[model.provider]):
             raise ModelNotFound(f'no model "{name[:200]}" here; GET /v1/models lists what there is', param="model")
-        shape = anthropic_model if exchange.client is MESSAGES else openai_model
+        shape = MODEL_SHAPES.get(exchange.client.name, openai_model)
         self._send_json(exchange, shape(model, self.server.started_at))
 
     def _healthz(self, head: Head, exchange: Exchange, body: bytes) -> None:
@@ -14187,6 +15007,9 @@ ROUTES: Dict[str, Dict[str, Callable[[Handler, Head, Exchange, bytes], None]]] =
     "/responses/*": {"GET": Handler._not_kept, "DELETE": Handler._not_kept, "POST": Handler._not_kept},
     "/models": {"GET": Handler._models},
     "/models/*": {"GET": Handler._model},
+    "/models/*:generateContent": {"POST": Handler._complete},
+    "/models/*:streamGenerateContent": {"POST": Handler._complete},
+    "/models/*:countTokens": {"POST": Handler._count_tokens},
     "/status": {"GET": Handler._status},
     "/healthz": {"GET": Handler._healthz},
     "/api/hello": {"GET": Handler._health},     # Claude Code looks whether somebody is there
@@ -14217,14 +15040,55 @@ CLIENT_BY_PATH: Dict[str, ClientProtocol] = {"/completions": TEXTS, "/embeddings
 UNSERVED = (Handler._no_socket, Handler._not_kept)      # paths that are there to say what is not
 
 
+# Gemini's clients put a version of their own before it, or Vertex AI's project and publisher, and `models/` twice.
+MODEL_PATH = re.compile(r"(?:/v1(?:beta1?|alpha))?(?:/projects/[^/]+/locations/[^/]+)?(?:/publishers/[^/]+)?/models"
+                        r"(?:/(?:models/)?(?P<model>.+?)(?::(?P<method>generateContent|streamGenerateContent|"
+                        r"countTokens))?)?", re.DOTALL)
+
+
+def route_name(path: str) -> str:
+    """The key of `ROUTES` under which a path would be."""
+    match = MODEL_PATH.fullmatch(path)
+    if path not in ROUTES and path.startswith("/responses/"):
+        return "/responses/*"
+    if path in ROUTES or not match:
+        return path
+    return "/models" + ("/*" if match["model"] else "") + (f":{match['method']}" if match["method"] else "")
+
+
+def path_fields(head: Head) -> Dict[str, Any]:
+    """The fields of a request that Gemini's clients write into its path."""
+    match = MODEL_PATH.fullmatch(head.path)
+    if not match or not match["method"]:
+        return {}
+    return {"model": match["model"], "stream": match["method"] == "streamGenerateContent"}
+
+
+def is_gemini(head: Head) -> bool:
+    """Whether a client speaks Gemini's dialect: only the paths of the model list are not its own."""
+    if head.path.startswith(("/v1beta", "/v1alpha", "/projects/", "/publishers/")) or path_fields(head):
+        return True
+    return (head.path.startswith("/models") and "anthropic-version" not in head.headers
+            and ("x-goog-api-key" in head.headers or "key" in head.query))
+
+
+def with_query_key(head: Head) -> Head:
+    """The head with the key of its query as a header, where every key is looked for."""
+    if "key" not in head.query or "x-goog-api-key" in head.headers:
+        return head
+    return head._replace(headers={**head.headers, "x-goog-api-key": head.query["key"]})
+
+
 def client_protocol(head: Head) -> ClientProtocol:
-    """The dialect in which this client is answered: by path, and where both dialects share one, by its headers."""
+    """The dialect in which this client is answered: by path, and where dialects share one, by its headers."""
     if head.path in CLIENT_BY_PATH:
         return CLIENT_BY_PATH[head.path]
     if head.path.startswith("/messages"):
         return MESSAGES
     if head.path.startswith("/responses"):
         return RESPONSES
+    if is_gemini(head):
+        return GEMINI_CLIENT if head.query.get("alt") == "sse" or not path_fields(head).get("stream") else GEMINI_ARRAYS
     if head.path.startswith("/models"):
         headers = head.headers
         agent = headers.get("user-agent", "").lower()
@@ -14273,6 +15137,29 @@ def anthropic_model_page(models: Sequence[Model], created: float, query: Mapping
             "first_id": page[0].listed_id if page else None, "last_id": page[-1].listed_id if page else None}
 
 
+def gemini_model(model: Model, created: float) -> Dict[str, Any]:
+    """A model in Gemini's shape, with its limits in tokens where they are known."""
+    return {"name": "models/" + model.listed_id, "baseModelId": model.listed_id, "version": "001",
+            "displayName": model.name or model.listed_id, "description": f"{model.id} at {model.provider}",
+            **present(inputTokenLimit=model.context_window or None, outputTokenLimit=model.max_tokens or None),
+            "supportedGenerationMethods": ["generateContent", "streamGenerateContent", "countTokens"],
+            **present(thinking=model.reasoning)}
+
+
+def gemini_model_page(models: Sequence[Model], created: float, query: Mapping[str, str]) -> Dict[str, Any]:
+    """A page of models by Gemini's `pageSize` and `pageToken`, which is the place of the page's first model."""
+    size, token = (query.get(name) or query.get(other) or fallback for name, other, fallback in (
+        ("pageSize", "page_size", "50"), ("pageToken", "page_token", "0")))
+    for name, text, what in (("pageSize", size, "a number"), ("pageToken", token, "a token of this list")):
+        if not re.fullmatch(r"[0-9]{1,9}", text):
+            raise BadRequest(f"{name}: must be {what}", param=name)
+    first, last = int(token), int(token) + min(max(int(size), 1), 1000)
+    return {"models": [gemini_model(model, created) for model in models[first:last]],
+            **present(nextPageToken=str(last) if last < len(models) else None)}
+
+
+MODEL_SHAPES: Dict[str, Callable[[Model, float], Dict[str, Any]]] = {
+    AnthropicClient.name: anthropic_model, GeminiClient.name: gemini_model}
 LARGE_BODY_BYTES = 256 * KIB
 TRIM_S, REAP_S = 0.25, 5.0
 

@@ -98,6 +98,7 @@ import time
 import types
 import urllib.parse
 import urllib.request
+import warnings
 import zlib
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -113,7 +114,7 @@ MODULE = os.path.join(HERE, "pigateway.py")
 # ======================================================================================================================
 
 STAMP = pg.Stamp("0123456789abcdef01234567", 1760000000)
-CHAT, MESSAGES, RESPONSES_CLIENT = pg.CHAT, pg.MESSAGES, pg.RESPONSES
+CHAT, MESSAGES, RESPONSES_CLIENT, GEMINI_CLIENT = pg.CHAT, pg.MESSAGES, pg.RESPONSES, pg.GEMINI_CLIENT
 COMPLETIONS = pg.UPSTREAM_PROTOCOLS["openai-completions"]
 ANTHROPIC = pg.UPSTREAM_PROTOCOLS["anthropic-messages"]
 
@@ -159,6 +160,11 @@ def messages_request(**fields: Any) -> pg.Request:
 def responses_request(**fields: Any) -> pg.Request:
     """A parsed Responses request with one user message unless told otherwise."""
     return RESPONSES_CLIENT.parse({"model": "p/m1", "input": "Hi", **fields})
+
+
+def gemini_client_request(**fields: Any) -> pg.Request:
+    """A parsed Gemini request with one user turn unless told otherwise."""
+    return GEMINI_CLIENT.parse({"model": "p/m1", "contents": [{"role": "user", "parts": [{"text": "Hi"}]}], **fields})
 
 
 def built(request: pg.Request, target: pg.Model, client: Any = CHAT) -> Tuple[Dict[str, Any], List[str]]:
@@ -1668,6 +1674,36 @@ RESPONSES_SEED: Dict[str, Any] = {
         {"type": "local_shell_call", "call_id": "c3", "action": {"command": ["ls"]}},
         {"type": "local_shell_call_output", "id": "c3", "output": "x"},
         {"type": "additional_tools", "role": "developer", "tools": [RNOW]}, {"type": "web_search_call", "id": "w"}]}
+GEMINI_SEED: Dict[str, Any] = {
+    "model": "p/m1", "stream": True, "system_instruction": {"parts": [{"text": "S"}]}, "labels": {"a": "b"},
+    "cachedContent": "cachedContents/1",
+    "safetySettings": [{"category": "HARM_CATEGORY_HARASSMENT", "threshold": "OFF"}],
+    "generationConfig": {
+        "temperature": 1, "topP": 0.5, "top_k": 40.0, "max_output_tokens": 5, "stopSequences": ["a"],
+        "candidateCount": 1,
+        "seed": 5, "presencePenalty": 1, "frequencyPenalty": 1, "responseMimeType": "application/json",
+        "responseSchema": {"type": "OBJECT",
+            "properties": {"a": {"type": "STRING", "nullable": True, "minLength": "1"}},
+                           "any_of": [{"type": "NUMBER"}]}, "responseModalities": ["TEXT"], "responseLogprobs": False,
+        "thinkingConfig": {"thinking_budget": 5, "includeThoughts": True, "thinkingLevel": "LOW"}, "speechConfig": {}},
+    "tools": [{"functionDeclarations": [{"name": "wx", "description": "d", "parameters": {"type": "OBJECT",
+        "properties": {
+        "c": {"type": "ARRAY", "items": {"type": "STRING", "enum": ["a"], "nullable": True}}}}},
+        {"name": "now", "parameters_json_schema": {"type": "object"}, "response": {}}]}, {"google_search": {}}],
+    "toolConfig": {"functionCallingConfig": {"mode": "ANY", "allowedFunctionNames": ["wx"]}, "retrievalConfig": {}},
+    "contents": [
+        {"role": "user", "parts": [{"text": "x"}, {"inlineData": {"mimeType": "image/png", "data": "QUJD"},
+                                                   "videoMetadata": {"fps": 1}},
+                                   {"fileData": {"fileUri": "https://h/x.png", "mimeType": "image/png"}}]},
+        {"role": "model", "parts": [
+            {"text": "t", "thought": True, "thoughtSignature": "cGlndzEuVzEwPQ=="}, {"text": "a",
+                "thoughtSignature": "QUJD"},
+            {"executableCode": {"language": "PYTHON", "code": "1"}}, {"codeExecutionResult": {"outcome": "OUTCOME_OK"}},
+            {"functionCall": {"id": "c", "name": "wx", "args": {"a": 1}}, "thought_signature": "QUJD"}]},
+        {"role": "function",
+            "parts": [{"functionResponse": {"id": "c", "name": "wx", "response": {"output": "x"}, "parts": [
+            {"inlineData": {"mime_type": "image/png", "data": "QUJD"}}], "willContinue": True}}]},
+        {"parts": {"text": "y"}}]}
 JUNK: List[Any] = [None, True, False, 0, -1, 5, 1.5, 10 ** 30, "", "x", "auto", "enabled", "function", "tool_use",
                    "data:", "\ud800",
                    [], {}, [1], ["x"], [[]], [{}], {"type": "text"}, {"type": 5}, {"type": []}, {"type": {}},
@@ -1704,7 +1740,8 @@ def mutate(body: Any, path: Tuple[Any, ...], rng: random.Random) -> Any:
 
 
 @pytest.mark.parametrize("client, seed", [(CHAT, CHAT_SEED), (MESSAGES, MESSAGES_SEED),
-                                          (RESPONSES_CLIENT, RESPONSES_SEED)], ids=["chat", "messages", "responses"])
+                                          (RESPONSES_CLIENT, RESPONSES_SEED), (GEMINI_CLIENT, GEMINI_SEED)],
+                         ids=["chat", "messages", "responses", "gemini"])
 def test_any_body_is_parsed_or_refused_with_a_reason(client: Any, seed: Dict[str, Any]) -> None:
     assert client.parse(seed)
     rng = random.Random(20261122)
@@ -1957,6 +1994,67 @@ def response_seal(part: pg.Thinking) -> str:
     return pg.seal_thinking(part) or ""
 
 
+def check_gemini_chunks(chunks: Sequence[Dict[str, Any]]) -> Read:
+    """Asserts all rules of a Gemini stream's chunks and returns what a client accumulates."""
+    error = chunks[-1].get("error")
+    if error is not None:
+        assert set(chunks[-1]) == {"error"} and set(error) == {"code", "message", "status", "details"}
+        assert isinstance(error["code"], int) and error["message"] and error["status"] in pg.GOOGLE_STATUS
+        chunks = chunks[:-1]
+    read = Read(error=error)
+    for place, chunk in enumerate(chunks):
+        is_last = error is None and place == len(chunks) - 1
+        assert set(chunk) == {"candidates", "modelVersion", "responseId"} | ({"usageMetadata"} if is_last else set())
+        assert (chunk["modelVersion"], chunk["responseId"]) == (chunks[0]["modelVersion"], chunks[0]["responseId"])
+        candidate, = chunk["candidates"]
+        assert candidate["content"]["role"] == "model" and candidate["content"]["parts"] and candidate["index"] == 0
+        assert ("finishReason" in candidate) == is_last, "the reason in the last chunk, and never before an error"
+        for part in candidate["content"]["parts"]:
+            read = read_gemini_part(read, part, is_last)
+        if is_last:
+            read = read._replace(stop=candidate["finishReason"], usage=chunk["usageMetadata"])
+            assert read.stop in pg.GEMINI_FINISH.values()
+    assert error is not None or read.stop
+    assert len({call_id for call_id, _, _ in read.calls}) == len(read.calls)
+    return read
+
+
+def read_gemini_part(read: Read, part: Dict[str, Any], is_last: bool = False) -> Read:
+    """`read` with one part more."""
+    signature = part.get("thoughtSignature")
+    if signature:                               # as Google's SDK reads it: padded base64, in either alphabet
+        base64.b64decode(signature.replace("-", "+").replace("_", "/"), validate=True)
+    if "functionCall" in part:
+        call = part["functionCall"]
+        assert set(part) <= {"functionCall", "thoughtSignature"} and isinstance(call["args"], dict)
+        found = (call["id"], call["name"], json.dumps(call["args"], separators=(",", ":")))
+        return read._replace(calls=(*read.calls, found))
+    assert set(part) <= {"text", "thought", "thoughtSignature"} and part.get("thought", True) is True
+    read = read._replace(signatures=(*read.signatures, *([signature] if signature else [])))
+    assert part["text"] or signature or is_last, "no empty part that Gemini's own clients take for a broken turn"
+    if part.get("thought"):
+        return read._replace(thinking=read.thinking + part["text"])
+    return read._replace(text=read.text + part["text"])
+
+
+def check_gemini_stream(wire: bytes) -> Read:
+    """Asserts all rules of a Gemini event stream and returns what a client accumulates."""
+    frames = check_bytes(wire).split("\n\n")[:-1]
+    assert all(frame.startswith("data: {") and "\n" not in frame for frame in frames), "no names, comments, [DONE]"
+    return check_gemini_chunks([json.loads(frame[len("data: "):]) for frame in frames])
+
+
+def read_gemini_body(body: Dict[str, Any]) -> Read:
+    """What a client reads of a whole answer."""
+    assert set(body) == {"candidates", "usageMetadata", "modelVersion", "responseId"}
+    return check_gemini_chunks([body])
+
+
+STOP_WORDS = {CHAT.name: pg.CHAT_FINISH, MESSAGES.name: pg.MESSAGES_STOP, GEMINI_CLIENT.name: pg.GEMINI_FINISH}
+USAGE_SHAPES: Dict[str, Any] = {CHAT.name: pg.chat_usage, MESSAGES.name: pg.messages_usage,
+                                GEMINI_CLIENT.name: pg.gemini_usage}
+
+
 def read_of(reply: pg.Reply, client: Any) -> Read:
     """What a client of this protocol should read of a reply."""
     def arguments(part: pg.ToolCall) -> str:
@@ -1970,20 +2068,21 @@ def read_of(reply: pg.Reply, client: Any) -> Read:
                     tuple((pg.fit_id(part.id, 64), part.name, arguments(part)) for part in reply.parts
                           if isinstance(part, pg.ToolCall)), stop[1] or stop[0], pg.responses_usage(reply.usage), None,
                     tuple(filter(None, map(response_seal, (part for part in thoughts if part.signature)))))
-    stops = pg.CHAT_FINISH if client is CHAT else pg.MESSAGES_STOP
-    usage = pg.chat_usage if client is CHAT else pg.messages_usage
+    stops, usage = STOP_WORDS[client.name], USAGE_SHAPES[client.name]
     return Read("".join(part.text for part in reply.parts if isinstance(part, pg.Text)),
                 "".join(part.text for part in reply.parts if isinstance(part, pg.Thinking)),
                 tuple((part.id, part.name, arguments(part)) for part in reply.parts if isinstance(part, pg.ToolCall)),
                 stops[reply.stop_reason], usage(reply.usage), None,
-                tuple(pg.seal(part, client.name) for part in reply.parts if isinstance(part,
-                    pg.Thinking) and part.signature))
+                tuple(pg.gemini_seal(part) if client is GEMINI_CLIENT else pg.seal(part, client.name)
+                      for part in reply.parts if isinstance(part, pg.Thinking) and part.signature))
 
 
 def read_body(body: Dict[str, Any], client: Any) -> Read:
     """What a client reads of a whole answer, in the same terms."""
     if client is RESPONSES_CLIENT:
         return read_response(body)
+    if client is GEMINI_CLIENT:
+        return read_gemini_body(body)
     if client is CHAT:
         choice, = body["choices"]
         message = choice["message"]
@@ -2010,20 +2109,26 @@ def loaded(read: Read) -> Read:
 
 
 CHECKS: Dict[str, Callable[[bytes], Read]] = {
-    CHAT.name: check_chat_stream, MESSAGES.name: check_messages_stream, RESPONSES_CLIENT.name: check_responses_stream}
-CLIENTS = pytest.mark.parametrize("client", [CHAT, MESSAGES, RESPONSES_CLIENT], ids=["chat", "messages", "responses"])
+    CHAT.name: check_chat_stream, MESSAGES.name: check_messages_stream, RESPONSES_CLIENT.name: check_responses_stream,
+    GEMINI_CLIENT.name: check_gemini_stream}
+CLIENTS = pytest.mark.parametrize("client", [CHAT, MESSAGES, RESPONSES_CLIENT, GEMINI_CLIENT],
+                                  ids=["chat", "messages", "responses", "gemini"])
 
 
 def client_request(client: Any, **fields: Any) -> pg.Request:
     """A streaming request of this protocol."""
     if client is CHAT:
         return chat_request(stream=True, stream_options={"include_usage": True}, **fields)
+    if client is GEMINI_CLIENT:
+        return gemini_client_request(stream=True, generationConfig={"thinkingConfig": {"includeThoughts": True}},
+                                     **fields)
     return (messages_request if client is MESSAGES else responses_request)(stream=True, **fields)
 
 
 def whole_request(client: Any) -> pg.Request:
     """A request of this protocol for a whole answer."""
-    return {CHAT: chat_request, MESSAGES: messages_request, RESPONSES_CLIENT: responses_request}[client]()
+    return {CHAT: chat_request, MESSAGES: messages_request, RESPONSES_CLIENT: responses_request,
+            GEMINI_CLIENT: gemini_client_request}[client]()
 
 
 USAGE = pg.Usage(20, 9, 30, 4, 5)
@@ -2765,13 +2870,16 @@ def test_every_provider_through_every_client(client: Any, name: str) -> None:
     events, request = read_all(upstream, wire), client_request(client)
     lane = pg.TranslatedLane(client, upstream, request, model(upstream.name), STAMP)
     read = CHECKS[client.name](lane.feed(wire) + lane.end())
-    if client.wants_objects and upstream.is_lax:
+    if client.wants_objects and (upstream.is_lax or not client.streams_arguments):
         events = pg.SoundCalls().feed(events)
     reply = pg.collect(events)
     expected = read_of(reply, client)
+    if not client.streams_arguments:
+        read, expected = loaded(read), loaded(expected)
     assert read == expected and lane.finished and lane.usage == reply.usage and lane.stop_reason == reply.stop_reason
     if client.wants_objects or name != "cut by the limit":      # a chat client is given what cannot be loaded
-        assert loaded(read_body(client.render(request, reply, STAMP), client)) == loaded(expected)
+        shown = loaded(read_body(client.render(request, reply, STAMP), client))
+        assert shown == (loaded(expected) if client.streams_arguments else expected)
 
 
 @CLIENTS
@@ -4548,7 +4656,8 @@ ANTH_WHOLE = {"id": "msg_1", "type": "message", "role": "assistant", "model": "m
               "usage": {"input_tokens": 3, "output_tokens": 2}}
 STREAMS = {"chat": CHAT_STREAM, "anth": ANTH_STREAM}
 WHOLES: Dict[str, Any] = {"chat": CHAT_WHOLE, "anth": ANTH_WHOLE}
-WAY_IN = {"chat": "/v1/chat/completions", "messages": "/v1/messages"}
+WAY_IN = {"chat": "/v1/chat/completions", "messages": "/v1/messages",
+    "gemini": "/v1beta/models/chat/m1:generateContent"}
 # client protocol and provider of each way through the gateway
 WAYS = [("chat", "chat"), ("chat", "anth"), ("messages", "chat"), ("messages", "anth")]
 
@@ -6086,7 +6195,7 @@ def locked(tmp_path_factory: Any) -> Iterator[pg.ServerHandle]:
     ({"x_api_key": "\xe9\xff"}, False),
     ({"cookie": f"key={GATEWAY_KEY}"}, False)])
 def test_key_check(locked: pg.ServerHandle, headers: Dict[str, str], is_good: bool) -> None:
-    for path in ("/v1/models", "/healthz", "/nowhere", f"/v1/models?key={GATEWAY_KEY}"):
+    for path in ("/v1/models", "/healthz", "/nowhere", f"/v1/messages/count_tokens?key={GATEWAY_KEY}"):
         assert (call(locked.url, path, **headers).status == 401) is not is_good
     chat, messages = call(locked.url, WAY_IN["chat"], ECHO, **headers), call(locked.url, WAY_IN["messages"], ECHO,
                                                                             **headers)
@@ -6346,6 +6455,18 @@ SEEDS: Dict[str, List[Dict[str, Any]]] = {
                    "tools": RESPONSES_SEED["tools"][:-1]},         # without those that only OpenAI has
                   {"model": "ROW/m1", "input": [{"role": "user", "content": "Hi"}], "stream": True},
                   {"model": "resp/m1", "input": "Hi", "stream": True, "tools": [RNOW]}]}
+SEEDS["gemini"] = [
+    {"model": "ROW/m1", "contents": [
+        {"role": "user", "parts": [{"text": "Look"}, {"inline_data": {"mime_type": "image/png", "data": "aGk="}}]},
+        {"role": "model", "parts": [{"text": "hm", "thought": True}, {"functionCall": {"name": "wx", "args": {"a": 1}},
+                                                                      "thoughtSignature": "c2ln"}]},
+        {"role": "user", "parts": [{"functionResponse": {"name": "wx", "response": {"output": "sunny"}}}]}],
+     "tools": [{"functionDeclarations": [{"name": "wx", "parameters": {"type": "OBJECT", "properties": {
+         "a": {"type": "INTEGER", "nullable": True}}}}]}],
+     "toolConfig": {"functionCallingConfig": {"mode": "ANY", "allowedFunctionNames": ["wx"]}},
+     "generationConfig": {"temperature": 0.5, "maxOutputTokens": 20, "stopSequences": ["x"], "thinkingConfig": {
+         "thinkingBudget": 1024}, "responseMimeType": "application/json", "responseSchema": {"type": "OBJECT"}}},
+    {"model": "ROW/m1", "contents": {"parts": {"text": "Hi"}}}]
 ODD_VALUES: Sequence[Any] = (
     None, True, False, 0, -1, 1, 1.5, 1e308, 2 ** 70, "", "x", "\ud800", "\0", "ünï", [], {}, [None], [[]],
     {"type": "text"},
@@ -6388,7 +6509,7 @@ def mutated_body(client: str, rng: random.Random) -> bytes:
     return bytes(body)
 
 
-@pytest.mark.parametrize("client", ["chat", "messages", "responses"])
+@pytest.mark.parametrize("client", ["chat", "messages", "responses", "gemini"])
 def test_no_body_is_our_fault(script: Given, lines: LogLines, client: str) -> None:
     def answer(request: Received) -> Answer:
         row = "anth" if request.path.startswith("/v1/messages") else "chat"
@@ -7117,7 +7238,11 @@ def refusing(status: int, message: str) -> Callable[[Received], Answer]:
 
 def needs(package: str) -> Any:
     """Skips a test where a package is not installed."""
-    return pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"package {package} is not installed")
+    try:
+        is_missing = importlib.util.find_spec(package) is None
+    except ModuleNotFoundError:                 # what it would be inside of
+        is_missing = True
+    return pytest.mark.skipif(is_missing, reason=f"package {package} is not installed")
 
 
 @contextlib.contextmanager
@@ -7342,10 +7467,94 @@ class ResponsesSdk(OpenAISdk):
         return self.client.responses.parse(text_format=shape, input=request.pop("messages"), **request).output_parsed
 
 
-SDKS = {sdk.name: sdk for sdk in (OpenAISdk, AnthropicSdk)}
-SDKS["openai-responses"] = ResponsesSdk         # type: ignore[assignment]
+class GenAiSdk:
+    """Google's package, likewise. It refuses fields that it does not know; what it warns of is an error here."""
+
+    name = "google.genai"
+    stops = {"stop": "STOP", "tool": "STOP", "length": "MAX_TOKENS"}
+
+    def __init__(self, url: str) -> None:
+        self.genai = importlib.import_module(self.name)
+        self.types: Any = importlib.import_module(self.name + ".types")
+        self.sdk = importlib.import_module(self.name + ".errors")
+        self.lanes: List[str] = []
+        self.client = self.genai.Client(api_key="client-key", http_options=self.types.HttpOptions(
+            base_url=url, client_args={"trust_env": False}))
+
+    def turn(self, mode: str, model: str, messages: Sequence[Any], **settings: Any) -> Turn:
+        settings.update(settings.pop("extra_body", {}))
+        if "max_tokens" in settings:
+            settings["max_output_tokens"] = settings.pop("max_tokens")
+        asked = {"model": model, "contents": [self.content(message) for message in messages], "config": settings}
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            warnings.simplefilter("ignore", ResourceWarning)    # of other tests, whenever the collector runs
+            chunks = ([self.client.models.generate_content(**asked)] if mode == "whole" else
+                      list(self.client.models.generate_content_stream(**asked)))
+        self.lanes.append(chunks[0].sdk_http_response.headers["x-pigateway-lane"])
+        parts = [part for chunk in chunks for part in chunk.candidates[0].content.parts]
+        calls = [part.function_call for part in parts if part.function_call]
+        usage = chunks[-1].usage_metadata
+        return Turn("".join(part.text for part in parts if part.text and not part.thought),
+                    "".join(part.text for part in parts if part.text and part.thought),
+                    [(call.name, call.args) for call in calls], [(call.id, call.name) for call in calls],
+                    chunks[-1].candidates[0].finish_reason.value,
+                    (usage.prompt_token_count, usage.candidates_token_count + (usage.thoughts_token_count or 0)),
+                    self.types.Content(role="model", parts=parts))
+
+    def content(self, message: Any) -> Any:
+        """A content of the SDK as it is, a message of the tests as one."""
+        if not isinstance(message, dict):
+            return message
+        said = message["content"]
+        return self.types.Content(role=message["role"], parts=[
+            item if isinstance(item, self.types.Part) else self.types.Part(text=item["text"])
+            for item in ([{"text": said}] if isinstance(said, str) else said)])
+
+    def tools(self, *names: str) -> List[Any]:
+        return [{"function_declarations": [{"name": name, "description": "A tool.", "parameters_json_schema": CITY}
+                                           for name in names]}]
+
+    @staticmethod
+    def text(words: str) -> Dict[str, Any]:
+        return {"text": words}
+
+    def image(self) -> Any:
+        return self.types.Part.from_bytes(data=PICTURE, mime_type="image/png")
+
+    def results(self, turn: Turn, *contents: Any) -> List[Any]:
+        return [self.types.Content(role="user", parts=[self.result(*call, content)
+                                                       for call, content in zip(turn.call_ids, contents)])]
+
+    def result(self, call_id: str, name: str, content: Any) -> Any:
+        shown = [] if isinstance(content, str) else content[1:]
+        return self.types.Part(function_response=self.types.FunctionResponse(
+            id=call_id, name=name, response={"output": content if isinstance(content, str) else content[0]["text"]},
+            parts=[self.types.FunctionResponsePart.from_bytes(data=part.inline_data.data, mime_type="image/png")
+                   for part in shown] or None))
+
+    @staticmethod
+    def request(**fields: Any) -> Dict[str, Any]:
+        return {"messages": [{"role": "user", "content": "Hi"}], **fields}
+
+    @staticmethod
+    def thinking() -> Dict[str, Any]:
+        return {"thinking_config": {"include_thoughts": True, "thinking_budget": 1024}}
+
+    def parsed(self, model: str, messages: Sequence[Any]) -> Any:
+        pydantic = importlib.import_module("pydantic")
+        shape = pydantic.create_model("Place", city=(str, ...))
+        return self.client.models.generate_content(
+            model=model, contents=[self.content(message) for message in messages],
+            config={"response_mime_type": "application/json", "response_schema": shape}).parsed
+
+
+SDKS: Dict[str, Any] = {sdk.name: sdk for sdk in (OpenAISdk, AnthropicSdk, GenAiSdk)}
+SDKS["openai-responses"] = ResponsesSdk
 PROVIDER_OF_LANE = {("openai", "chat"): "native", ("anthropic", "anth"): "native"}
 each_sdk = pytest.mark.parametrize("client", [pytest.param(name, marks=needs(sdk.name)) for name, sdk in SDKS.items()])
+each_stainless_sdk = pytest.mark.parametrize("client", [pytest.param(name, marks=needs(name))
+                                                        for name in ("openai", "anthropic")])
 each_provider = pytest.mark.parametrize("provider", ["chat", "anth"])
 each_form = pytest.mark.parametrize("mode", ["whole", "helper"])
 
@@ -7480,7 +7689,7 @@ STATUS_CLASSES = [
     (529, "InternalServerError", None, "OverloadedError", 529)]
 
 
-@each_sdk
+@each_stainless_sdk
 @each_provider
 @pytest.mark.parametrize("mode", ["whole", "raw"])
 @pytest.mark.parametrize("row", STATUS_CLASSES, ids=[str(row[0]) for row in STATUS_CLASSES])
@@ -7499,7 +7708,7 @@ def test_sdk_exception_of_a_status(tmp_path: Any, client: str, provider: str, mo
     assert len(fake.received) == 1
 
 
-@each_sdk
+@each_stainless_sdk
 def test_sdk_unknown_model_and_model_list(tmp_path: Any, client: str) -> None:
     with served(tmp_path, saying(PLAIN)) as (url, fake):
         sdk = SDKS[client](url)
@@ -12217,6 +12426,649 @@ def test_other_pythons_run_the_file_alone(tmp_path: Any) -> None:
 
 
 # ======================================================================================================================
+# §7 Gemini clients
+# ======================================================================================================================
+
+GEMINI_SHOWS = {"generationConfig": {"thinkingConfig": {"includeThoughts": True}}}
+GEMINI_DECLARED = {"name": "wx", "description": "d", "parametersJsonSchema": {"type": "object", "properties": {}}}
+GEMINI_WX = pg.Tool("wx", "d", {"type": "object", "properties": {}})
+TWO_TOOLS = [{"functionDeclarations": [GEMINI_DECLARED, {"name": "now"}]}]
+
+
+@pytest.mark.parametrize("fields, expected", [
+    ({}, {"stream": False, "max_tokens": None, "temperature": None, "stop": (), "tools": (), "reasoning": None,
+          "output": None, "extra": {}, "lost": (), "refused": (), "system": (), "tool_choice": None}),
+    (dict.fromkeys(["systemInstruction", "tools", "toolConfig", "generationConfig", "safetySettings", "cachedContent"]),
+     {"system": (), "extra": {}, "refused": ()}),
+    ({"generationConfig": dict.fromkeys(pg.GEMINI_CONFIG)}, {"max_tokens": None, "lost": (), "refused": ()}),
+    ({"systemInstruction": {"parts": [{"text": "a"}, {"text": "b"}]}}, {"system": (pg.Text("a"), pg.Text("b"))}),
+    ({"system_instruction": {"parts": {"text": "a"}}}, {"system": (pg.Text("a"),)}),
+    ({"systemInstruction": "a"}, {"system": (pg.Text("a"),)}),
+    ({"generationConfig": {"temperature": 0, "topP": 0.5, "topK": 40, "maxOutputTokens": 9, "seed": -1,
+                           "stopSequences": ["x", ""], "presencePenalty": 1, "frequencyPenalty": -1}},
+     {"temperature": 0, "top_p": 0.5, "top_k": 40, "max_tokens": 9, "seed": -1, "stop": ("x",), "presence_penalty": 1,
+      "frequency_penalty": -1}),
+    ({"generation_config": {"top_p": 0.5, "top_k": 40.0, "max_output_tokens": 9, "stop_sequences": ["x"]}},
+     {"top_p": 0.5, "top_k": 40, "max_tokens": 9, "stop": ("x",)}),
+    ({"generationConfig": {"topP": 1, "presencePenalty": 0}}, {"top_p": None, "presence_penalty": None}),
+    ({"generationConfig": {"responseMimeType": "text/plain"}}, {"output": None, "refused": ()}),
+    ({"generationConfig": {"responseMimeType": "application/json"}}, {"output": pg.OutputFormat()}),
+    ({"generationConfig": {"responseMimeType": "application/json", "responseJsonSchema": CITY}},
+     {"output": pg.OutputFormat(CITY)}),
+    ({"generationConfig": {"response_schema": {"type": "OBJECT", "properties": {"a_b": {"type": "STRING"}}}}},
+     {"output": pg.OutputFormat({"type": "object", "properties": {"a_b": {"type": "string"}}})}),
+    ({"generationConfig": {"thinkingConfig": {"thinkingLevel": "LOW"}}}, {"reasoning": pg.Reasoning("low")}),
+    ({"generationConfig": {"thinkingConfig": {"thinking_level": "high"}}}, {"reasoning": pg.Reasoning("high")}),
+    ({"generationConfig": {"thinkingConfig": {"thinkingBudget": 0}}}, {"reasoning": pg.Reasoning("off")}),
+    ({"generationConfig": {"thinkingConfig": {"thinkingBudget": -1}}}, {"reasoning": pg.Reasoning("medium")}),
+    ({"generationConfig": {"thinkingConfig": {"thinkingBudget": 9000}}}, {"reasoning": pg.Reasoning("high", 9000)}),
+    ({"generationConfig": {"thinkingConfig": {"includeThoughts": True}}}, {"reasoning": pg.Reasoning("medium")}),
+    ({"generationConfig": {"thinkingConfig": {"includeThoughts": False}}}, {"reasoning": None}),
+    ({"generationConfig": {"thinkingConfig": {"thinkingLevel": "THINKING_LEVEL_UNSPECIFIED"}}}, {"reasoning": None}),
+    ({"generationConfig": {"mediaResolution": "M", "speechConfig": {"a": 1}, "routingConfig": {}}},
+     {"lost": ("generationConfig.mediaResolution", "generationConfig.speechConfig")}),
+    ({"generationConfig": {"candidateCount": 2}},
+     {"refused": (("generationConfig.candidateCount", "only one candidate can be made on this model"),)}),
+    ({"generationConfig": {"responseModalities": ["TEXT"]}}, {"refused": ()}),
+    ({"generationConfig": {"responseModalities": ["IMAGE"]}},
+     {"refused": (("generationConfig.responseModalities", "only text answers are available on this model"),)}),
+    ({"generationConfig": {"responseLogprobs": True}},
+     {"refused": (("generationConfig.responseLogprobs", "log probabilities are not available on this model"),)}),
+    ({"generationConfig": {"responseMimeType": "text/x.enum"}},
+     {"refused": (("generationConfig.responseMimeType", "only text and JSON can be asked of this model"),)}),
+    ({"cachedContent": "cachedContents/1"},
+     {"refused": (("cachedContent", "cached contents exist on Google's side only"),)}),
+    ({"safetySettings": [{"category": "C", "threshold": "OFF"}], "labels": {"a": "b"}, "madeUp": 1, "store": False},
+     {"extra": {"safetySettings": [{"category": "C", "threshold": "OFF"}], "labels": {"a": "b"}, "madeUp": 1}}),
+    ({"tools": TWO_TOOLS}, {"tools": (GEMINI_WX, pg.Tool("now"))}),
+    ({"tools": {"function_declarations": [{"name": "wx", "description": "d", "parameters_json_schema": {
+        "type": "object", "properties": {}}}]}}, {"tools": (GEMINI_WX,)}),
+    ({"tools": [{"functionDeclarations": [{"name": "wx", "description": "d", "parameters": {
+        "type": "OBJECT", "properties": {}}, "behavior": "BLOCKING"}], "googleSearch": {}}, {"code_execution": {}}]},
+     {"tools": (GEMINI_WX,), "lost": ("tools[0].functionDeclarations[0].behavior", "tools[0].googleSearch",
+                                      "tools[1].codeExecution")}),
+    ({"tools": TWO_TOOLS, "toolConfig": {"functionCallingConfig": {"mode": "AUTO"}}},
+     {"tool_choice": pg.ToolChoice("auto")}),
+    ({"tools": TWO_TOOLS,
+        "toolConfig": {"functionCallingConfig": {"mode": "VALIDATED", "allowedFunctionNames": ["now"]}}},
+     {"tool_choice": pg.ToolChoice("auto"), "tools": (pg.Tool("now"),)}),
+    ({"tools": TWO_TOOLS, "tool_config": {"function_calling_config": {"mode": "any"}}},
+     {"tool_choice": pg.ToolChoice("required")}),
+    ({"tools": TWO_TOOLS, "toolConfig": {"functionCallingConfig": {"mode": "ANY", "allowedFunctionNames": ["wx"]}}},
+     {"tool_choice": pg.ToolChoice("tool", "wx"), "tools": (GEMINI_WX, pg.Tool("now"))}),
+    ({"tools": TWO_TOOLS, "toolConfig": {"functionCallingConfig": {"mode": "NONE"}, "retrievalConfig": {"a": 1}}},
+     {"tool_choice": pg.ToolChoice("none"), "lost": ("toolConfig.retrievalConfig",)}),
+], ids=lambda value: repr(value)[:60] if isinstance(value, dict) else None)
+def test_gemini_client_fields(fields: Dict[str, Any], expected: Dict[str, Any]) -> None:
+    request = gemini_client_request(**fields)
+    assert {name: getattr(request, name) for name in expected} == expected
+
+
+VERTEX_SEALED = pg.gemini_seal(pg.Thinking("", "c2ln", False, "google-vertex", "o")) or ""
+RIDING = pg.seal_in_base64(pg.pack_seal([["anthropic-messages", "c2ln", "o", False, "Why"]]))
+
+
+@pytest.mark.parametrize("part, expected", [
+    ({"text": "x"}, [pg.Text("x")]), ({"text": "x", "thought": True}, [pg.Thinking("x")]),
+    ({"text": "x", "thought": True, "thoughtSignature": "_---"},
+     [pg.Thinking("x", "/+++", False, "google-generative-ai")]),
+    ({"text": "x", "thought_signature": "QUJD"},
+     [pg.Text("x"), pg.Thinking("", "QUJD", True, "google-generative-ai")]),
+    ({"thoughtSignature": "QUJD"}, [pg.Text(""), pg.Thinking("", "QUJD", True, "google-generative-ai")]),
+    ({"text": "x", "thoughtSignature": "not base64!"}, [pg.Text("x")]), ({}, []), ({"thought": True}, []),
+    ({"text": "x", "thought": True, "thoughtSignature": VERTEX_SEALED},
+     [pg.Thinking("x", "c2ln", False, "google-vertex", "o")]),
+    ({"functionCall": {"name": "wx"}}, [pg.ToolCall("call_contents_1_parts_0", "wx", "{}")]),
+    ({"functionCall": {"id": "c", "name": "wx", "args": {"a_b": 1}}, "thoughtSignature": "QUJD"},
+     [pg.ToolCall("c", "wx", '{"a_b":1}', "QUJD", "google-generative-ai")]),
+    ({"functionCall": {"id": "c", "name": "wx"}, "thoughtSignature": pg.GEMINI_SENTINEL},
+        [pg.ToolCall("c", "wx", "{}")]),
+    ({"functionCall": {"id": "c", "name": "wx"}, "thoughtSignature": VERTEX_SEALED},
+     [pg.ToolCall("c", "wx", "{}", "c2ln", "google-vertex", "o")]),
+    ({"functionCall": {"id": "c", "name": "wx"}, "thoughtSignature": RIDING},
+     [pg.Thinking("Why", "c2ln", False, "anthropic-messages", "o"), pg.ToolCall("c", "wx", "{}")]),
+    ({"executableCode": {"code": "1"}}, []), ({"codeExecutionResult": {"output": "1"}}, []),
+], ids=lambda value: repr(value)[:60] if isinstance(value, dict) else None)
+def test_gemini_model_parts(part: Dict[str, Any], expected: List[Any]) -> None:
+    request = gemini_client_request(contents=[{"role": "user", "parts": [{"text": "Hi"}]}, {"role": "model",
+        "parts": [part]}])
+    assert list(request.messages[1].parts) == expected and request.messages[1].role == "assistant"
+
+
+@pytest.mark.parametrize("part, expected", [
+    ({"inline_data": {"mime_type": "image/png", "data": "_--_"}}, pg.Image("image/png", "/++/")),
+    ({"inlineData": {"mimeType": "application/pdf", "data": "QUJD", "displayName": "a.pdf"}},
+     pg.Document("application/pdf", "QUJD", None, "a.pdf")),
+    ({"fileData": {"mimeType": "image/png", "fileUri": "https://h/x.png"}}, pg.Image("image/png", None,
+        "https://h/x.png")),
+    ({"fileData": {"fileUri": "https://h/x.pdf"}}, pg.Document("application/pdf", None, "https://h/x.pdf")),
+    ({"fileData": {"fileUri": "gs://b/x.pdf"}}, "contents[0].parts[0].fileData.fileUri"),
+    ({"fileData": {"fileUri": "https://generativelanguage.googleapis.com/v1beta/files/x"}},
+     "contents[0].parts[0].fileData.fileUri"),
+    ({"inlineData": {"mimeType": "audio/wav", "data": "QUJD"}}, "contents[0].parts[0]"),
+    ({"newThing": {}}, "contents[0].parts[0].newThing"),
+], ids=lambda value: repr(value)[:60] if isinstance(value, dict) else None)
+def test_gemini_user_parts(part: Dict[str, Any], expected: Any) -> None:
+    request = gemini_client_request(contents=[{"parts": [part, {"text": "?"}]}])
+    assert [path for path, _ in request.refused] == ([expected] if isinstance(expected, str) else [])
+    assert request.messages[0].parts == (*(() if isinstance(expected, str) else (expected,)), pg.Text("?"))
+
+
+@pytest.mark.parametrize("response, text, is_error", [
+    ({"output": "x"}, "x", False), ({"result": "x"}, "x", False), ({"content": {"a": 1}}, '{"a":1}', False),
+    ({"error": "x"}, "x", True), ({"a": "x"}, '{"a":"x"}', False), ({"output": "x", "b": 1}, '{"output":"x","b":1}',
+        False),
+    ({}, "", False), (None, "", False)], ids=repr)
+def test_gemini_results(response: Any, text: str, is_error: bool) -> None:
+    picture = {"inlineData": {"mimeType": "image/png", "data": PNG}}
+    request = gemini_client_request(contents=[
+        {"parts": [{"text": "Hi"}]}, {"role": "model", "parts": [{"functionCall": {"id": "c", "name": "wx"}}]},
+        {"role": "user", "parts": [{"text": "also"}, {"functionResponse": {
+            "id": "c", "name": "wx", "response": response, "parts": [picture]}}]}])
+    shown = (*([pg.Text(text)] if text else []), pg.Image("image/png", PNG))
+    assert request.messages[2:] == (tool_turn(pg.ToolResult("c", shown, is_error)), user_turn("also"))
+
+
+def test_gemini_results_find_their_calls_by_id_name_and_order() -> None:
+    calls = [{"functionCall": {"name": "wx"}}, {"functionCall": {"name": "now"}}, {"functionCall": {"name": "wx"}},
+             {"functionCall": {"id": "own", "name": "wx"}}]
+    answers = [{"functionResponse": {"name": name, "response": {"output": output}, **extra}} for name, output,
+        extra in (
+        ("now", "1", {}), ("wx", "2", {"id": "own"}), ("wx", "3", {"id": "unheard of"}), ("wx", "4", {}))]
+    request = gemini_client_request(contents=[{"parts": [{"text": "Hi"}]}, {"role": "model", "parts": calls},
+                                              *({"role": "function", "parts": [answer]} for answer in answers)])
+    ids = [part.id for part in request.messages[1].parts if isinstance(part, pg.ToolCall)]
+    assert [message.role for message in request.messages] == ["user", "assistant", "tool"]
+    assert pg.is_paired([request.messages[0], request.messages[1], pg.Message("tool", tuple(sorted(
+        request.messages[2].parts, key=lambda part: ids.index(getattr(part, "call_id")))))])
+    assert [getattr(part, "call_id") for part in request.messages[2].parts] == [ids[1], ids[3], ids[0], ids[2]]
+
+
+def test_gemini_pieces_of_a_stream_are_joined() -> None:
+    sealed = pg.gemini_seal(pg.Thinking("", "c2ln", False, "anthropic-messages", "o"))
+    request = gemini_client_request(contents=[{"parts": [{"text": "Hi"}]},
+        *({"role": "model", "parts": [part]} for part in (
+        {"text": "W", "thought": True}, {"text": "hy", "thought": True, "thoughtSignature": sealed},
+        {"text": "More", "thought": True}, {"text": "a"}, {"text": "b"},
+        {"functionCall": {"id": "c", "name": "wx"}, "thoughtSignature": RIDING}))])
+    assert request.messages[1:] == (assistant_turn(
+        pg.Thinking("Why", "c2ln", False, "anthropic-messages", "o"), pg.Thinking("More"), "ab",
+        pg.ToolCall("c", "wx", "{}")),), "what rides on the call is known already"
+
+
+@pytest.mark.parametrize("given, expected", [
+    ({"type": "STRING", "format": "date-time"}, {"type": "string", "format": "date-time"}),
+    ({"type": "INTEGER", "nullable": True}, {"type": ["integer", "null"]}),
+    ({"type": "STRING", "enum": ["a"], "nullable": True}, {"type": ["string", "null"], "enum": ["a", None]}),
+    ({"anyOf": [{"type": "STRING"}], "nullable": True}, {"anyOf": [{"type": "string"}, {"type": "null"}]}),
+    ({"any_of": [{"type": "NUMBER", "nullable": False}], "min_items": "2"}, {"anyOf": [{"type": "number"}],
+        "minItems": 2}),
+    ({"type": "OBJECT", "properties": {"type": {"type": "STRING"}, "min_items": {"type": "ARRAY", "items": {
+        "type": "BOOLEAN"}}}, "required": ["type"], "propertyOrdering": ["type"]},
+     {"type": "object", "properties": {"type": {"type": "string"}, "min_items": {"type": "array", "items": {
+         "type": "boolean"}}}, "required": ["type"]}),
+    ({"type": "TYPE_UNSPECIFIED"}, {}), ({"properties": [], "items": 5, "type": []},
+        {"properties": [], "items": 5, "type": []})])
+def test_gemini_schemas_become_json_schemas(given: Dict[str, Any], expected: Dict[str, Any]) -> None:
+    assert pg.plain_schema(given) == expected
+
+
+@pytest.mark.parametrize("fields, param", [
+    ({"contents": None}, "contents"), ({"contents": []}, "contents"), ({"contents": "Hi"}, "contents"),
+    ({"contents": [5]}, "contents[0]"), ({"contents": [{"role": "assistant", "parts": []}]}, "contents[0].role"),
+    ({"contents": [{"parts": "x"}]}, "contents[0].parts"), ({"contents": [{"parts": [{"text": 5}]}]},
+        "contents[0].parts[0].text"),
+    ({"contents": [{"parts": [{"functionCall": {"args": {}}}]}]}, "contents[0].parts[0].functionCall.name"),
+    ({"contents": [{"parts": [{"functionCall": {"name": "f", "args": "{}"}}]}]},
+        "contents[0].parts[0].functionCall.args"),
+    ({"contents": [{"parts": [{"functionResponse": {"name": "f", "response": "x"}}]}]},
+     "contents[0].parts[0].functionResponse.response"),
+    ({"contents": [{"parts": [{"inlineData": {"mimeType": "image/png", "data": "%"}}]}]},
+        "contents[0].parts[0].inlineData.data"),
+    ({"contents": [{"parts": [{"inline_data": {"data": "QUJD"}}]}]}, "contents[0].parts[0].inlineData.mimeType"),
+    ({"contents": [{"parts": [{"text": "x", "thoughtSignature": 5}]}]}, "contents[0].parts[0].thoughtSignature"),
+    ({"systemInstruction": []}, "systemInstruction"), ({"generationConfig": []}, "generationConfig"),
+    ({"generationConfig": {"temperature": "hot"}}, "generationConfig.temperature"),
+    ({"generation_config": {"max_output_tokens": 0}}, "generationConfig.maxOutputTokens"),
+    ({"generationConfig": {"stopSequences": [5]}}, "generationConfig.stopSequences[0]"),
+    ({"generationConfig": {"thinkingConfig": {"thinkingLevel": "HUGE"}}},
+        "generationConfig.thinkingConfig.thinkingLevel"),
+    ({"generationConfig": {"thinkingConfig": {"thinkingBudget": 1.5}}},
+        "generationConfig.thinkingConfig.thinkingBudget"),
+    ({"tools": [{"functionDeclarations": [{}]}]}, "tools[0].functionDeclarations[0].name"),
+    ({"tools": [{"functionDeclarations": [{"name": "f", "parameters": []}]}]},
+        "tools[0].functionDeclarations[0].parameters"),
+    ({"toolConfig": {"functionCallingConfig": {"mode": "SOME"}}}, "toolConfig.functionCallingConfig.mode"),
+    ({"toolConfig": {"functionCallingConfig": {"mode": "ANY", "allowedFunctionNames": ["no"]}}},
+     "toolConfig.functionCallingConfig.allowedFunctionNames"),
+], ids=lambda value: value if isinstance(value, str) else None)
+def test_gemini_bad_requests_name_the_field(fields: Dict[str, Any], param: str) -> None:
+    with pytest.raises(pg.BadRequest) as raised:
+        gemini_client_request(**fields)
+    assert raised.value.param == param and raised.value.message.startswith(param)
+
+
+def test_gemini_writer_bytes() -> None:
+    request = gemini_client_request(stream=True, **GEMINI_SHOWS)
+    wire = GEMINI_CLIENT.writer(request, STAMP).write([
+        pg.Start("r1"), pg.PartStart(0, pg.Thinking()), pg.PartDelta(0, "H"), pg.PartDelta(0, "m"),
+        pg.PartEnd(0, pg.Thinking("Hm", "c2ln", maker="google-generative-ai")), pg.PartStart(1, pg.Text()),
+        pg.PartDelta(1, "is\u2028"), pg.PartEnd(1, pg.Text("is\u2028")), pg.PartStart(2, pg.ToolCall("c", "wx")),
+        pg.PartDelta(2, '{"a":'), pg.PartDelta(2, "1}"), pg.PartEnd(2, pg.ToolCall("c", "wx", '{"a":1}')),
+        pg.Done("tool_use", USAGE)])
+    head = 'data: {"candidates":[{"content":{"role":"model","parts":['
+    tail = ']},"index":0}],"modelVersion":"p/m1","responseId":"r1"}\n\n'
+    assert wire.decode("ascii") == (
+        head + '{"text":"H","thought":true}' + tail
+        + head + '{"text":"m","thought":true,"thoughtSignature":"c2ln"}' + tail
+        + head + '{"text":"is\\u2028"}' + tail + head + '{"functionCall":{"id":"c","name":"wx","args":{"a":1}}}' + tail
+        + head + '{"text":""}]},"finishReason":"STOP","index":0}],"usageMetadata":{"promptTokenCount":54,'
+        '"candidatesTokenCount":4,"totalTokenCount":63,"cachedContentTokenCount":30,"thoughtsTokenCount":5},'
+        '"modelVersion":"p/m1","responseId":"r1"}\n\n')
+
+
+def test_gemini_response_object() -> None:
+    reply = pg.Reply("gen-1", (SIGNED, pg.Text(""), pg.Text("a"), pg.ToolCall("c", "wx", '{"n":9007199254740993}')),
+                     "tool_use", USAGE)
+    rider = pg.seal_in_base64(pg.pack_seal([["anthropic-messages", "sig", "", False, "Hm"]]))
+    parts = [{"text": "a"}, {"functionCall": {"id": "c", "name": "wx", "args": {"n": 9007199254740993}},
+                             "thoughtSignature": rider}]
+    body = {"candidates": [{"content": {"role": "model", "parts": parts}, "finishReason": "STOP", "index": 0}],
+            "usageMetadata": {"promptTokenCount": 54, "candidatesTokenCount": 4, "totalTokenCount": 63,
+                              "cachedContentTokenCount": 30, "thoughtsTokenCount": 5},
+            "modelVersion": "p/m1", "responseId": "gen-1"}
+    assert GEMINI_CLIENT.render(gemini_client_request(), reply, STAMP) == body, "thoughts are shown when asked for"
+    parts.insert(0, {"text": "Hm", "thought": True, "thoughtSignature": pg.gemini_seal(SIGNED)})
+    assert GEMINI_CLIENT.render(gemini_client_request(**GEMINI_SHOWS), reply, STAMP) == body
+    refused = GEMINI_CLIENT.render(gemini_client_request(), pg.Reply("", (), "refusal", pg.Usage(), "No."), STAMP)
+    assert refused["candidates"] == [{"content": {"role": "model", "parts": [{"text": ""}]}, "finishReason": "SAFETY",
+                                      "finishMessage": "No.", "index": 0}]
+
+
+@pytest.mark.parametrize("shows", [True, False], ids=["shown", "hidden"])
+@pytest.mark.parametrize("drops_thoughts", [True, False], ids=["dropped", "kept"])
+@pytest.mark.parametrize("thought", [SIGNED, pg.Thinking("", "RU5D", True, "anthropic-messages", "o")], ids=["text",
+    "redacted"])
+def test_gemini_clients_give_signed_thinking_back(shows: bool, drops_thoughts: bool, thought: pg.Thinking) -> None:
+    """Gemini CLI drops thoughts, other clients do not ask for them: it rides on the call."""
+    request = gemini_client_request(stream=True, **(GEMINI_SHOWS if shows else {}))
+    call_part = pg.ToolCall("c", "wx", "{}")
+    wire = GEMINI_CLIENT.writer(request, STAMP).write([
+        pg.Start(), pg.PartStart(0, thought), *([pg.PartDelta(0, thought.text)] if thought.text else []),
+        pg.PartStart(1, call_part), pg.PartEnd(1, call_part), pg.PartEnd(0, thought), pg.Done("tool_use", USAGE)])
+    parts = [part for _, text in pg.parse_events(wire)
+             for part in json.loads(text)["candidates"][0]["content"]["parts"] if part != {"text": ""}]
+    assert not shows or thought.redacted or any(part.get("thought") for part in parts)
+    if drops_thoughts:
+        parts = [part for part in parts if not part.get("thought")]
+    again = gemini_client_request(contents=[{"parts": [{"text": "Hi"}]}, {"role": "model", "parts": parts}])
+    assert [part for part in again.messages[1].parts if part != pg.Text("")] == [thought, call_part]
+
+
+GEMINI_ERRORS: Dict[Any, Tuple[int, str]] = {
+    pg.GatewayError: (500, "INTERNAL"), pg.BadRequest: (400, "INVALID_ARGUMENT"),
+    pg.ContextOverflow: (400, "INVALID_ARGUMENT"), pg.ModelNotFound: (404, "NOT_FOUND"),
+    pg.RouteNotFound: (404, "NOT_FOUND"), pg.MethodNotAllowed: (405, "INVALID_ARGUMENT"),
+    pg.RequestTimeout: (408, "DEADLINE_EXCEEDED"), pg.Conflict: (409, "ABORTED"),
+    pg.BodyTooLarge: (413, "INVALID_ARGUMENT"), pg.HeadTooLarge: (431, "INVALID_ARGUMENT"),
+    pg.NotSupported: (404, "NOT_FOUND"), pg.UpgradeRefused: (426, "INVALID_ARGUMENT"),
+    pg.Unauthorized: (401, "UNAUTHENTICATED"), pg.LogInOver: (401, "UNAUTHENTICATED"),
+    pg.Forbidden: (403, "PERMISSION_DENIED"), pg.ShuttingDown: (503, "UNAVAILABLE"),
+    pg.UpstreamError: (502, "INTERNAL"),
+    pg.CredentialRefused: (502, "INTERNAL"), pg.RateLimited: (429, "RESOURCE_EXHAUSTED"),
+    pg.QuotaExceeded: (429, "RESOURCE_EXHAUSTED"), pg.Overloaded: (503, "UNAVAILABLE"),
+    pg.UpstreamTimeout: (504, "DEADLINE_EXCEEDED"), pg.UpstreamProtocolError: (502, "INTERNAL"),
+    pg.EmptyAnswer: (502, "INTERNAL"), pg.ProviderMisconfigured: (502, "INTERNAL")}
+
+
+@pytest.mark.parametrize("kind", [kind for kind, _, _ in ERRORS], ids=lambda kind: kind.__name__)
+def test_gemini_error_envelope(kind: Any) -> None:
+    error = kind("it is \u2028 big", param="model", retry_after=34.5)
+    status, body = GEMINI_CLIENT.render_error(error, "req_1")
+    assert (status, body["error"]["status"]) == GEMINI_ERRORS[kind] and body["error"]["code"] == status
+    assert body["error"]["message"] == error.message and body["error"]["details"] == [
+        {"@type": "type.googleapis.com/google.rpc.ErrorInfo", "reason": error.code.upper(), "domain": "pigateway",
+         "metadata": {"requestId": "req_1"}},
+        {"@type": "type.googleapis.com/google.rpc.BadRequest", "fieldViolations": [
+            {"field": "model", "description": error.message}]},
+        {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "34.5s"}]
+    assert check_gemini_stream(GEMINI_CLIENT.error_event(error, "req_1")).error == body["error"]
+
+
+# --- Native lane ------------------------------------------------------------------------------------------------------
+
+
+def gemini_lane(which: Optional[pg.Model] = None, upstream: Any = GEMINI, kind: Any = pg.GeminiLane, body: bytes = b"",
+                **fields: Any) -> Any:
+    """A native lane; its body is the client's JSON when it is not given."""
+    fields = {"contents": [{"role": "user", "parts": [{"text": "Hi"}]}], **fields}
+    request = GEMINI_CLIENT.parse({"model": "p/m1", "stream": True, **(json.loads(body) if body else fields)})
+    request = pg.replace(request, body=body or json.dumps(fields).encode())
+    return kind(GEMINI_CLIENT, upstream, request, which or gemini_model(), STAMP)
+
+
+def test_gemini_lane_is_chosen_for_googles_own_models() -> None:
+    request = gemini_client_request()
+    assert pg.choose_lane(GEMINI_CLIENT, GEMINI, request, gemini_model()) is pg.GeminiLane
+    assert pg.choose_lane(GEMINI_CLIENT, VERTEX, request, gemini_model()) is pg.GeminiLane
+    assert pg.choose_lane(GEMINI_CLIENT, VERTEX, request, gemini_model("claude-opus-4")) is pg.TranslatedLane
+    assert pg.choose_lane(GEMINI_CLIENT, CODE_ASSIST, request, gemini_model()) is pg.TranslatedLane
+
+
+def test_gemini_lane_passes_the_body_as_it_is() -> None:
+    body = (b'{\n "safety_settings" : [], "contents":[{"parts":[{"text":"\xc3\xa9 \\u00e9"}]}, {"role": "model", '
+            b'"parts": [{"text": "a", "thoughtSignature": "_---"}]}], "cachedContent": "cachedContents/1", '
+            b'"surprise": 1.0}')
+    call, dropped = gemini_lane(body=body).call(GEMINI_KEY)
+    assert (call.body, dropped) == (body, []) and call.headers["x-goog-api-key"] == GEMINI_KEY.token
+    assert call.url == GEMINI_BASE + "/models/gemini-2.5-flash:streamGenerateContent?alt=sse"
+
+
+def test_gemini_lane_takes_off_what_others_made() -> None:
+    vertex, claude = (pg.gemini_seal(pg.Thinking("", "c2ln", False, maker)) for maker in ("google-vertex",
+        "anthropic-messages"))
+    parts = [{"text": "t", "thought": True, "thoughtSignature": claude}, {"text": "own", "thoughtSignature": "QUJD"},
+             {"functionCall": {"id": "a", "name": "f"}, "thoughtSignature": RIDING},
+             {"functionCall": {"id": "b", "name": "f"}, "thoughtSignature": vertex}]
+    contents = [{"parts": [{"text": "Hi"}]}, {"role": "model", "parts": parts}]
+    bare, marked = [part for part in parts[1:]], {"thoughtSignature": pg.GEMINI_SENTINEL}
+    a, b = ({"functionCall": {"id": name, "name": "f"}} for name in "ab")
+    for model_id, expected in (("gemini-2.5-flash", [bare[0], a, b]), ("gemini-3-pro", [bare[0], {**a, **marked}, b])):
+        call, _ = gemini_lane(gemini_model(model_id), contents=contents).call(GEMINI_KEY)
+        sent = json.loads(call.body)
+        assert sent == {"contents": [{"role": "user", "parts": [{"text": "Hi"}]}, {"role": "model", "parts": expected}]}
+    call, _ = gemini_lane(upstream=VERTEX, contents=contents).call(pg.Credential("api_key", "k" * 12))
+    assert json.loads(call.body)["contents"][1]["parts"] == [
+        {"text": "own"}, {"functionCall": {"name": "f"}}, {"functionCall": {"name": "f"}, "thoughtSignature": "c2ln"}]
+
+
+def test_gemini_lane_level_of_the_models_name() -> None:
+    lane = gemini_lane(gemini_model("gemini-3-pro", level="high"), generationConfig={"temperature": 1})
+    lane.request = pg.replace(lane.request, reasoning=pg.Reasoning("high"))
+    assert json.loads(lane.call(GEMINI_KEY)[0].body)["generationConfig"] == {
+        "temperature": 1, "thinkingConfig": {"thinkingLevel": "HIGH"}}
+
+
+@pytest.mark.parametrize("wire", [GEMINI_THINKING, GEMINI_CALLS], ids=["thinking", "calls"])
+def test_gemini_lane_stream(wire: bytes) -> None:
+    outputs = []
+    for size in (len(wire), 1, 13):
+        lane = gemini_lane()
+        outputs.append(b"".join(lane.feed(wire[place:place + size]) for place in range(0, len(wire),
+            size)) + lane.end())
+        assert lane.finished and lane.error is None and lane.stop_reason == "STOP"
+        assert lane.issued == [GEMINI_SIGNATURE]
+    assert outputs[1:] == outputs[:1] * 2
+    assert outputs[0] == wire.replace(b"\r\n", b"\n").replace(b'"v1"', b'"p/m1"'), "as it came but for the model's name"
+    assert lane.usage == pg.collect(gemini_read(wire)).usage
+    for place in range(0, wire.rfind(b"finishReason")):
+        lane = gemini_lane()
+        out = lane.feed(wire[:place]) + lane.end()
+        assert lane.error is not None and json.loads(out.split(b"data: ")[-1])["error"]["status"] == "INTERNAL"
+
+
+def test_gemini_lane_seals_what_vertex_signs() -> None:
+    lane = gemini_lane(upstream=VERTEX)
+    lane.origin = "google-vertex/m@a"
+    events = [json.loads(text) for _, text in pg.parse_events(lane.feed(GEMINI_CALLS) + lane.end())]
+    sealed = events[0]["candidates"][0]["content"]["parts"][0]["thoughtSignature"]
+    again = gemini_client_request(contents=[{"role": "model", "parts": [
+        {"functionCall": {"name": "f"}, "thoughtSignature": sealed}]}])
+    part = again.messages[0].parts[0]
+    assert isinstance(part, pg.ToolCall) and (part.signature, part.maker, part.origin) == (
+        GEMINI_SIGNATURE, "google-vertex", "google-vertex/m@a")
+
+
+@pytest.mark.parametrize("wire, kind", [
+    (b"", pg.UpstreamProtocolError), (b"data: {}\n\n", pg.UpstreamProtocolError),
+    (b"data: 5\n\n", pg.UpstreamProtocolError), (b"data: {\n\n", pg.UpstreamProtocolError),
+    (b'data: {"candidates": 5}\n\n', pg.UpstreamProtocolError), (b'data: {"candidates": [5]}\n\n',
+        pg.UpstreamProtocolError),
+    (b'data: {"candidates": [{"content": {"parts": [5]}}]}\n\n', pg.UpstreamProtocolError),
+    (b'data: {"candidates": [{"finishReason": []}]}\n\n', pg.UpstreamProtocolError),
+    (b'data: {"candidates": [{"finishReason": 5}]}\n\n', pg.UpstreamProtocolError),
+    (b"data: \xff\n\n", pg.UpstreamProtocolError),
+    (gemini_wire(gemini_chunk({"text": "t", "thought": True}, reason="STOP")), pg.EmptyAnswer),
+    (gemini_wire(gemini_chunk({"text": "a"}), {"error": {"code": 503, "message": "busy", "status": "UNAVAILABLE"}}),
+     pg.Overloaded),
+    (gemini_wire(gemini_chunk({"text": "a"})) + b'{"error": {"code": 503,\n"message": "busy",\n"status": '
+     b'"UNAVAILABLE"}}\n',
+     pg.Overloaded)], ids=lambda value: repr(value)[:40])
+def test_gemini_lane_failures(wire: bytes, kind: Any) -> None:
+    for size in (len(wire) or 1, 1):
+        lane = gemini_lane()
+        out = b"".join(lane.feed(wire[place:place + size]) for place in range(0, len(wire), size)) + lane.end()
+        assert type(lane.error) is kind
+        assert json.loads(out.split(b"data: ")[-1])["error"]["code"] == lane.error.status
+
+
+def test_gemini_lane_passes_what_only_google_knows() -> None:
+    odd = gemini_chunk({"executableCode": {"code": "1"}}, reason="NEW_REASON", groundingMetadata={"a": 1.0})
+    lane = gemini_lane()
+    assert json.loads(lane.feed(gemini_wire(odd))[6:]) == {**odd, "modelVersion": "p/m1"}
+    assert lane.end() == b"" and lane.finished and not lane.error
+    blocked = {"promptFeedback": {"blockReason": "SAFETY"}, "modelVersion": "v1"}
+    lane = gemini_lane()
+    assert json.loads(lane.feed(gemini_wire(blocked))[6:]) == {**blocked, "modelVersion": "p/m1"}
+    assert lane.end() == b"" and lane.finished and lane.stop_reason == "SAFETY"
+    raw = 'data: {"candidates":[{"content":{"parts":[{"text":"a\u2028\u0085"}]},\ndata: "finishReason":"STOP"}]}\n\n'
+    out = gemini_lane().feed(raw.encode())
+    assert check_bytes(out) and json.loads(out[6:])["candidates"][0]["content"]["parts"] == [{"text": "a\u2028\u0085"}]
+
+
+def test_gemini_lane_whole() -> None:
+    body = json.dumps(gemini_chunk({"text": "a"}, reason="STOP", usage={"promptTokenCount": 3})).encode()
+    lane = gemini_lane()
+    assert lane.whole(body) == body.replace(b'"v1"', b'"p/m1"') and lane.usage.input == 3 and lane.finished
+    for broken, kind in ((b"{}", pg.UpstreamProtocolError), (b'{"candidates": 5}', pg.UpstreamProtocolError),
+                         (b'{"error": {"code": 429, "message": "slow"}}', pg.RateLimited), (b"<",
+                             pg.UpstreamProtocolError),
+                         (b'{"candidates": [{"finishReason": "STOP"}]}', pg.EmptyAnswer)):
+        with pytest.raises(pg.GatewayError) as raised:
+            gemini_lane().whole(broken)
+        assert type(raised.value) is kind
+
+
+@pytest.mark.parametrize("fields, expected", [
+    ({}, {"contents": [{"role": "user", "parts": [{"text": "Hi"}]}]}),
+    ({"contents": None, "generate_content_request": {"model": "models/x", "contents": [{"parts": [{"text": "Hi"}]}]}},
+     {"generateContentRequest": {"model": "models/gemini-2.5-flash", "contents": [
+         {"role": "user", "parts": [{"text": "Hi"}]}]}})], ids=["flat", "wrapped"])
+def test_gemini_count_lane(fields: Dict[str, Any], expected: Dict[str, Any]) -> None:
+    data = {"contents": [{"role": "user", "parts": [{"text": "Hi"}]}], **fields}
+    request = GEMINI_CLIENT.parse_prompt({"model": "p/m1", **data})
+    assert pg.estimate_tokens(request) > 8
+    lane = pg.GeminiCountLane(GEMINI_CLIENT, GEMINI, pg.replace(request, body=json.dumps(data).encode()),
+        gemini_model(), STAMP)
+    call, _ = lane.call(GEMINI_KEY)
+    assert call.url == GEMINI_BASE + "/models/gemini-2.5-flash:countTokens" and json.loads(call.body) == expected
+    assert lane.whole(b'{"totalTokens": 5}') == b'{"totalTokens": 5}'
+    with pytest.raises(pg.UpstreamProtocolError):
+        lane.again().whole(b'{"totalTokens": "5"}')
+
+
+# --- Over HTTP --------------------------------------------------------------------------------------------------------
+
+GEMINI_ASKS = {"contents": [{"role": "user", "parts": [{"text": "Hello there"}]}]}
+
+
+@pytest.fixture(scope="module")
+def gemini_demo(tmp_path_factory: Any) -> Iterator[str]:
+    with running(tmp_path_factory.mktemp("gemini"), demo=True) as handle:
+        yield handle.url
+
+
+@pytest.mark.parametrize("path", [
+    "/v1beta/models/demo:generateContent", "/v1/models/demo:generateContent",
+    "/v1alpha/models/demo/echo:generateContent",
+    "/v1beta/models/models/demo%2Fecho:generateContent", "/models/demo:generateContent",
+    "/v1/v1beta/models/demo:generateContent",
+    "/v1beta/models/demo/echo:high:generateContent", "/v1beta1/publishers/google/models/demo:generateContent",
+    "/v1beta1/projects/p/locations/us-central1/publishers/google/models/demo:generateContent?key=abc"])
+def test_gemini_paths(gemini_demo: str, path: str) -> None:
+    answer = call(gemini_demo, path, GEMINI_ASKS)
+    assert answer.status == 200 and read_gemini_body(answer.json).text == "Hello there"
+    streamed = call(gemini_demo, path.replace(":generateContent",
+        ":streamGenerateContent").partition("?")[0] + "?alt=sse",
+                    GEMINI_ASKS)
+    assert streamed.headers["content-type"].startswith("text/event-stream")
+    assert check_gemini_stream(streamed.body)._replace(usage=None) == read_gemini_body(answer.json)._replace(usage=None)
+
+
+def test_gemini_stream_without_sse_is_an_array(gemini_demo: str) -> None:
+    answer = call(gemini_demo, "/v1beta/models/demo:streamGenerateContent", GEMINI_ASKS)
+    assert answer.headers["content-type"].startswith("application/json") and len(answer.json) > 1
+    assert check_gemini_chunks(answer.json).text == "Hello there"
+    failed = call(gemini_demo, "/v1beta/models/none:streamGenerateContent", GEMINI_ASKS)
+    assert failed.status == 404 and failed.json["error"]["status"] == "NOT_FOUND"
+
+
+def test_gemini_array_that_breaks_off(tmp_path: Any) -> None:
+    with served(tmp_path, breaking(PLAIN, "it broke")) as (url, _):
+        answer = call(url, "/v1beta/models/chat/m1:streamGenerateContent", GEMINI_ASKS)
+    assert answer.status == 200 and "it broke" in check_gemini_chunks(answer.json).error["message"]
+
+
+def test_json_array_of_events() -> None:
+    array = pg.JsonArray()
+    out = [array.write(b"\n"), array.write(b'data: {"a":1}\n\ndata: {"b":2}\n\n'), array.write(b"\n"),
+           array.write(b'data: {"c":3}\n\n'), array.end()]
+    assert json.loads(b"".join(out)) == [{"a": 1}, {"b": 2}, {"c": 3}] and out[0] == out[2] == b"\n"
+    assert pg.JsonArray().end() == b"[]"
+
+
+@pytest.mark.parametrize("path, headers, is_gemini", [
+    ("/v1beta/models", {}, True), ("/v1/models", {}, False), ("/v1/models", {"x_goog_api_key": "k"}, True),
+    ("/v1/models?key=k", {}, True), ("/v1/models", {"anthropic_version": "2023-06-01", "x_goog_api_key": "k"}, False)])
+def test_gemini_model_list_by_path_or_key(gemini_demo: str, path: str, headers: Dict[str, str],
+        is_gemini: bool) -> None:
+    answer = call(gemini_demo, path, **headers)
+    assert answer.status == 200 and ("models" in answer.json) == is_gemini
+
+
+def test_gemini_model_pages(gemini_demo: str) -> None:
+    models = [model("x", id=str(number)) for number in range(5)]
+    first = pg.gemini_model_page(models, 0, {"pageSize": "2"})
+    second = pg.gemini_model_page(models, 0, {"page_size": "3", "pageToken": first["nextPageToken"]})
+    names = [entry["name"] for entry in first["models"] + second["models"]]
+    assert names == [f"models/p/{number}" for number in range(5)]
+    assert "nextPageToken" not in second and "inputTokenLimit" not in first["models"][0]
+    for query in ("pageSize=x", "pageToken=x", "pageSize=-1"):
+        answer = call(gemini_demo, "/v1beta/models?" + query)
+        assert answer.status == 400 and answer.json["error"]["status"] == "INVALID_ARGUMENT"
+    one = call(gemini_demo, "/v1beta/models/demo%2Fecho").json
+    assert one["name"] == "models/demo/echo" and one["inputTokenLimit"] == 100000
+    assert call(gemini_demo, "/v1beta/models/none").json["error"]["status"] == "NOT_FOUND"
+    assert call(gemini_demo, "/v1beta/models/demo:generateContent").status == 405
+
+
+def test_gemini_count_is_an_estimate(gemini_demo: str) -> None:
+    assert 8 < call(gemini_demo, "/v1beta/models/demo:countTokens", GEMINI_ASKS).json["totalTokens"] < 30
+    answer = call(gemini_demo, "/v1beta/models/demo:countTokens", {})
+    assert answer.status == 400 and answer.json["error"]["details"][1]["fieldViolations"][0]["field"] == "contents"
+
+
+def test_gemini_keys_of_query_and_header(locked: pg.ServerHandle, lines: LogLines) -> None:
+    path, body = "/v1beta/models/demo:generateContent", GEMINI_ASKS
+    assert call(locked.url, path + f"?key={GATEWAY_KEY}", body).status == 200
+    assert call(locked.url, path, body, x_goog_api_key=GATEWAY_KEY).status == 200
+    assert call(locked.url, path, body, authorization=f"Bearer {GATEWAY_KEY}").status == 200
+    assert call(locked.url, f"/v1beta/models?key={GATEWAY_KEY}").status == 200
+    for answer in (call(locked.url, path + "?key=wrong", body), call(locked.url, path, body)):
+        assert answer.status == 401 and answer.json["error"]["status"] == "UNAUTHENTICATED"
+    assert not lines.find(lambda record: GATEWAY_KEY in json.dumps(getattr(record, "fields",
+        {})) or GATEWAY_KEY in record.getMessage())
+
+
+def test_gemini_heartbeats_are_blank_lines(tmp_path: Any) -> None:
+    stream = sse(chat_chunks(PLAIN, {"model": "m1"}), end="[DONE]")
+    slow = Answer(200, [stream[:400], 0.3, stream[400:]], "text/event-stream")
+    with served(tmp_path, slow, slow, heartbeat_interval_ms=100) as (url, _):
+        answer = call(url, "/v1beta/models/chat/m1:streamGenerateContent?alt=sse", GEMINI_ASKS)
+        assert b"\n\n\n" in answer.body and check_gemini_chunks(answer.events).text == SAID
+        answer = call(url, "/v1beta/models/chat/m1:streamGenerateContent", GEMINI_ASKS)
+        assert answer.body.startswith(b"\n") and check_gemini_chunks(answer.json).text == SAID
+
+
+# --- Contract and SDK -------------------------------------------------------------------------------------------------
+
+
+@needs("jsonschema")
+@pytest.mark.parametrize("model_id", ["chat/m1", "anth/m1", DEMO_MODEL])
+def test_gemini_contract(tmp_path: Any, model_id: str) -> None:
+    asks = {"plain": GEMINI_ASKS, "tools": {**GEMINI_ASKS, "tools": TWO_TOOLS}, "thinking": {**GEMINI_ASKS,
+        **GEMINI_SHOWS},
+            "settings": {**GEMINI_ASKS, "systemInstruction": {"parts": [{"text": "S"}]}, "generationConfig": {
+                "temperature": 1, "maxOutputTokens": 900, "stopSequences": ["x"], "seed": 1}, "safetySettings": [{}]},
+            "image": {"contents": [{"parts": [{"inlineData": {"mimeType": "image/png", "data": PNG}}, {"text": "?"}]}]}}
+    with served(tmp_path, *(saying(script) for script in SCRIPTS.values() for _ in range(2 * len(asks))),
+        demo=True) as (url, _):
+        for _ in SCRIPTS:
+            for body in asks.values():
+                fit("gemini-request", body)
+                whole = call(url, f"/v1beta/models/{model_id}:generateContent", body)
+                assert whole.status == 200
+                fit("gemini-response", whole.json)
+                for event in call(url, f"/v1beta/models/{model_id}:streamGenerateContent?alt=sse", body).events:
+                    fit("gemini-response", event)
+        fit("gemini-model-list", call(url, "/v1beta/models").json)
+        fit("gemini-model-list", call(url, f"/v1beta/models/{model_id}").json, "model")
+        fit("gemini-count-tokens", call(url, f"/v1beta/models/{model_id}:countTokens", GEMINI_ASKS).json)
+
+
+@needs("jsonschema")
+@each_provider
+@pytest.mark.parametrize("status", [400, 401, 402, 403, 404, 409, 413, 422, 429, 500, 503, 529])
+def test_gemini_contract_of_refusals(tmp_path: Any, provider: str, status: int) -> None:
+    with served(tmp_path, refusing(status, "no, said the provider")) as (url, _):
+        for method in ("generateContent", "streamGenerateContent?alt=sse", "streamGenerateContent"):
+            answer = call(url, f"/v1beta/models/{provider}/m1:{method}", GEMINI_ASKS)
+            assert answer.status >= 400 and "no, said the provider" in answer.json["error"]["message"]
+            fit("gemini-error", answer.json)
+    with served(tmp_path, breaking(PLAIN, "it broke")) as (url, _):
+        *chunks, last = call(url, f"/v1beta/models/{provider}/m1:streamGenerateContent?alt=sse", GEMINI_ASKS).events
+        fit("gemini-error", last)
+        assert chunks and not [fit("gemini-response", chunk) for chunk in chunks if schema_errors("gemini-response",
+            chunk)]
+
+
+@needs("google.genai")
+def test_genai_errors_models_and_counts(tmp_path: Any) -> None:
+    with served(tmp_path, refusing(429, "slow down")) as (url, _):
+        sdk = GenAiSdk(url)
+        for model_id, status, word in (("chat/m1", 429, "RESOURCE_EXHAUSTED"), ("none-such", 404, "NOT_FOUND")):
+            for mode in ("whole", "helper"):
+                with pytest.raises(sdk.sdk.ClientError) as raised:
+                    sdk.turn(mode, model=model_id, **sdk.request())
+                assert (raised.value.code, raised.value.status) == (status, word)
+        listed = {entry.name: entry for entry in sdk.client.models.list(config={"page_size": 1})}
+        assert {"models/chat/m1", "models/anth/m1"} <= set(listed)
+        assert sdk.client.models.get(model="chat/m1") == listed["models/chat/m1"].model_copy(update={
+            "sdk_http_response": None})
+        assert sdk.client.models.count_tokens(model="chat/m1", contents="Hello").total_tokens > 8
+
+
+@needs("google.genai")
+@each_provider
+def test_genai_chats_run_tools_by_themselves(tmp_path: Any, provider: str) -> None:
+    asked: List[str] = []
+
+    def wx(city: str) -> str:
+        """Tells the weather."""
+        asked.append(city)
+        return "rain"
+
+    script = Script("Checking.", calls=(("call_A1", "wx", '{"city": "Rome"}'),))
+    with served(tmp_path, saying(script), saying(PLAIN), saying(PLAIN)) as (url, fake):
+        sdk = GenAiSdk(url)                     # closes its connections when nobody holds it
+        chat = sdk.client.chats.create(model=f"{provider}/m1", config={"tools": [wx]})
+        answer = chat.send_message("How is Rome?")
+        said = "".join(chunk.text or "" for chunk in chat.send_message_stream("Thanks."))
+        assert len(chat.get_history(curated=True)) >= 6, "no turn was taken for broken"
+    assert (answer.text, said, asked) == (SAID, SAID, ["Rome"]) and tool_results(fake.received[-1].json) == ['rain']
+
+
+# ======================================================================================================================
 # The grid: every client protocol against every provider protocol, at the providers' own host names
 # ======================================================================================================================
 #
@@ -12322,7 +13174,6 @@ GRID_CASES: Dict[str, GridCase] = {
                                     tools=True),
 }
 # What a provider protocol cannot do and says so: (scenario, protocol) → the field that is named.
-GRID_FIELD_NAMES = {"openai-responses": {"response_format": "text.format"}}     # where a client calls it otherwise
 DOCUMENTED_400 = {("json mode", "anthropic-messages"): "response_format",
                   ("json mode", "bedrock-converse-stream"): "response_format"}
 # What it cannot do and leaves out, named in x-pigateway-dropped.
@@ -13188,7 +14039,7 @@ class GridGeminiFake(GridFake):
     def read_call(self, call: Dict[str, Any], where: str, spot: str, seen: GridSeen) -> Tuple[str, str]:
         demand_fields(call, "id name args" if self.has_ids else "name args", where)
         demand(isinstance(call["args"], dict), where)
-        call_id = call["id"] if self.has_ids else spot
+        call_id = call.get("id", spot)
         seen.log.append(("call", call_id, call["name"], call["args"]))
         return call_id, call["name"]
 
@@ -13602,8 +14453,14 @@ class GridChatClient:
     """Chat Completions, as a plain client has it: what it does not know is dropped from what goes back."""
 
     name, path, history = "openai-chat", "/v1/chat/completions", "messages"
+    native: Tuple[str, ...] = ("openai-completions",)       # the protocols to which its bodies pass as they are
+    limit_name = "max_"
+    field_names: Dict[str, str] = {}                        # where they differ from Chat's
     stops = {"stop": "stop", "stop_sequence": "stop", "tool_use": "tool_calls", "length": "length",
              "refusal": "content_filter"}
+
+    def send(self, url: str, body: Dict[str, Any]) -> Result:
+        return call(url, self.path, body)
 
     def body(self, case: GridCase, model_id: str, stream: bool) -> Dict[str, Any]:
         out: Dict[str, Any] = {"model": model_id, "messages": self.system(case), "max_completion_tokens": 4000}
@@ -13670,10 +14527,117 @@ class GridChatClient:
         return pg.seal(part, self.name)
 
 
+class GridGeminiClient(GridChatClient):
+    """Gemini: what came goes back part by part, the pieces of a stream joined as Gemini CLI joins them."""
+
+    name, history = "google-generative-ai", "contents"
+    names: Dict[str, str] = {}              # of tools by call id
+    native = ("google-generative-ai", "google-vertex")
+    limit_name = "maxOutputTokens"
+    field_names = {"response_format": "generationConfig.responseMimeType"}
+    stops = {"stop": "STOP", "stop_sequence": "STOP", "tool_use": "STOP", "length": "MAX_TOKENS", "refusal": "SAFETY"}
+
+    def send(self, url: str, body: Dict[str, Any]) -> Result:
+        method = "streamGenerateContent?alt=sse" if body["stream"] else "generateContent"
+        path = f"/v1beta/models/{urllib.parse.quote(body['model'])}:{method}"
+        return call(url, path, {name: value for name, value in body.items() if name not in ("model", "stream")})
+
+    def sealed(self, part: pg.Thinking) -> str:
+        return pg.gemini_seal(part) or ""
+
+    def body(self, case: GridCase, model_id: str, stream: bool) -> Dict[str, Any]:
+        self.nests = "gemini-2" not in model_id     # Gemini 2 takes pictures only beside a result
+        config: Dict[str, Any] = {"maxOutputTokens": 4000}
+        if case.thinks:
+            config["thinkingConfig"] = {"includeThoughts": True, "thinkingBudget": 2048}
+        if case.stop:
+            config["stopSequences"] = list(case.stop)
+        if case.output:
+            config["responseMimeType"] = "application/json"
+        if case.output == "schema":
+            config["responseJsonSchema"] = GRID_SCHEMA
+        out: Dict[str, Any] = {"model": model_id, "stream": stream, "generationConfig": config,
+                               "contents": [content for turn in case.turns for content in self.turn(turn)]}
+        if case.system:
+            out["systemInstruction"] = {"parts": [{"text": case.system}]}
+        if case.tools:
+            out["tools"] = [{"functionDeclarations": [
+                {"name": name, "description": "d", "parametersJsonSchema": schema} for name,
+                schema in GRID_TOOLS.items()]}]
+        return out
+
+    def turn(self, turn: GridTurn) -> List[Dict[str, Any]]:
+        picture = {"inlineData": {"mimeType": "image/png", "data": base64.b64encode(PICTURE).decode()}}
+        if turn.results:
+            beside = [picture for _, _, shows in turn.results if shows and not self.nests]
+            return [{"role": "user", "parts": [self.result(*result, picture) for result in turn.results]},
+                    *([{"role": "user", "parts": beside}] if beside else [])]
+        parts: List[Dict[str, Any]] = []
+        if turn.thinking:
+            parts.append({"text": GRID_THOUGHT, "thought": True, "thoughtSignature": turn.thinking})
+        parts += [{"text": turn.text}] if turn.text else []
+        parts += [picture] if turn.image else []
+        parts += [{"functionCall": {**({"id": call_id} if call_id else {}), "name": name,
+            "args": json.loads(arguments)}}
+                  for call_id, name, arguments in turn.calls]
+        self.names.update((call_id, name) for call_id, name, _ in turn.calls)
+        return [{"role": "model" if turn.role == "assistant" else "user", "parts": parts}] if parts else []
+
+    def result(self, call_id: str, text: str, shows: bool, picture: Any) -> Dict[str, Any]:
+        out: Dict[str, Any] = {"id": call_id, "name": self.names.get(call_id, "nobody"), "response": {"output": text}}
+        if call_id.startswith("\0"):
+            out = {"name": self.names[call_id], "response": {"output": text}}
+        return {"functionResponse": {**out, "parts": [picture]} if shows and self.nests else out}
+
+    def read(self, result: Result, stream: bool) -> Read:
+        if result.status != 200:
+            error = result.json["error"]
+            details = {detail["@type"].rpartition(".")[2]: detail for detail in error.get("details", ())}
+            assert error["code"] == result.status and error["message"]
+            fields = details.get("BadRequest", {}).get("fieldViolations", [{}])
+            return Read(error={**error, "code": details.get("ErrorInfo", {}).get("reason", "").lower(),
+                               "type": {"RESOURCE_EXHAUSTED": "rate_limit_error"}.get(error["status"]),
+                               "param": fields[0].get("field")})
+        chunks = result.events if stream else [result.json]
+        error = chunks.pop()["error"] if "error" in chunks[-1] else None
+        read = Read(error=error, usage=chunks[-1].get("usageMetadata"))
+        for chunk in chunks:
+            candidate = chunk["candidates"][0]
+            for number, part in enumerate(candidate["content"]["parts"]):
+                if "functionCall" in part:      # native calls may have no ids: their results are told by name
+                    named = {"id": f"\0{part['functionCall']['name']}\0{number}", **part["functionCall"]}
+                    part = {**part, "functionCall": named}
+                read = read_gemini_part(read, part, True)
+            read = read._replace(stop=candidate.get("finishReason", read.stop))
+        self.names.update((call_id, name) for call_id, name, _ in read.calls)
+        return read
+
+    def usage(self, usage: Dict[str, Any]) -> Dict[str, int]:
+        reasoning = usage.get("thoughtsTokenCount", 0)
+        assert usage["totalTokenCount"] == usage["promptTokenCount"] + usage["candidatesTokenCount"] + reasoning
+        return {"prompt": usage["promptTokenCount"], "cached": usage.get("cachedContentTokenCount", 0),
+                "output": usage["candidatesTokenCount"] + reasoning, "reasoning": reasoning}
+
+    def goes_back(self, result: Result, read: Read, stream: bool) -> List[Dict[str, Any]]:
+        parts: List[Dict[str, Any]] = []
+        for chunk in result.events if stream else [result.json]:
+            for part in chunk["candidates"][0]["content"]["parts"]:
+                last = parts[-1] if parts else {}
+                if part == {"text": ""}:
+                    continue
+                if ("text" in part and "text" in last and part.get("thought") == last.get("thought")
+                        and "thoughtSignature" not in last):
+                    parts[-1] = {**last, **part, "text": last["text"] + part["text"]}
+                else:
+                    parts.append(part)
+        return [{"role": "model", "parts": parts}]
+
+
 class GridMessagesClient(GridChatClient):
     """Anthropic Messages: content goes back block by block, as it came."""
 
     name, path = "anthropic-messages", "/v1/messages"
+    native = ("anthropic-messages",)
     stops = {"stop": "end_turn", "stop_sequence": "end_turn", "tool_use": "tool_use", "length": "max_tokens",
              "refusal": "refusal"}
 
@@ -13755,6 +14719,8 @@ class GridResponsesClient(GridChatClient):
     """OpenAI Responses: output items go back as they came."""
 
     name, path, history = "openai-responses", "/v1/responses", "input"
+    native = ("openai-responses", "azure-openai-responses", "openai-codex-responses")
+    field_names = {"response_format": "text.format"}
     stops = {"stop": "completed", "tool_use": "completed", "length": "max_output_tokens", "refusal": "content_filter"}
 
     def body(self, case: GridCase, model_id: str, stream: bool) -> Dict[str, Any]:
@@ -13811,8 +14777,8 @@ class GridResponsesClient(GridChatClient):
         return part.signature or "" if part.maker == self.name else pg.seal_thinking(part) or ""
 
 
-GRID_CLIENTS: Dict[str, GridChatClient] = {
-    client.name: client for client in (GridChatClient(), GridMessagesClient(), GridResponsesClient())}
+GRID_CLIENTS: Dict[str, GridChatClient] = {client.name: client for client in (
+    GridChatClient(), GridMessagesClient(), GridResponsesClient(), GridGeminiClient())}
 
 
 # --- The cells --------------------------------------------------------------------------------------------------------
@@ -13821,7 +14787,7 @@ GRID_CLIENTS: Dict[str, GridChatClient] = {
 def grid_call(world: GridWorld, client: GridChatClient, fake: GridFake, body: Dict[str, Any]) -> Result:
     """One request; whatever the fake found wrong with it fails the test."""
     fake.faults.clear()
-    result = call(world.url, client.path, body)
+    result = client.send(world.url, body)
     assert fake.faults == [], f"{fake.protocol} refused the request"
     return result
 
@@ -13883,8 +14849,8 @@ def test_grid(grid: GridWorld, client_name: str, protocol: str, scenario: str, s
     field = DOCUMENTED_400.get((scenario, protocol))
     if field is not None:
         error = client.read(result, stream).error
-        field = GRID_FIELD_NAMES.get(client_name, {}).get(field, field)
-        assert result.status == 400 and error["code"] == "unsupported_parameter" and error["param"] == field
+        assert result.status == 400 and error["code"] == "unsupported_parameter"
+        assert error["param"] == client.field_names.get(field, field)
         assert len(fake.seen) == count, "it was found out before the provider was asked"
         return
     if scenario == "error":
@@ -13903,7 +14869,7 @@ def test_grid(grid: GridWorld, client_name: str, protocol: str, scenario: str, s
         assert fake.seen[-1].thinks
     dropped = result.headers.get("x-pigateway-dropped", "")
     assert ((scenario, protocol) in GRID_DROPPED) == ("stop" in dropped)
-    assert (protocol == "openai-codex-responses") == ("max_" in dropped), "the one that takes no limit"
+    assert (protocol == "openai-codex-responses") == (client.limit_name in dropped), "the one that takes no limit"
     turns = [*case.turns]
     while read.calls:                                       # the tool loop, until the provider is content
         turns += [GridTurn("assistant", read.text, calls=read.calls),
@@ -13924,12 +14890,10 @@ def test_grid(grid: GridWorld, client_name: str, protocol: str, scenario: str, s
 
 @pytest.mark.parametrize("protocol", GRID_PROTOCOLS)
 def test_grid_lanes(grid: GridWorld, protocol: str) -> None:
-    for name in GRID_CLIENTS:
-        client, fake = GRID_CLIENTS[name], grid.fakes[protocol]
+    for client in GRID_CLIENTS.values():
+        fake = grid.fakes[protocol]
         result = grid_call(grid, client, fake, client.body(GRID_CASES["text"], f"{fake.provider}/{fake.model}", True))
-        is_native = (name.replace("openai-chat", "openai-completions") == protocol
-                     or name == "openai-responses" and protocol.endswith("-responses"))
-        assert result.headers["x-pigateway-lane"] == ("native" if is_native else "translated")
+        assert result.headers["x-pigateway-lane"] == ("native" if protocol in client.native else "translated")
 
 
 def check_grid_seals(client: GridChatClient, fake: GridFake, case: GridCase) -> None:
@@ -13974,7 +14938,7 @@ def grid_history(client: GridChatClient, fake: GridFake, is_tidy: bool) -> Tuple
 def test_grid_long_conversation(grid: GridWorld, client_name: str, protocol: str) -> None:
     client, fake = GRID_CLIENTS[client_name], grid.fakes[protocol]
     # such a body goes out as it came, its faults included
-    is_tidy = client_name != "openai-chat" and (client_name, protocol) in pg.NATIVE_LANES
+    is_tidy = client_name != "openai-chat" and protocol in client.native
     case = GridCase(grid_history(client, fake, is_tidy), GRID_SYSTEM, True, True)
     result = grid_call(grid, client, fake, client.body(case, f"{fake.provider}/{fake.model}", True))
     check_grid_answer(client, fake, result, True, "long")
