@@ -5,7 +5,7 @@ One file, standard library only, Python 3.9 or newer. Run it:
 
     python3 pigateway.py --port 4000
 
-and point an OpenAI client at http://127.0.0.1:4000/v1, an Anthropic or a Gemini client at http://127.0.0.1:4000.
+and point an OpenAI client at http://127.0.0.1:4000/v1, one of Anthropic, Gemini or Ollama at http://127.0.0.1:4000.
 
 Contents (`grep -n '^# §' pigateway.py`):
 
@@ -1709,10 +1709,12 @@ def _counted(part: Part) -> Any:
 
 
 class Stamp(NamedTuple):
-    """What a new answer is marked with: 24 random letters or digits for its id, and the time in epoch seconds."""
+    """What a new answer is marked with: 24 random letters or digits for its id, and the time in epoch seconds.
+    `elapsed` tells how many seconds have passed since."""
 
     id: str
     created: int
+    elapsed: Callable[[], float] = float        # which is 0.0
 
     @property
     def request_id(self) -> str:
@@ -1865,7 +1867,7 @@ class Notes:
         fits = ([call for call in self.open_calls if call[0] == call_id] if call_id else []) or [
             call for call in self.open_calls if name in (None, call[1])]
         if not fits:
-            return call_id or f"call_{path}"
+            return call_id or made_up_id(path)
         self.open_calls.remove(fits[0])
         return fits[0][0]
 
@@ -2088,9 +2090,10 @@ def extra_fields(data: Mapping[str, Any], known: FrozenSet[str], defaults: Mappi
     return extra
 
 
-def leading_texts(turns: Iterable[Message]) -> Tuple[Text, ...]:
-    """The texts of the system turns with which a conversation begins."""
-    return tuple(part for turn in turns for part in turn.parts if isinstance(part, Text))
+def leading_system(turns: List[Message]) -> Tuple[Tuple[Text, ...], List[Message]]:
+    """The system prompt that a conversation begins with, and the rest of it."""
+    leading = next((place for place, turn in enumerate(turns) if turn.role != "system"), len(turns))
+    return tuple(part for turn in turns[:leading] for part in turn.parts if isinstance(part, Text)), turns[leading:]
 
 
 def function_tool(item: Dict[str, Any], path: str) -> Tool:
@@ -2221,15 +2224,13 @@ class OpenAIChat(OpenAIClient):
         fields = checked_fields(data, CHAT_FIELDS)
         said = without_defaults(fields, CHAT_DEFAULTS)
         model = required(data, "model", "a string")
-        turns = self._messages(required(data, "messages", "an array"), notes)
-        leading = next((place for place, turn in enumerate(turns) if turn.role != "system"), len(turns))
+        system, turns = leading_system(self._messages(required(data, "messages", "an array"), notes))
         reasoning, reasoning_fields = self.reasoning(data)
         tools = self._tools(data, notes)
         tool_choice, tools = self._tool_choice(data, tools)
         extra = extra_fields(data, CHAT_KNOWN.union(reasoning_fields), CHAT_DEFAULTS, CHAT_REFUSALS, notes)
         return Request(
-            model=model, messages=tuple(turns[leading:]), tools=tuple(tools), tool_choice=tool_choice,
-            system=leading_texts(turns[:leading]),
+            model=model, messages=tuple(turns), tools=tuple(tools), tool_choice=tool_choice, system=system,
             max_tokens=said["max_completion_tokens"] or said["max_tokens"], stop=self._stop(data.get("stop")),
             output=self._output(fields["response_format"]), reasoning=reasoning,
             user=said["user"] or said["safety_identifier"], parallel_tools=False if fields["parallel_tool_calls"] is False
@@ -2448,6 +2449,11 @@ class OpenAIChat(OpenAIClient):
     def writer(self, request: Request, stamp: Stamp) -> Writer:
         """See `ClientProtocol.writer`."""
         return ChatWriter(request, stamp)
+
+
+def made_up_id(path: str) -> str:
+    """An id for a call that came without one, the same for the same place."""
+    return "call_" + re.sub(r"\W+", "_", path).strip("_")
 
 
 FINGERPRINT = f"fp_{NAME}"
@@ -3238,8 +3244,7 @@ class ResponsesClient(OpenAIClient):
         for name, (code, advice) in RESPONSES_KEPT.items():
             if data.get(name) not in (None, False):
                 raise BadRequest(f"{name}: {advice}", code=code, param=name)
-        turns = self._turns(data.get("input"), notes)
-        leading = next((place for place, turn in enumerate(turns) if turn.role != "system"), len(turns))
+        system, turns = leading_system(self._turns(data.get("input"), notes))
         named = {tool.name: tool for tool in (*self._tools(fields["tools"], "tools", notes),
                                               *self._added_tools(data.get("input"), notes))}
         tool_choice, tools = self._tool_choice(data.get("tool_choice"), list(named.values()), notes)
@@ -3247,8 +3252,8 @@ class ResponsesClient(OpenAIClient):
         self._lose_includes(fields["include"] or (), notes)
         extra = extra_fields(data, RESPONSES_KNOWN, RESPONSES_DEFAULTS, RESPONSES_REFUSALS, notes)
         return Request(
-            model=model, messages=tuple(turns[leading:]), tools=tuple(tools), tool_choice=tool_choice,
-            system=(*instructions, *leading_texts(turns[:leading])),
+            model=model, messages=tuple(turns), tools=tuple(tools), tool_choice=tool_choice,
+            system=(*instructions, *system),
             max_tokens=fields["max_output_tokens"], temperature=said["temperature"], top_p=said["top_p"],
             reasoning=self._reasoning_level(fields["reasoning"] or {}, notes), output=self._output(text),
             verbosity=optional(text, "verbosity", "a string", "text"), user=said["user"] or said["safety_identifier"],
@@ -4083,7 +4088,7 @@ class GeminiClient(ClientProtocol):
     def _call(self, part: Dict[str, Any], path: str, notes: Notes) -> List[Part]:
         call, where = check(part["functionCall"], "an object", f"{path}.functionCall"), f"{path}.functionCall"
         name = required(call, "name", "a string", where)
-        call_id = optional(call, "id", "a string", where) or "call_" + re.sub(r"\W+", "_", path).strip("_")
+        call_id = optional(call, "id", "a string", where) or made_up_id(path)
         arguments = json_text(optional(call, "args", "an object", where) or {})
         notes.open_calls.append((call_id, name))
         riders, (signature, maker, origin) = self.read_seal(part, path)
@@ -4270,6 +4275,267 @@ class GeminiWriter(Writer):
                 Failed: _failed}
 
 
+# --- Ollama -----------------------------------------------------------------------------------------------------------
+
+OLLAMA_DONE = {"stop": "stop", "tool_use": "stop", "stop_sequence": "stop", "pause": "stop", "refusal": "stop",
+               "length": "length", "overflow": "length"}
+OLLAMA_KNOWN = frozenset({"model", "name", "messages", "prompt", "system", "images", "suffix", "tools", "stream",
+                          "format", "options", "think", "logprobs", "top_logprobs"})
+# What only says how a model is to be run on the machine.
+OLLAMA_RUNNING = frozenset({"keep_alive", "truncate", "shift", "raw", "template", "context"})
+OLLAMA_MACHINE = frozenset({
+    "num_ctx", "num_batch", "num_gpu", "main_gpu", "num_thread", "num_keep", "use_mmap", "use_mlock", "low_vram",
+    "numa", "vocab_only", "f16_kv", "logits_all", "embedding_only", "num_gqa", "rope_frequency_base",
+    "rope_frequency_scale"})
+OLLAMA_OPTIONS: Dict[str, Tuple[str, Optional[float], Optional[float]]] = {
+    "num_predict": ("an integer", None, None), "temperature": ("a number", 0, 2), "top_p": ("a number", 0, 1),
+    "top_k": ("an integer", 0, None), "seed": ("an integer", None, None), "presence_penalty": ("a number", -2, 2),
+    "frequency_penalty": ("a number", -2, 2)}
+# How image files begin; Ollama's clients do not name their type.
+IMAGE_MARKS = ((b"\x89PNG", "image/png"), (b"\xff\xd8\xff", "image/jpeg"), (b"GIF8", "image/gif"),
+               (b"RIFF", "image/webp"))
+
+
+class OllamaClient(OpenAIChat):
+    """Ollama: POST /api/chat, and /api/generate with a prompt in place of messages. Roles and tools are OpenAI's."""
+
+    name = "ollama"
+    heartbeat = b" "                            # in front of a line: every JSON reader passes over it
+    stream_type = "application/x-ndjson"
+    wants_objects, streams_arguments = True, False
+    field_names = {"output": "format", "reasoning": "think", "max_tokens": "options.num_predict",
+                   "stop": "options.stop",
+                   **{name: f"options.{name}" for name in ("temperature", "top_p", "top_k", "seed", "presence_penalty",
+                                                           "frequency_penalty")}}
+
+    def parse(self, data: Dict[str, Any]) -> Request:
+        """See `ClientProtocol.parse`; fields by Ollama 0.33."""
+        notes = Notes()
+        model = required(data, "model" if data.get("model") is not None else "name", "a string")
+        options = optional(data, "options", "an object") or {}
+        said = self._options(options, notes)
+        messages = data.get("messages")
+        if messages is None:
+            messages = self._prompt(data)
+        turns = self._messages([self._in_lower_case(item) for item in check(messages, "an array", "messages")], notes)
+        system, turns = leading_system(turns)
+        tools = self._tools({"tools": data.get("tools")}, notes)
+        stream = optional(data, "stream", "a boolean")
+        limit = said.pop("num_predict")
+        return Request(
+            model=model, messages=tuple(turns), system=system, tools=tuple(tools), stop=self._stop(options.get("stop")),
+            max_tokens=limit if limit and limit > 0 else None, output=self._format(data.get("format")),
+            reasoning=self._think(data.get("think")), stream=stream is not False, include_usage=True,
+            protocol=self.name,
+            extra=self._extra(data, notes), lost=tuple(notes.lost), refused=tuple(notes.refused),
+            images=tuple(notes.images), data=data, **said)
+
+    def _extra(self, data: Dict[str, Any], notes: Notes) -> Dict[str, Any]:
+        for name in ("logprobs", "top_logprobs"):
+            if data.get(name):
+                notes.refused.append((name, CHAT_REFUSALS[name]))
+        if data.get("suffix"):
+            notes.refused.append(("suffix", "filling in the middle is not available on this model"))
+        for name in ("raw", "template", "context"):     # these change the prompt
+            if data.get(name):
+                notes.lose(name)
+        return {name: value for name, value in data.items()
+                if name not in OLLAMA_KNOWN and name not in OLLAMA_RUNNING and value is not None}
+
+    def _options(self, options: Dict[str, Any], notes: Notes) -> Dict[str, Any]:
+        for name, value in options.items():
+            if name not in OLLAMA_OPTIONS and name not in OLLAMA_MACHINE and name != "stop" and value is not None:
+                notes.lose(f"options.{name}")
+        said = {name: optional(options, name, kind, "options", low, high)
+                for name, (kind, low, high) in OLLAMA_OPTIONS.items()}
+        return {name: None if value == CHAT_DEFAULTS.get(name, self) or (name == "top_k" and value == 0) else value
+                for name, value in said.items()}
+
+    def _format(self, value: Any) -> Optional[OutputFormat]:
+        if value is None or value == "":
+            return None
+        if value == "json":
+            return OutputFormat()
+        if not isinstance(value, dict):
+            raise BadRequest('format: must be "json" or a JSON schema', code="invalid_type", param="format")
+        return OutputFormat(value)
+
+    def _think(self, value: Any) -> Optional[Reasoning]:
+        if value is None or value == "":
+            return None
+        if isinstance(value, bool):
+            return Reasoning("medium" if value else "off")
+        level = LEVEL_ALIASES.get(value.lower()) if isinstance(value, str) else None
+        if level is None:
+            raise BadRequest("think: must be true, false, low, medium, high or max", param="think")
+        return Reasoning(level)
+
+    def _prompt(self, data: Dict[str, Any]) -> List[Dict[str, Any]]:
+        system = optional(data, "system", "a string")
+        user = {"role": "user", "content": optional(data, "prompt", "a string") or "", "images": data.get("images")}
+        return [*([{"role": "system", "content": system}] if system else []), user]
+
+    def _in_lower_case(self, item: Any) -> Any:
+        role = item.get("role") if isinstance(item, dict) else None
+        return {**item, "role": role.lower()} if isinstance(role, str) else item
+
+    def _images(self, item: Dict[str, Any], path: str, notes: Notes) -> List[Part]:
+        images: List[Part] = []
+        for index, data in enumerate(optional(item, "images", "an array", path) or []):
+            where = f"{path}.images[{index}]"
+            text = check(data, "a string", where)
+            payload = parse_data_url(text, where)[1] if text.startswith("data:") else check_base64(text, where)
+            start = base64.b64decode(payload[:16] + "=" * (-len(payload[:16]) % 4))
+            kind = next((kind for mark, kind in IMAGE_MARKS if start.startswith(mark)), None)
+            if kind is None:
+                raise BadRequest(f"{where}: must be a PNG, JPEG, GIF or WebP image", param=where)
+            notes.images.append(where)
+            images.append(Image(kind, payload))
+        return images
+
+    def _user(self, item: Dict[str, Any], path: str, notes: Notes) -> Message:
+        return Message("user", (*self._content(item, path, notes), *self._images(item, path, notes)))
+
+    def _assistant(self, item: Dict[str, Any], path: str, notes: Notes) -> Message:
+        thinking = optional(item, "thinking", "a string", path)
+        parts: List[Part] = [Thinking(thinking)] if thinking else []
+        parts.extend(self._content(item, path, notes))
+        for where, call in objects(item.get("tool_calls"), f"{path}.tool_calls"):
+            part = self._call({**call, "id": optional(call, "id", "a string", where) or made_up_id(where)}, where)
+            notes.open_calls.append((part.id, part.name))
+            parts.append(part)
+        return Message("assistant", tuple(parts))
+
+    def _tool(self, item: Dict[str, Any], path: str, notes: Notes) -> Message:
+        name = optional(item, "tool_name", "a string", path)
+        call_id = notes.claim(optional(item, "tool_call_id", "a string", path), name, path)
+        content = (*self._content(item, path, notes), *self._images(item, path, notes))
+        return Message("tool", (ToolResult(call_id, content),))
+
+    roles: Mapping[str, Callable[..., Message]] = {
+        "system": OpenAIChat._system, "user": _user, "assistant": _assistant, "tool": _tool}
+
+    def render(self, request: Request, reply: Reply, stamp: Stamp) -> Dict[str, Any]:
+        """The only line of an answer that is not streamed."""
+        shape = OllamaLines(request, stamp)
+        calls = [shape.call(part) for part in reply.parts if isinstance(part, ToolCall)]
+        thoughts = "".join(part.text for part in reply.parts if isinstance(part, Thinking))
+        text = "".join(part.text for part in reply.parts if isinstance(part, Text))
+        text = text or (reply.detail or "" if reply.stop_reason == "refusal" else "")
+        said = shape.said(text, **present(thinking=thoughts or None, tool_calls=calls or None))
+        return {**shape.line(said), **shape.end(Done(reply.stop_reason, reply.usage))}
+
+    def writer(self, request: Request, stamp: Stamp) -> Writer:
+        """See `ClientProtocol.writer`."""
+        return OllamaWriter(request, stamp)
+
+    def render_error(self, error: GatewayError, request_id: str) -> Tuple[int, Dict[str, Any]]:
+        """The envelope {"error": text}."""
+        return self.classify(error)[0], {"error": error.message}
+
+    def error_event(self, error: GatewayError, request_id: str) -> bytes:
+        """The last line of a stream."""
+        return json_line(self.render_error(error, request_id)[1])
+
+
+def json_line(data: Mapping[str, Any]) -> bytes:
+    """One line of newline-delimited JSON."""
+    return (dumps(data) + "\n").encode("ascii")
+
+
+def join_lines(lines: Sequence[Dict[str, Any]]) -> Dict[str, Any]:
+    """The only line of an answer that came in these."""
+    said = [line.get("message", line) for line in lines]
+    word = "content" if "message" in lines[-1] else "response"
+    whole = {word: "".join(item.get(word) or "" for item in said), **present(
+        thinking="".join(item.get("thinking") or "" for item in said) or None,
+        tool_calls=[call for item in said for call in item.get("tool_calls") or ()] or None)}
+    return {**lines[-1], **({"message": {**said[-1], **whole}} if word == "content" else whole)}
+
+
+class OllamaLines:
+    """One answer's lines in Ollama's shape: with a message for chat, with a response for generate. Times are in
+    nanoseconds, from the moment the request came."""
+
+    def __init__(self, request: Request, stamp: Stamp) -> None:
+        self._model = request.model
+        self._stamp = stamp
+        self._is_chat = request.data.get("messages") is not None
+        self._began_s: Optional[float] = None
+        self._call_count = 0
+
+    def begin(self) -> None:
+        """The prompt has been read: the answer begins."""
+        self._began_s = self._stamp.elapsed()
+
+    def said(self, text: str, **fields: Any) -> Dict[str, Any]:
+        """What a line says."""
+        return ({"message": {"role": "assistant", "content": text, **fields}} if self._is_chat else
+                {"response": text, **fields})
+
+    def line(self, said: Mapping[str, Any]) -> Dict[str, Any]:
+        """A line that says something."""
+        now = datetime.datetime.fromtimestamp(self._stamp.created + self._stamp.elapsed(), datetime.timezone.utc)
+        return {"model": self._model, "created_at": now.strftime("%Y-%m-%dT%H:%M:%S.%fZ"), **said, "done": False}
+
+    def call(self, part: ToolCall) -> Dict[str, Any]:
+        """A call."""
+        arguments = loads(part.arguments or "{}")       # an object: see `SoundCalls`
+        self._call_count += 1
+        return {"id": part.id, "function": {"index": self._call_count - 1, "name": part.name, "arguments": arguments}}
+
+    def end(self, done: Done) -> Dict[str, Any]:
+        """What the last line has besides."""
+        total_s = self._stamp.elapsed()
+        prompt_s = self._began_s or 0.0
+        return {"done": True, "done_reason": OLLAMA_DONE[done.stop_reason], "total_duration": int(total_s * 1e9),
+                "load_duration": 0, "prompt_eval_count": done.usage.prompt, "prompt_eval_duration": int(prompt_s * 1e9),
+                "eval_count": done.usage.output, "eval_duration": int((total_s - prompt_s) * 1e9)}
+
+
+class OllamaWriter(Writer):
+    """Events → lines of JSON. Calls go out whole."""
+
+    def __init__(self, request: Request, stamp: Stamp) -> None:
+        self._shape = OllamaLines(request, stamp)
+        self._stamp = stamp
+        self._kinds: Dict[int, type] = {}
+        self._has_text = False
+
+    def _say(self, text: str, **fields: Any) -> bytes:
+        self._has_text = self._has_text or bool(text)
+        return json_line(self._shape.line(self._shape.said(text, **fields)))
+
+    def _start(self, event: Start) -> bytes:
+        self._shape.begin()
+        return b""
+
+    def _part_start(self, event: PartStart) -> bytes:
+        self._kinds[event.index] = type(event.part)
+        return b""
+
+    def _part_delta(self, event: PartDelta) -> bytes:
+        kind = self._kinds[event.index]
+        if kind is Thinking:
+            return self._say("", thinking=event.text)
+        return self._say(event.text) if kind is Text else b""
+
+    def _part_end(self, event: PartEnd) -> bytes:
+        part = event.part
+        return self._say("", tool_calls=[self._shape.call(part)]) if isinstance(part, ToolCall) else b""
+
+    def _done(self, event: Done) -> bytes:
+        refusal = event.detail if event.stop_reason == "refusal" and not self._has_text else None
+        opening = self._say(refusal) if refusal else b""
+        return opening + json_line({**self._shape.line(self._shape.said("")), **self._shape.end(event)})
+
+    def _failed(self, event: Failed) -> bytes:
+        return OLLAMA.error_event(event.error, self._stamp.request_id)
+
+    handlers = {Start: _start, PartStart: _part_start, PartDelta: _part_delta, PartEnd: _part_end, Done: _done,
+                Failed: _failed}
+
+
 CHAT = OpenAIChat()
 TEXTS = OpenAITexts()
 EMBEDDINGS = OpenAIEmbeddings()
@@ -4277,8 +4543,9 @@ MESSAGES = AnthropicClient()
 RESPONSES = ResponsesClient()
 GEMINI_CLIENT = GeminiClient()
 GEMINI_ARRAYS = GeminiArrayClient()
+OLLAMA = OllamaClient()
 CLIENT_PROTOCOLS: Dict[str, ClientProtocol] = {
-    client.name: client for client in (CHAT, MESSAGES, RESPONSES, TEXTS, EMBEDDINGS, GEMINI_CLIENT)}
+    client.name: client for client in (CHAT, MESSAGES, RESPONSES, TEXTS, EMBEDDINGS, GEMINI_CLIENT, OLLAMA)}
 
 
 # ======================================================================================================================
@@ -10187,6 +10454,9 @@ UNLISTED = {name: f"{maker}/{name}" for maker, names in {
 }.items() for name in names}
 
 
+OLLAMA_TAG = "latest"               # what Ollama's clients put behind a name that has no tag
+
+
 class Catalogue:
     """The known models by provider, and the way from a name to one of them. What it holds is made when first
     asked for and replaced whole, so that threads share it without a lock."""
@@ -10255,6 +10525,8 @@ class Catalogue:
         base, colon, suffix = name.rpartition(":")
         level = LEVEL_SUFFIXES.get(suffix.lower()) if colon else None
         model = self._find(name, usable)
+        if model is None and suffix == OLLAMA_TAG:
+            model = self._find(base, usable)
         if model is None and level:
             model = self._find(base, usable) or self._unlisted(base)
             model = model and replace(model, level=level)
@@ -13639,7 +13911,7 @@ class Gateway:
         request = replace(exchange.client.parse(data), body=body, headers=exchange.headers, query=exchange.query,
                           session=session_of(exchange.headers, data))
         exchange.log["stream"], exchange.asked = request.stream, request.model
-        candidates = self._candidates(request)
+        candidates = self.candidates(request)
         if len(candidates) == 1:
             self._complete_on(candidates[0], request, exchange)
             return
@@ -13746,7 +14018,7 @@ class Gateway:
     def _resolve(self, request: Request, exchange: Exchange) -> Tuple[Model, Credential]:
         """The first model that a client's name means, and what it is called with."""
         exchange.log["stream"] = request.stream
-        return self._authorise(self._candidates(request)[0], exchange)
+        return self._authorise(self.candidates(request)[0], exchange)
 
     def _with_model(self, data: Dict[str, Any]) -> Dict[str, Any]:
         """A body that names no model, with the default one, if there is one."""
@@ -13755,7 +14027,7 @@ class Gateway:
         name = self.config.routing.routes("")[0].model
         return {**data, "model": name} if name else data
 
-    def _candidates(self, request: Request) -> List[Model]:
+    def candidates(self, request: Request) -> List[Model]:
         """The models that a request's name means, in the order in which they are tried, each with the level of thinking
         that the model map gives it. Raises `ModelNotFound`."""
         level = request.reasoning.level if request.reasoning else None
@@ -14533,6 +14805,8 @@ def answer_fields(done: Exchanged, hidden: Sequence[str]) -> Dict[str, Any]:
 
 def reassembled(done: Exchanged, data: bytes) -> Dict[str, Any]:
     """What the client would have got, had it not asked for a stream. Raises `GatewayError`."""
+    if done.client is OLLAMA:
+        return join_lines([loads(line) for line in data.decode("utf-8").split("\n") if line.strip()])
     upstream = UPSTREAM_PROTOCOLS[done.client.name if done.client in (MESSAGES, GEMINI_CLIENT, GEMINI_ARRAYS) else
                                   OpenAICompletions.name]
     model = Model(done.asked, "", upstream.name, "")
@@ -14818,6 +15092,7 @@ class Handler(socketserver.BaseRequestHandler):
     def _answer(self, head: Head, stamp: Stamp) -> bool:
         """Answers one request and logs it."""
         server, started = self.server, time.monotonic()
+        stamp = stamp._replace(created=int(server.gateway.clock()), elapsed=lambda: time.monotonic() - started)
         self._has_unread_body = body_length(head.headers) not in (0, -1)
         client = client_protocol(head)
         if client.name == GeminiClient.name:
@@ -14926,6 +15201,34 @@ class Handler(socketserver.BaseRequestHandler):
             exchange.body, exchange.responder.capture = body, Capture()
         self.server.gateway.complete(exchange, body)
 
+    def _ollama(self, head: Head, exchange: Exchange, body: bytes) -> None:
+        """A chat or a prompt; without either, Ollama's clients want the model loaded, or forgotten."""
+        data, is_chat = parse_json_object(body), head.path == "/api/chat"
+        if data.get("messages" if is_chat else "prompt") or (data.get("images") and not is_chat):
+            exchange.named = {} if is_chat else {"messages": None}
+            self._complete(head, exchange, body)
+            return
+        name = required(data, "model", "a string")
+        self.server.gateway.candidates(Request(name, ()))
+        shape = OllamaLines(Request(name, (), data={"messages": []} if is_chat else {}), exchange.stamp)
+        reason = "unload" if data.get("keep_alive") in (0, "0") else "load"
+        self._send_json(exchange, {**shape.line(shape.said("")), "done_reason": reason, "done": True})
+
+    def _ollama_tags(self, head: Head, exchange: Exchange, body: bytes) -> None:
+        models, started_at = self.server.gateway.listed(False), self.server.started_at
+        self._send_json(exchange, {"models": [ollama_model(model, started_at) for model in models]})
+
+    def _ollama_show(self, head: Head, exchange: Exchange, body: bytes) -> None:
+        data = parse_json_object(body)
+        model = self._find_model(required(data, "model" if data.get("model") is not None else "name", "a string"))
+        self._send_json(exchange, ollama_show(model, self.server.started_at))
+
+    def _ollama_version(self, head: Head, exchange: Exchange, body: bytes) -> None:
+        self._send_json(exchange, {"version": OLLAMA_VERSION})
+
+    def _ollama_ps(self, head: Head, exchange: Exchange, body: bytes) -> None:
+        self._send_json(exchange, {"models": []})
+
     def _count_tokens(self, head: Head, exchange: Exchange, body: bytes) -> None:
         self.server.gateway.count_tokens(exchange, body)
 
@@ -14963,14 +15266,19 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _model(self, head: Head, exchange: Exchange, body: bytes) -> None:
         match = MODEL_PATH.fullmatch(head.path)
-        name = match["model"] if match else ""
+        shape = MODEL_SHAPES.get(exchange.client.name, openai_model)
+        self._send_json(exchange, shape(self._find_model(match["model"] if match else ""), self.server.started_at))
+
+    def _find_model(self, name: str) -> Model:
+        """The model that a client asks about. Raises `ModelNotFound`."""
         gateway = self.server.gateway
         listed = {model.listed_id: model for model in gateway.listed(name.startswith(CLAUDE_ALIAS))}
-        model = listed.get(name) or gateway.catalogue.resolve(name, gateway.is_usable)
+        base, _, tag = name.rpartition(":")
+        model = listed.get(name) or listed.get(base if tag == OLLAMA_TAG else "") or (
+            gateway.catalogue.resolve(name, gateway.is_usable))
         if not gateway.is_usable(gateway.catalogue.providers[model.provider]):
             raise ModelNotFound(f'no model "{name[:200]}" here; GET /v1/models lists what there is', param="model")
-        shape = MODEL_SHAPES.get(exchange.client.name, openai_model)
-        self._send_json(exchange, shape(model, self.server.started_at))
+        return model
 
     def _healthz(self, head: Head, exchange: Exchange, body: bytes) -> None:
         uptime = int((self.server.gateway.clock() - self.server.started_at) * 1000)
@@ -14987,8 +15295,10 @@ class Handler(socketserver.BaseRequestHandler):
         self._send_json(exchange, {"ok": True})
 
     def _root(self, head: Head, exchange: Exchange, body: bytes) -> None:
-        endpoints = [f"{method} /v1{path}".replace("*", "{id}") for path, methods in ROUTES.items() for method in methods
-                     if path not in ("/", "/health", "/healthz", "/status", "/api/hello") and methods[method] not in UNSERVED]
+        endpoints = [f"{method} {'' if path.startswith('/api/') else '/v1'}{path}".replace("*", "{id}")
+                     for path, methods in ROUTES.items() for method in methods
+                     if path not in ("/", "/health", "/healthz", "/status", "/api/hello")
+                     and methods[method] not in UNSERVED]
         self._send_json(exchange, {"name": NAME, "version": VERSION, "endpoints": endpoints})
 
     def _send_json(self, exchange: Exchange, answer: Any) -> None:
@@ -15010,6 +15320,12 @@ ROUTES: Dict[str, Dict[str, Callable[[Handler, Head, Exchange, bytes], None]]] =
     "/models/*:generateContent": {"POST": Handler._complete},
     "/models/*:streamGenerateContent": {"POST": Handler._complete},
     "/models/*:countTokens": {"POST": Handler._count_tokens},
+    "/api/chat": {"POST": Handler._ollama},
+    "/api/generate": {"POST": Handler._ollama},
+    "/api/tags": {"GET": Handler._ollama_tags},
+    "/api/show": {"POST": Handler._ollama_show},
+    "/api/ps": {"GET": Handler._ollama_ps},
+    "/api/version": {"GET": Handler._ollama_version},
     "/status": {"GET": Handler._status},
     "/healthz": {"GET": Handler._healthz},
     "/api/hello": {"GET": Handler._health},     # Claude Code looks whether somebody is there
@@ -15087,6 +15403,8 @@ def client_protocol(head: Head) -> ClientProtocol:
         return MESSAGES
     if head.path.startswith("/responses"):
         return RESPONSES
+    if head.path.startswith("/api/") and head.path != "/api/hello":
+        return OLLAMA
     if is_gemini(head):
         return GEMINI_CLIENT if head.query.get("alt") == "sse" or not path_fields(head).get("stream") else GEMINI_ARRAYS
     if head.path.startswith("/models"):
@@ -15156,6 +15474,34 @@ def gemini_model_page(models: Sequence[Model], created: float, query: Mapping[st
     first, last = int(token), int(token) + min(max(int(size), 1), 1000)
     return {"models": [gemini_model(model, created) for model in models[first:last]],
             **present(nextPageToken=str(last) if last < len(models) else None)}
+
+
+OLLAMA_VERSION = "0.33.0"           # whose API this is; some clients demand a recent one
+
+
+def ollama_facts(model: Model, created: float) -> Dict[str, Any]:
+    """What Ollama tells of a model wherever it names one."""
+    kinds = ("completion", "tools", *(["vision"] if "image" in (model.input or ()) else []),
+             *(["thinking"] if model.reasoning else []))
+    details = {"parent_model": "", "format": "", "family": model.provider, "families": [model.provider],
+               "parameter_size": "", "quantization_level": ""}
+    return {"modified_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(created)), "details": details,
+            "capabilities": list(kinds)}
+
+
+def ollama_model(model: Model, created: float) -> Dict[str, Any]:
+    """A model as /api/tags lists it. It has no file, so that size and digest say nothing."""
+    return {"name": model.listed_id, "model": model.listed_id, "size": 0,
+            "digest": hashlib.sha256(model.listed_id.encode("utf-8")).hexdigest(), **ollama_facts(model, created)}
+
+
+def ollama_show(model: Model, created: float) -> Dict[str, Any]:
+    """A model as /api/show describes it; the context window, where it is known, under its architecture's name."""
+    info: Dict[str, Any] = {"general.architecture": model.provider, "general.basename": model.name or model.id}
+    if model.context_window:
+        info[f"{model.provider}.context_length"] = model.context_window
+    return {"modelfile": "", "parameters": "", "template": "", "license": "", "model_info": info,
+            **ollama_facts(model, created)}
 
 
 MODEL_SHAPES: Dict[str, Callable[[Model, float], Dict[str, Any]]] = {

@@ -114,7 +114,8 @@ MODULE = os.path.join(HERE, "pigateway.py")
 # ======================================================================================================================
 
 STAMP = pg.Stamp("0123456789abcdef01234567", 1760000000)
-CHAT, MESSAGES, RESPONSES_CLIENT, GEMINI_CLIENT = pg.CHAT, pg.MESSAGES, pg.RESPONSES, pg.GEMINI_CLIENT
+CHAT, MESSAGES, RESPONSES_CLIENT = pg.CHAT, pg.MESSAGES, pg.RESPONSES
+GEMINI_CLIENT, OLLAMA = pg.GEMINI_CLIENT, pg.OLLAMA
 COMPLETIONS = pg.UPSTREAM_PROTOCOLS["openai-completions"]
 ANTHROPIC = pg.UPSTREAM_PROTOCOLS["anthropic-messages"]
 
@@ -165,6 +166,11 @@ def responses_request(**fields: Any) -> pg.Request:
 def gemini_client_request(**fields: Any) -> pg.Request:
     """A parsed Gemini request with one user turn unless told otherwise."""
     return GEMINI_CLIENT.parse({"model": "p/m1", "contents": [{"role": "user", "parts": [{"text": "Hi"}]}], **fields})
+
+
+def ollama_request(**fields: Any) -> pg.Request:
+    """A parsed Ollama chat with one user message unless told otherwise."""
+    return OLLAMA.parse({"model": "p/m1", "messages": [{"role": "user", "content": "Hi"}], **fields})
 
 
 def built(request: pg.Request, target: pg.Model, client: Any = CHAT) -> Tuple[Dict[str, Any], List[str]]:
@@ -1704,6 +1710,17 @@ GEMINI_SEED: Dict[str, Any] = {
             "parts": [{"functionResponse": {"id": "c", "name": "wx", "response": {"output": "x"}, "parts": [
             {"inlineData": {"mime_type": "image/png", "data": "QUJD"}}], "willContinue": True}}]},
         {"parts": {"text": "y"}}]}
+OLLAMA_SEED: Dict[str, Any] = {
+    "model": "p/m1", "stream": True, "think": "low", "format": {"type": "object"}, "keep_alive": "5m",
+    "tools": [WEATHER],
+    "logprobs": True, "suffix": "s", "template": "t", "context": [1], "surprise": 1, "options": {
+        "num_predict": 5, "temperature": 1, "top_p": 0.5, "top_k": 4, "seed": 1, "stop": ["a"], "presence_penalty": 1,
+        "frequency_penalty": 1, "num_ctx": 4096, "min_p": 0.1},
+    "messages": [
+        {"role": "system", "content": "S"}, {"role": "USER", "content": "x", "images": [PNG]},
+        {"role": "assistant", "content": "", "thinking": "t", "tool_calls": [
+            {"id": "c", "function": {"index": 0, "name": "wx", "arguments": {"a": 1}}}, {"function": {"name": "wx"}}]},
+        {"role": "tool", "tool_name": "wx", "content": "x"}, {"role": "tool", "tool_call_id": "c", "content": "y"}]}
 JUNK: List[Any] = [None, True, False, 0, -1, 5, 1.5, 10 ** 30, "", "x", "auto", "enabled", "function", "tool_use",
                    "data:", "\ud800",
                    [], {}, [1], ["x"], [[]], [{}], {"type": "text"}, {"type": 5}, {"type": []}, {"type": {}},
@@ -1739,9 +1756,10 @@ def mutate(body: Any, path: Tuple[Any, ...], rng: random.Random) -> Any:
     return copy
 
 
-@pytest.mark.parametrize("client, seed", [(CHAT, CHAT_SEED), (MESSAGES, MESSAGES_SEED),
-                                          (RESPONSES_CLIENT, RESPONSES_SEED), (GEMINI_CLIENT, GEMINI_SEED)],
-                         ids=["chat", "messages", "responses", "gemini"])
+@pytest.mark.parametrize("client, seed", [
+    (CHAT, CHAT_SEED), (MESSAGES, MESSAGES_SEED), (RESPONSES_CLIENT, RESPONSES_SEED), (GEMINI_CLIENT, GEMINI_SEED),
+    (OLLAMA, OLLAMA_SEED), (OLLAMA, {"model": "m", "prompt": "p", "system": "s", "images": [PNG]})],
+    ids=["chat", "messages", "responses", "gemini", "ollama", "ollama generate"])
 def test_any_body_is_parsed_or_refused_with_a_reason(client: Any, seed: Dict[str, Any]) -> None:
     assert client.parse(seed)
     rng = random.Random(20261122)
@@ -2050,9 +2068,53 @@ def read_gemini_body(body: Dict[str, Any]) -> Read:
     return check_gemini_chunks([body])
 
 
-STOP_WORDS = {CHAT.name: pg.CHAT_FINISH, MESSAGES.name: pg.MESSAGES_STOP, GEMINI_CLIENT.name: pg.GEMINI_FINISH}
-USAGE_SHAPES: Dict[str, Any] = {CHAT.name: pg.chat_usage, MESSAGES.name: pg.messages_usage,
-                                GEMINI_CLIENT.name: pg.gemini_usage}
+def check_ollama_lines(lines: Sequence[Dict[str, Any]], is_chat: bool = True) -> Read:
+    """Asserts all rules of an Ollama answer's lines and returns what a client accumulates."""
+    read = Read(error=lines[-1].get("error"))
+    if read.error is not None:
+        assert set(lines[-1]) == {"error"} and read.error
+        read, lines = read._replace(error={"message": read.error}), lines[:-1]
+    for place, line in enumerate(lines):
+        is_last = read.error is None and place == len(lines) - 1
+        said = line["message"] if is_chat else line
+        assert set(line) == {"model", "created_at", "done"} | ({"message"} if is_chat else {"response"} | (
+            {"thinking", "tool_calls"} & set(line))) | (OLLAMA_METRICS if is_last else set())
+        assert line["model"] == lines[0]["model"] and line["done"] is is_last
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", line["created_at"])
+        assert not is_chat or set(said) <= {"role", "content", "thinking", "tool_calls"} and said["role"] == "assistant"
+        for call in said.get("tool_calls", ()):
+            function = call["function"]
+            assert set(call) == {"id", "function"} and set(function) == {"index", "name", "arguments"}
+            assert function["index"] == len(read.calls) and isinstance(function["arguments"], dict)
+            found = (call["id"], function["name"], json.dumps(function["arguments"], separators=(",", ":")))
+            read = read._replace(calls=(*read.calls, found))
+        read = read._replace(text=read.text + said["content" if is_chat else "response"],
+                             thinking=read.thinking + said.get("thinking", ""))
+        if is_last:
+            assert all(isinstance(line[name], int) and line[name] >= 0 for name in OLLAMA_METRICS - {"done_reason"})
+            read = read._replace(stop=line["done_reason"], usage=ollama_usage_of(line))
+    return read
+
+
+OLLAMA_METRICS = {"done_reason", "total_duration", "load_duration", "prompt_eval_count", "prompt_eval_duration",
+                  "eval_count", "eval_duration"}
+
+
+def ollama_usage_of(line: Dict[str, Any]) -> Dict[str, int]:
+    return {name: line[name] for name in ("prompt_eval_count", "eval_count")}
+
+
+def check_ollama_stream(wire: bytes) -> Read:
+    """Asserts all rules of an Ollama stream and returns what a client accumulates."""
+    check_bytes(wire + b"\n")
+    return check_ollama_lines([json.loads(line) for line in wire.decode("ascii").split("\n")[:-1]])
+
+
+STOP_WORDS = {CHAT.name: pg.CHAT_FINISH, MESSAGES.name: pg.MESSAGES_STOP, GEMINI_CLIENT.name: pg.GEMINI_FINISH,
+              OLLAMA.name: pg.OLLAMA_DONE}
+USAGE_SHAPES: Dict[str, Any] = {
+    CHAT.name: pg.chat_usage, MESSAGES.name: pg.messages_usage, GEMINI_CLIENT.name: pg.gemini_usage,
+    OLLAMA.name: lambda usage: {"prompt_eval_count": usage.prompt, "eval_count": usage.output}}
 
 
 def read_of(reply: pg.Reply, client: Any) -> Read:
@@ -2069,20 +2131,23 @@ def read_of(reply: pg.Reply, client: Any) -> Read:
                           if isinstance(part, pg.ToolCall)), stop[1] or stop[0], pg.responses_usage(reply.usage), None,
                     tuple(filter(None, map(response_seal, (part for part in thoughts if part.signature)))))
     stops, usage = STOP_WORDS[client.name], USAGE_SHAPES[client.name]
-    return Read("".join(part.text for part in reply.parts if isinstance(part, pg.Text)),
-                "".join(part.text for part in reply.parts if isinstance(part, pg.Thinking)),
+    texts = [part.text for part in reply.parts if isinstance(part, pg.Text)]
+    if client is OLLAMA and reply.stop_reason == "refusal" and not any(texts):
+        texts = [reply.detail or ""]
+    return Read("".join(texts), "".join(part.text for part in reply.parts if isinstance(part, pg.Thinking)),
                 tuple((part.id, part.name, arguments(part)) for part in reply.parts if isinstance(part, pg.ToolCall)),
                 stops[reply.stop_reason], usage(reply.usage), None,
                 tuple(pg.gemini_seal(part) if client is GEMINI_CLIENT else pg.seal(part, client.name)
-                      for part in reply.parts if isinstance(part, pg.Thinking) and part.signature))
+                      for part in reply.parts if isinstance(part, pg.Thinking) and part.signature
+                      and client is not OLLAMA))
 
 
 def read_body(body: Dict[str, Any], client: Any) -> Read:
     """What a client reads of a whole answer, in the same terms."""
     if client is RESPONSES_CLIENT:
         return read_response(body)
-    if client is GEMINI_CLIENT:
-        return read_gemini_body(body)
+    if client in (GEMINI_CLIENT, OLLAMA):
+        return read_gemini_body(body) if client is GEMINI_CLIENT else check_ollama_lines([body])
     if client is CHAT:
         choice, = body["choices"]
         message = choice["message"]
@@ -2110,15 +2175,17 @@ def loaded(read: Read) -> Read:
 
 CHECKS: Dict[str, Callable[[bytes], Read]] = {
     CHAT.name: check_chat_stream, MESSAGES.name: check_messages_stream, RESPONSES_CLIENT.name: check_responses_stream,
-    GEMINI_CLIENT.name: check_gemini_stream}
-CLIENTS = pytest.mark.parametrize("client", [CHAT, MESSAGES, RESPONSES_CLIENT, GEMINI_CLIENT],
-                                  ids=["chat", "messages", "responses", "gemini"])
+    GEMINI_CLIENT.name: check_gemini_stream, OLLAMA.name: check_ollama_stream}
+CLIENTS = pytest.mark.parametrize("client", [CHAT, MESSAGES, RESPONSES_CLIENT, GEMINI_CLIENT, OLLAMA],
+                                  ids=["chat", "messages", "responses", "gemini", "ollama"])
 
 
 def client_request(client: Any, **fields: Any) -> pg.Request:
     """A streaming request of this protocol."""
     if client is CHAT:
         return chat_request(stream=True, stream_options={"include_usage": True}, **fields)
+    if client is OLLAMA:
+        return ollama_request(stream=True, **fields)
     if client is GEMINI_CLIENT:
         return gemini_client_request(stream=True, generationConfig={"thinkingConfig": {"includeThoughts": True}},
                                      **fields)
@@ -2127,6 +2194,8 @@ def client_request(client: Any, **fields: Any) -> pg.Request:
 
 def whole_request(client: Any) -> pg.Request:
     """A request of this protocol for a whole answer."""
+    if client is OLLAMA:
+        return ollama_request(stream=False)
     return {CHAT: chat_request, MESSAGES: messages_request, RESPONSES_CLIENT: responses_request,
             GEMINI_CLIENT: gemini_client_request}[client]()
 
@@ -4657,7 +4726,7 @@ ANTH_WHOLE = {"id": "msg_1", "type": "message", "role": "assistant", "model": "m
 STREAMS = {"chat": CHAT_STREAM, "anth": ANTH_STREAM}
 WHOLES: Dict[str, Any] = {"chat": CHAT_WHOLE, "anth": ANTH_WHOLE}
 WAY_IN = {"chat": "/v1/chat/completions", "messages": "/v1/messages",
-    "gemini": "/v1beta/models/chat/m1:generateContent"}
+          "gemini": "/v1beta/models/chat/m1:generateContent", "ollama": "/api/chat"}
 # client protocol and provider of each way through the gateway
 WAYS = [("chat", "chat"), ("chat", "anth"), ("messages", "chat"), ("messages", "anth")]
 
@@ -6467,6 +6536,14 @@ SEEDS["gemini"] = [
      "generationConfig": {"temperature": 0.5, "maxOutputTokens": 20, "stopSequences": ["x"], "thinkingConfig": {
          "thinkingBudget": 1024}, "responseMimeType": "application/json", "responseSchema": {"type": "OBJECT"}}},
     {"model": "ROW/m1", "contents": {"parts": {"text": "Hi"}}}]
+SEEDS["ollama"] = [
+    {"model": "ROW/m1", "stream": False, "messages": [
+        {"role": "user", "content": "Look", "images": [PNG]},
+        {"role": "assistant", "content": "", "thinking": "hm", "tool_calls": [{"function": {"name": "wx", "arguments": {
+            "a": 1}}}]}, {"role": "tool", "tool_name": "wx", "content": "sunny"}],
+     "tools": [{"type": "function", "function": {"name": "wx", "parameters": {"type": "object"}}}], "think": True,
+     "options": {"temperature": 0.5, "num_predict": 20, "stop": ["x"]}, "format": {"type": "object"}},
+    {"model": "ROW/m1", "stream": False, "messages": [{"role": "user", "content": "Hi"}]}]
 ODD_VALUES: Sequence[Any] = (
     None, True, False, 0, -1, 1, 1.5, 1e308, 2 ** 70, "", "x", "\ud800", "\0", "ünï", [], {}, [None], [[]],
     {"type": "text"},
@@ -6509,7 +6586,7 @@ def mutated_body(client: str, rng: random.Random) -> bytes:
     return bytes(body)
 
 
-@pytest.mark.parametrize("client", ["chat", "messages", "responses", "gemini"])
+@pytest.mark.parametrize("client", ["chat", "messages", "responses", "gemini", "ollama"])
 def test_no_body_is_our_fault(script: Given, lines: LogLines, client: str) -> None:
     def answer(request: Received) -> Answer:
         row = "anth" if request.path.startswith("/v1/messages") else "chat"
@@ -6526,7 +6603,7 @@ def test_no_body_is_our_fault(script: Given, lines: LogLines, client: str) -> No
             assert result.status in (200, 400, 404, 401), (turn, result.status, body, result.body)
             assert b"internal error" not in result.body, (turn, body)
             if result.status != 200:
-                assert result.json["error"]["message"], (turn, body)
+                assert result.json["error"] if client == "ollama" else result.json["error"]["message"], (turn, body)
     assert not lines.find(lambda record: record.levelno >= logging.ERROR)
     assert counts[200] > 50 and counts[400] > 50
 
@@ -7549,7 +7626,75 @@ class GenAiSdk:
             config={"response_mime_type": "application/json", "response_schema": shape}).parsed
 
 
-SDKS: Dict[str, Any] = {sdk.name: sdk for sdk in (OpenAISdk, AnthropicSdk, GenAiSdk)}
+class OllamaSdk:
+    """Ollama's package, likewise. It keeps no ids of calls and has no place for signatures."""
+
+    name = "ollama"
+    stops = {"stop": "stop", "tool": "stop", "length": "length"}
+
+    def __init__(self, url: str) -> None:
+        self.ollama = importlib.import_module(self.name)
+        self.sdk = types.SimpleNamespace(APIError=self.ollama.ResponseError)
+        self.lanes: List[str] = []
+        self.client = self.ollama.Client(host=url, trust_env=False, event_hooks={"response": [
+            lambda response: self.lanes.append(response.headers.get("x-pigateway-lane", ""))]})
+
+    def turn(self, mode: str, model: str, messages: Sequence[Any], **settings: Any) -> Turn:
+        options = settings.pop("extra_body", {})
+        if "max_tokens" in settings:
+            options = {**options, "num_predict": settings.pop("max_tokens")}
+        answer = self.client.chat(model, [self.message(message) for message in messages], options=options,
+                                  stream=mode != "whole", **settings)
+        lines = [answer] if mode == "whole" else list(answer)
+        assert lines[-1].done, "the package does not notice when a stream ends early"
+        assert not any(line.done for line in lines[:-1]) and all(line.created_at for line in lines)
+        message = self.ollama.Message(role="assistant", content="".join(line.message.content or "" for line in lines),
+                                      thinking="".join(line.message.thinking or "" for line in lines), tool_calls=[
+                                          call for line in lines for call in line.message.tool_calls or ()] or None)
+        calls = [(call.function.name, dict(call.function.arguments)) for call in message.tool_calls or ()]
+        return Turn(message.content, message.thinking, calls, list(range(len(calls))), lines[-1].done_reason,
+                    (lines[-1].prompt_eval_count, lines[-1].eval_count), message)
+
+    def message(self, message: Any) -> Any:
+        """The package's own message as it is; text and pictures of the tests in its form."""
+        if not isinstance(message, dict) or isinstance(message["content"], str):
+            return message
+        words = [item["text"] for item in message["content"] if isinstance(item, dict)]
+        return {**message, "content": " ".join(words),
+                "images": [item for item in message["content"] if not isinstance(item, dict)]}
+
+    @staticmethod
+    def tools(*names: str) -> List[Any]:
+        return OpenAISdk.tools(*names)
+
+    @staticmethod
+    def text(words: str) -> Dict[str, Any]:
+        return {"text": words}
+
+    def image(self) -> Any:
+        return self.ollama.Image(value=PICTURE)
+
+    @staticmethod
+    def results(turn: Turn, *contents: Any) -> List[Any]:
+        return [{"role": "tool", "tool_name": name, "content": content} for (name, _), content in zip(turn.calls,
+            contents)]
+
+    @staticmethod
+    def request(**fields: Any) -> Dict[str, Any]:
+        return {"messages": [{"role": "user", "content": "Hi"}], **fields}
+
+    @staticmethod
+    def thinking() -> Dict[str, Any]:
+        return {"think": "medium"}
+
+    def parsed(self, model: str, messages: Sequence[Any]) -> Any:
+        pydantic = importlib.import_module("pydantic")
+        shape = pydantic.create_model("Place", city=(str, ...))
+        answer = self.client.chat(model, messages, format=shape.model_json_schema())
+        return shape.model_validate_json(answer.message.content)
+
+
+SDKS: Dict[str, Any] = {sdk.name: sdk for sdk in (OpenAISdk, AnthropicSdk, GenAiSdk, OllamaSdk)}
 SDKS["openai-responses"] = ResponsesSdk
 PROVIDER_OF_LANE = {("openai", "chat"): "native", ("anthropic", "anth"): "native"}
 each_sdk = pytest.mark.parametrize("client", [pytest.param(name, marks=needs(sdk.name)) for name, sdk in SDKS.items()])
@@ -7627,7 +7772,9 @@ def test_sdk_thinking_goes_back_as_it_came(tmp_path: Any, client: str, provider:
         second = sdk.turn(mode, **request)
     assert (first.thinking, first.text, second.thinking, second.text) == (THOUGHT, "", THOUGHT, SAID)
     history = next(message for message in fake.received[1].json["messages"] if message["role"] == "assistant")
-    if provider == "anth":
+    if provider == "anth" and client == "ollama":       # which has no place for the signature
+        assert [block["type"] for block in history["content"]] == ["tool_use"]
+    elif provider == "anth":
         assert history["content"][0] == {"type": "thinking", "thinking": THOUGHT, "signature": SIGNED_THOUGHT}
     else:
         assert history["reasoning_content"] == THOUGHT
@@ -12985,7 +13132,7 @@ def test_gemini_heartbeats_are_blank_lines(tmp_path: Any) -> None:
     slow = Answer(200, [stream[:400], 0.3, stream[400:]], "text/event-stream")
     with served(tmp_path, slow, slow, heartbeat_interval_ms=100) as (url, _):
         answer = call(url, "/v1beta/models/chat/m1:streamGenerateContent?alt=sse", GEMINI_ASKS)
-        assert b"\n\n\n" in answer.body and check_gemini_chunks(answer.events).text == SAID
+        assert answer.body.startswith(b"\n") and check_gemini_chunks(answer.events).text == SAID
         answer = call(url, "/v1beta/models/chat/m1:streamGenerateContent", GEMINI_ASKS)
         assert answer.body.startswith(b"\n") and check_gemini_chunks(answer.json).text == SAID
 
@@ -13066,6 +13213,269 @@ def test_genai_chats_run_tools_by_themselves(tmp_path: Any, provider: str) -> No
         said = "".join(chunk.text or "" for chunk in chat.send_message_stream("Thanks."))
         assert len(chat.get_history(curated=True)) >= 6, "no turn was taken for broken"
     assert (answer.text, said, asked) == (SAID, SAID, ["Rome"]) and tool_results(fake.received[-1].json) == ['rain']
+
+
+# ======================================================================================================================
+# §7 Ollama clients
+# ======================================================================================================================
+
+
+@pytest.mark.parametrize("fields, expected", [
+    ({}, {"stream": True, "max_tokens": None, "temperature": None, "stop": (), "tools": (), "reasoning": None,
+          "output": None, "extra": {}, "lost": (), "refused": (), "system": ()}),
+    (dict.fromkeys(["stream", "tools", "options", "format", "think", "keep_alive"]), {"stream": True, "extra": {}}),
+    ({"stream": False}, {"stream": False}), ({"think": True}, {"reasoning": pg.Reasoning("medium")}),
+    ({"think": False}, {"reasoning": pg.Reasoning("off")}), ({"think": "max"}, {"reasoning": pg.Reasoning("max")}),
+    ({"format": ""}, {"output": None}), ({"format": "json"}, {"output": pg.OutputFormat()}),
+    ({"format": CITY}, {"output": pg.OutputFormat(CITY)}),
+    ({"options": {"num_predict": 9, "temperature": 0, "top_p": 0.5, "top_k": 4, "seed": 0, "stop": "x",
+                  "presence_penalty": 1, "frequency_penalty": -1}},
+     {"max_tokens": 9, "temperature": 0, "top_p": 0.5, "top_k": 4, "seed": 0, "stop": ("x",), "presence_penalty": 1,
+      "frequency_penalty": -1}),
+    ({"options": {"num_predict": -1, "top_k": 0, "top_p": 1, "stop": []}}, {"max_tokens": None, "top_k": None,
+        "top_p": None}),
+    ({"options": {"num_predict": -2, "num_ctx": 4096, "num_gpu": 1}, "keep_alive": 0, "truncate": True},
+     {"max_tokens": None, "lost": (), "extra": {}}),
+    ({"options": {"min_p": 0.1, "repeat_penalty": 1.1}, "raw": True, "surprise": 1},
+     {"lost": ("options.min_p", "options.repeat_penalty", "raw"), "extra": {"surprise": 1}}),
+    ({"logprobs": True}, {"refused": (("logprobs", "log probabilities are not available on this model"),)}),
+    ({"suffix": "}"}, {"refused": (("suffix", "filling in the middle is not available on this model"),)}),
+    ({"tools": [WEATHER, BARE]}, {"tools": (WX, pg.Tool("now"))}),
+    ({"messages": [{"role": "System", "content": "S"}, {"role": "USER", "content": "x"}]},
+     {"system": (pg.Text("S"),), "messages": (user_turn("x"),)}),
+    ({"messages": None, "prompt": "x", "system": "S"}, {"system": (pg.Text("S"),), "messages": (user_turn("x"),)}),
+], ids=lambda value: repr(value)[:60] if isinstance(value, dict) else None)
+def test_ollama_fields(fields: Dict[str, Any], expected: Dict[str, Any]) -> None:
+    request = ollama_request(**fields)
+    assert {name: getattr(request, name) for name in expected} == expected
+
+
+JPEG, GIF, WEBP = (base64.b64encode(start + b"rest of it").decode() for start in (b"\xff\xd8\xff\xe0", b"GIF89a",
+    b"RIFF1234WEBP"))
+
+
+@pytest.mark.parametrize("data, kind", [
+    (PNG, "image/png"), (JPEG, "image/jpeg"), (GIF, "image/gif"), (WEBP, "image/webp"),
+    (f"data:image/png;base64,{PNG}", "image/png"), ("QUJD", None), ("%", None), ("", None), (5, None)])
+def test_ollama_images_have_the_type_of_their_first_bytes(data: Any, kind: Optional[str]) -> None:
+    message = {"role": "user", "content": "x", "images": [data]}
+    if kind is None:
+        with pytest.raises(pg.BadRequest) as raised:
+            ollama_request(messages=[message])
+        assert raised.value.param == "messages[0].images[0]"
+        return
+    request = ollama_request(messages=[message])
+    assert request.messages == (user_turn("x", pg.Image(kind, data.rpartition(",")[2])),)
+    assert request.images == ("messages[0].images[0]",)
+
+
+def test_ollama_conversation() -> None:
+    request = ollama_request(messages=[
+        {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Let me see", "thinking": "Hm",
+            "tool_calls": [
+            {"function": {"name": "wx", "arguments": {"a": 1}}}, {"id": "own", "function": {"name": "now"}},
+            {"function": {"name": "wx", "arguments": "{}"}}]},
+        {"role": "tool", "tool_name": "now", "content": "noon"}, {"role": "tool", "tool_name": "wx", "content": "rain"},
+        {"role": "tool", "content": "sun", "images": [PNG]}])
+    first, last = "call_messages_1_tool_calls_0", "call_messages_1_tool_calls_2"
+    assert request.messages[1:] == (
+        assistant_turn(pg.Thinking("Hm"), "Let me see", pg.ToolCall(first, "wx", '{"a":1}'), pg.ToolCall("own", "now",
+            ""),
+                       pg.ToolCall(last, "wx", "{}")),
+        tool_turn(pg.ToolResult("own", (pg.Text("noon"),)), pg.ToolResult(first, (pg.Text("rain"),)),
+                  pg.ToolResult(last, (pg.Text("sun"), pg.Image("image/png", PNG)))))
+
+
+@pytest.mark.parametrize("fields, param", [
+    ({"model": None}, "name"), ({"model": 5}, "model"), ({"messages": "x"}, "messages"), ({"messages": [5]},
+        "messages[0]"),
+    ({"messages": []}, "messages"), ({"messages": [{"role": "wizard"}]}, "messages[0].role"),
+    ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
+    ({"messages": [{"role": "user", "images": "x"}]}, "messages[0].images"),
+    ({"messages": [{"role": "assistant", "thinking": 5}]}, "messages[0].thinking"),
+    ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages[0].tool_calls[0].function"),
+    ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": 5}}]}]},
+     "messages[0].tool_calls[0].function.arguments"),
+    ({"think": "hard"}, "think"), ({"think": 5}, "think"), ({"format": "xml"}, "format"), ({"format": 5}, "format"),
+    ({"stream": "yes"}, "stream"), ({"options": []}, "options"), ({"options": {"temperature": "x"}},
+        "options.temperature"),
+    ({"options": {"num_predict": 1.5}}, "options.num_predict"), ({"options": {"stop": 5}}, "stop"),
+    ({"tools": [{"type": "function"}]}, "tools[0].function"), ({"messages": None, "prompt": 5}, "prompt")])
+def test_ollama_bad_requests_name_the_field(fields: Dict[str, Any], param: str) -> None:
+    with pytest.raises(pg.BadRequest) as raised:
+        ollama_request(**fields)
+    assert raised.value.param == param and raised.value.message.startswith(param)
+
+
+TICKING = pg.Stamp(STAMP.id, STAMP.created, iter([1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0]).__next__)
+
+
+def test_ollama_writer_bytes() -> None:
+    wire = OLLAMA.writer(ollama_request(), TICKING).write([
+        pg.Start("r1"), pg.PartStart(0, pg.Thinking()), pg.PartDelta(0, "Hm"), pg.PartEnd(0, pg.Thinking("Hm")),
+        pg.PartStart(1, pg.Text()), pg.PartDelta(1, "is\u2028"), pg.PartEnd(1, pg.Text("is\u2028")),
+        pg.PartStart(2, pg.ToolCall("c", "wx")), pg.PartDelta(2, '{"a":1}'), pg.PartEnd(2,
+            pg.ToolCall("c", "wx", '{"a":1}')),
+        pg.Done("tool_use", USAGE)])
+
+    def line(second: str, said: str, end: str = '"done":false') -> str:
+        head = f'"model":"p/m1","created_at":"2025-10-09T08:53:{second}Z"'
+        return f'{{{head},"message":{{"role":"assistant",{said}}},{end}}}\n'
+
+    assert wire.decode("ascii") == (
+        line("21.250000", '"content":"","thinking":"Hm"') + line("21.500000", '"content":"is\\u2028"')
+        + line("21.750000",
+            '"content":"","tool_calls":[{"id":"c","function":{"index":0,"name":"wx","arguments":{"a":1}}}]')
+        + line("22.000000", '"content":""',
+            '"done":true,"done_reason":"stop","total_duration":2250000000,"load_duration":0,'
+               '"prompt_eval_count":54,"prompt_eval_duration":1000000000,"eval_count":9,"eval_duration":1250000000'))
+
+
+def test_ollama_whole_answers() -> None:
+    reply = pg.Reply("x", (SIGNED, pg.Text("a"), pg.ToolCall("c", "wx", '{"n":9007199254740993}'),
+                           pg.ToolCall("d", "wx", "")), "length", USAGE)
+    body = OLLAMA.render(ollama_request(), reply, STAMP)
+    assert body["message"] == {
+        "role": "assistant", "content": "a", "thinking": "Hm",
+        "tool_calls": [{"id": "c", "function": {"index": 0, "name": "wx", "arguments": {"n": 9007199254740993}}},
+                       {"id": "d", "function": {"index": 1, "name": "wx", "arguments": {}}}]}
+    assert (body["done"], body["done_reason"], body["created_at"]) == (True, "length", "2025-10-09T08:53:20.000000Z")
+    generated = OLLAMA.render(ollama_request(messages=None, prompt="x"), pg.collect(RUNS["thinking"]), STAMP)
+    assert generated["response"] == "ok" and generated["thinking"] == "Hm" and "message" not in generated
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_ollama_generate_streams_what_a_whole_answer_says(name: str) -> None:
+    request = ollama_request(messages=None, prompt="x")
+    wire = OLLAMA.writer(request, STAMP).write(RUNS[name])
+    read = check_ollama_lines([json.loads(line) for line in wire.splitlines()], is_chat=False)
+    if not read.error:
+        whole = check_ollama_lines([OLLAMA.render(request, pg.collect(RUNS[name]), STAMP)], is_chat=False)
+        assert {*whole.calls} == {*read.calls} or len(read.calls) == len(whole.calls)
+        assert whole._replace(calls=()) == read._replace(calls=())
+
+
+@pytest.mark.parametrize("kind, chat", [(kind, chat) for kind, chat, _ in ERRORS], ids=lambda value: getattr(
+    value, "__name__", None))
+def test_ollama_error_envelope(kind: Any, chat: Any) -> None:
+    error = kind("it is \u2028 big", param="model")
+    assert OLLAMA.render_error(error, "req_1") == (chat[0], {"error": error.message})
+    assert OLLAMA.error_event(error, "req_1") == b'{"error":"it is \\u2028 big"}\n'
+
+
+# --- Over HTTP --------------------------------------------------------------------------------------------------------
+
+OLLAMA_ASKS = {"model": "demo", "messages": [{"role": "user", "content": "Hello there"}]}
+
+
+def test_ollama_over_http(gemini_demo: str) -> None:
+    streamed = call(gemini_demo, "/api/chat", OLLAMA_ASKS)
+    assert streamed.headers["content-type"] == "application/x-ndjson"
+    whole = call(gemini_demo, "/api/chat", {**OLLAMA_ASKS, "stream": False})
+    assert whole.headers["content-type"] == "application/json"
+    assert check_ollama_stream(streamed.body) == check_ollama_lines([whole.json]) and whole.json["total_duration"] > 0
+    asks = {"model": "demo:latest", "prompt": "Hello there", "system": "S"}
+    lines = [json.loads(line) for line in call(gemini_demo, "/api/generate", asks).body.splitlines()]
+    assert check_ollama_lines(lines, is_chat=False).text == "Hello there" and lines[0]["model"] == "demo:latest"
+    for path, body, reason in (("/api/chat", {"model": "demo"}, "load"), ("/api/generate", {"model": "demo"}, "load"),
+                               ("/api/chat", {"model": "demo", "messages": [], "keep_alive": 0}, "unload")):
+        answer = call(gemini_demo, path, body).json
+        assert (answer["done"], answer["done_reason"]) == (True,
+            reason) and ("message" in answer) == path.endswith("chat")
+    for path, body, status in (("/api/chat", {**OLLAMA_ASKS, "model": "none"}, 404), ("/api/chat", {"model": "none"},
+        404),
+                               ("/api/chat", {}, 400), ("/api/show", {"name": "none"}, 404), ("/api/nothing", {}, 404),
+                               ("/api/chat", None, 405), ("/api/chat", b"{", 400)):
+        answer = call(gemini_demo, path, body)
+        assert answer.status == status and isinstance(answer.json["error"], str)
+
+
+def test_ollama_discovery(gemini_demo: str) -> None:
+    version = call(gemini_demo, "/api/version").json["version"]
+    assert tuple(map(int, version.split("."))) > (0, 17, 6), "what some clients demand"
+    entry, = call(gemini_demo, "/api/tags").json["models"]
+    assert (entry["name"], entry["model"]) == ("demo/echo", "demo/echo") and re.fullmatch("[0-9a-f]{64}",
+        entry["digest"])
+    for body in ({"model": "demo/echo"}, {"name": "demo:latest", "verbose": True}):
+        shown = call(gemini_demo, "/api/show", body).json
+        info = shown["model_info"]
+        assert info[info["general.architecture"] + ".context_length"] == 100000
+        assert shown["capabilities"] == ["completion", "tools", "vision", "thinking"]
+    assert call(gemini_demo, "/api/ps").json == {"models": []}
+    assert call(gemini_demo, "/", method="HEAD").status == call(gemini_demo, "/api/version",
+        method="HEAD").status == 200
+    plain = pg.ollama_show(model(reasoning=None), 0)
+    assert plain["capabilities"] == ["completion", "tools"] and "p.context_length" not in plain["model_info"]
+
+
+def test_ollama_heartbeats_are_no_lines(tmp_path: Any) -> None:
+    stream = sse(chat_chunks(PLAIN, {"model": "m1"}), end="[DONE]")
+    slow = Answer(200, [stream[:400], 0.3, stream[400:]], "text/event-stream")
+    with served(tmp_path, slow, heartbeat_interval_ms=100) as (url, _):
+        answer = call(url, "/api/chat", {**OLLAMA_ASKS, "model": "chat/m1"})
+    assert answer.body.startswith(b" ") and check_ollama_stream(answer.body).text == SAID
+
+
+# --- Contract ---------------------------------------------------------------------------------------------------------
+
+
+@needs("jsonschema")
+@pytest.mark.parametrize("model_id", ["chat/m1", "anth/m1", DEMO_MODEL])
+def test_ollama_contract(tmp_path: Any, model_id: str) -> None:
+    asks = [{}, {"tools": OpenAISdk.tools("wx", "now")}, {"think": "low"},
+        {"options": {"num_predict": 900, "num_ctx": 9000}},
+            {"messages": [{"role": "user", "content": "?", "images": [PNG]}]}]
+    with served(tmp_path, *(saying(script) for script in SCRIPTS.values() for _ in range(3 * len(asks))),
+        demo=True) as (url, _):
+        for ask in asks * len(SCRIPTS):
+            body = {**OLLAMA_ASKS, "model": model_id, **ask}
+            fit("ollama-chat-request", body)
+            fit("ollama-chat-response", call(url, "/api/chat", {**body, "stream": False}).json)
+            for line in call(url, "/api/chat", body).body.splitlines():
+                fit("ollama-chat-response", json.loads(line))
+            prompt = {"model": model_id, "prompt": "Hello", "think": False}
+            fit("ollama-generate-request", prompt)
+            for line in call(url, "/api/generate", prompt).body.splitlines():
+                fit("ollama-generate-response", json.loads(line))
+        fit("ollama-tags", call(url, "/api/tags").json)
+        fit("ollama-show", call(url, "/api/show", {"model": model_id}).json)
+        fit("ollama-version", call(url, "/api/version").json)
+        fit("ollama-ps", call(url, "/api/ps").json)
+
+
+@needs("jsonschema")
+@each_provider
+@pytest.mark.parametrize("status", [400, 401, 402, 403, 404, 409, 413, 422, 429, 500, 503, 529])
+def test_ollama_contract_of_refusals(tmp_path: Any, provider: str, status: int) -> None:
+    body = {**OLLAMA_ASKS, "model": f"{provider}/m1"}
+    with served(tmp_path, refusing(status, "no, said the provider")) as (url, _):
+        for stream in (True, False):
+            answer = call(url, "/api/chat", {**body, "stream": stream})
+            assert answer.status >= 400 and "no, said the provider" in answer.json["error"]
+            fit("ollama-error", answer.json)
+    with served(tmp_path, breaking(PLAIN, "it broke")) as (url, _):
+        *lines, last = call(url, "/api/chat", body).body.splitlines()
+        fit("ollama-error", json.loads(last))
+        assert lines
+        for line in lines:
+            fit("ollama-chat-response", json.loads(line))
+
+
+@needs("ollama")
+def test_ollama_sdk_lists_shows_and_raises(tmp_path: Any) -> None:
+    with served(tmp_path, refusing(429, "slow down"), facts={"contextWindow": 9000}) as (url, _):
+        sdk = OllamaSdk(url)
+        assert {"chat/m1", "anth/m1"} <= {entry.model for entry in sdk.client.list().models}
+        shown = sdk.client.show("chat/m1")
+        assert shown.modelinfo["chat.context_length"] == 9000 and "thinking" in shown.capabilities
+        assert sdk.client.ps().models == []
+        for model_id, status in (("chat/m1", 429), ("none-such", 404)):
+            for mode in ("whole", "helper"):
+                with pytest.raises(sdk.ollama.ResponseError) as raised:
+                    sdk.turn(mode, model=model_id, **sdk.request())
+                assert raised.value.status_code == status
+        with pytest.raises(sdk.ollama.ResponseError, match="slow down"):
+            sdk.client.generate("anth/m1", "Hello")
 
 
 # ======================================================================================================================
@@ -14777,8 +15187,58 @@ class GridResponsesClient(GridChatClient):
         return part.signature or "" if part.maker == self.name else pg.seal_thinking(part) or ""
 
 
+class GridOllamaClient(GridChatClient):
+    """Ollama, as its own client in Go has it, which keeps the ids of calls."""
+
+    name, path = "ollama", "/api/chat"
+    native = ()
+    limit_name = "num_predict"
+    field_names = {"response_format": "format"}
+    stops = {"stop": "stop", "stop_sequence": "stop", "tool_use": "stop", "length": "length", "refusal": "stop"}
+
+    def body(self, case: GridCase, model_id: str, stream: bool) -> Dict[str, Any]:
+        options: Dict[str, Any] = {"num_predict": 4000, "num_ctx": 8192}
+        out: Dict[str, Any] = {"model": model_id, "messages": self.system(case), "stream": stream, "options": options}
+        for turn in case.turns:
+            out["messages"].extend(self.turn(turn))
+        if case.tools:
+            out["tools"] = [{"type": "function", "function": {"name": name, "description": "d", "parameters": schema}}
+                            for name, schema in GRID_TOOLS.items()]
+        if case.thinks:
+            out["think"] = "high"
+        if case.stop:
+            options["stop"] = list(case.stop)
+        if case.output:
+            out["format"] = "json" if case.output == "object" else GRID_SCHEMA
+        return out
+
+    def turn(self, turn: GridTurn) -> List[Dict[str, Any]]:
+        pictures = [base64.b64encode(PICTURE).decode()]
+        if turn.results:
+            return [{"role": "tool", "tool_call_id": call_id, "content": text,
+                **({"images": pictures} if shows else {})}
+                    for call_id, text, shows in turn.results]
+        out: Dict[str, Any] = {"role": turn.role, "content": turn.text, **({"images": pictures} if turn.image else {})}
+        if turn.thinking:
+            out["thinking"] = GRID_THOUGHT
+        if turn.calls:
+            out["tool_calls"] = [{"id": call_id, "function": {"name": name, "arguments": json.loads(arguments)}}
+                                 for call_id, name, arguments in turn.calls]
+        return [out]
+
+    def read(self, result: Result, stream: bool) -> Read:
+        if result.status != 200:
+            text = result.json["error"]
+            return Read(error={"message": text, "type": {429: "rate_limit_error"}.get(result.status),
+                               "code": "unsupported_parameter", "param": text.partition(":")[0]})
+        return check_ollama_stream(result.body) if stream else check_ollama_lines([result.json])
+
+    def usage(self, usage: Dict[str, Any]) -> Dict[str, int]:
+        return {"prompt": usage["prompt_eval_count"], "output": usage["eval_count"]}
+
+
 GRID_CLIENTS: Dict[str, GridChatClient] = {client.name: client for client in (
-    GridChatClient(), GridMessagesClient(), GridResponsesClient(), GridGeminiClient())}
+    GridChatClient(), GridMessagesClient(), GridResponsesClient(), GridGeminiClient(), GridOllamaClient())}
 
 
 # --- The cells --------------------------------------------------------------------------------------------------------
@@ -14807,7 +15267,8 @@ def check_grid_answer(client: GridChatClient, fake: GridFake, result: Result, st
         stop = client.stops["stop"]
     assert read.stop == stop
     told = fake.usage()
-    assert client.usage(read.usage) == {name: told[name] for name in ("prompt", "cached", "output", "reasoning")}
+    shown = client.usage(read.usage)
+    assert shown == {name: told[name] for name in shown} and {"prompt", "output"} <= set(shown)
     return read
 
 
@@ -14897,9 +15358,9 @@ def test_grid_lanes(grid: GridWorld, protocol: str) -> None:
 
 
 def check_grid_seals(client: GridChatClient, fake: GridFake, case: GridCase) -> None:
-    """Signatures that a client gives back reach their maker; a plain chat client knows nothing of them, and those that
-    calls cannot do without are remembered for it."""
-    if case.thinks and fake.maker and client.name != "openai-chat":
+    """Signatures that a client gives back reach their maker; plain chat clients and Ollama's know nothing of them, and
+    those that calls cannot do without are remembered for these."""
+    if case.thinks and fake.maker and client.name not in ("openai-chat", "ollama"):
         assert fake.seen[-1].all("thought"), "the signature was lost"
     if getattr(fake, "signs_calls", False) and case.tools:
         assert fake.seal in fake.seen[-1].all("thought"), "the call's own signature was lost"
@@ -16974,6 +17435,26 @@ def test_hiding_takes_time_in_proportion() -> None:
         spent = time.thread_time()
         pg.hide_text(text, [])
         assert time.thread_time() - spent < 2
+
+
+LOGGED_TEXTS: Dict[str, Callable[[Any], str]] = {
+    "/v1beta/models/anth/m1:generateContent": lambda body: body["candidates"][0]["content"]["parts"][0]["text"],
+    "/api/chat": lambda body: body["message"]["content"], "/api/generate": lambda body: body["response"]}
+
+
+@pytest.mark.parametrize("path", [
+    *LOGGED_TEXTS, *(f"/v1beta/models/anth/m1:streamGenerateContent{query}" for query in ("", "?alt=sse"))])
+def test_conversation_of_gemini_and_ollama_is_logged(tmp_path: Any, path: str) -> None:
+    said = {"/api/chat": {"messages": [{"role": "user", "content": "Hi"}]}, "/api/generate": {"prompt": "Hi"}}.get(
+        path, {"contents": [{"parts": [{"text": "Hi"}]}]})
+    body = {**({"model": "anth/m1"} if "api" in path else {}), **said}
+    stream = path.startswith("/api/") or ":stream" in path
+    with serving(tmp_path, stream_answer("anth") if stream else whole_answer("anth"), logging=LOGGED) as (handle, _):
+        result = call(handle.url, path, body)
+    asked, answered = log_records(tmp_path, "conversation")
+    assert result.status == 200 and asked["body"] == body and asked["model"] == answered["model"] == "anth/m1"
+    assert answered.get("reassembled", False) is stream is asked["stream"] and "cut" not in answered
+    assert LOGGED_TEXTS[path.partition("?")[0].replace("streamGenerate", "generate")](answered["body"]) == "Hello"
 
 
 @pytest.mark.parametrize("client, stream", [("chat", False), ("chat", True), ("messages", False), ("messages", True)])
