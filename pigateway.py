@@ -1855,6 +1855,7 @@ class Notes:
         self.seals: List[str] = []
         self.function_ids: Dict[str, str] = {}
         self.open_calls: List[Tuple[str, str]] = []
+        self.riders: List[Thinking] = []
 
     def lose(self, path: str) -> None:
         """Names something that a translation leaves out."""
@@ -3827,19 +3828,21 @@ def read_riders(sealed: str) -> List[Thinking]:
     return riders
 
 
-def join_pieces(parts: Sequence[Part]) -> List[Part]:
+def join_pieces(parts: Sequence[Part], riders: Iterable[Thinking]) -> List[Part]:
     """A model's turn as it was before it was streamed: pieces of text joined, and pieces of a thought up to the signed
-    one; thinking that rides on a call left out where the client has kept the thought itself."""
+    one. Thinking that rides on a call goes in front of the words that lead to the call, and is left out where the
+    client has kept the thought itself."""
     groups: List[List[Any]] = []
-    signatures = set()
+    riding = {id(rider) for rider in riders}    # not by value: the thought itself may be the same
+    kept = {part.signature for part in parts if isinstance(part, Thinking) and id(part) not in riding}
     for part in parts:
-        if isinstance(part, Thinking) and part.signature:
-            if part.signature in signatures:
-                continue
-            signatures.add(part.signature)
         last = groups[-1][-1] if groups else None
         is_next = isinstance(part, Thinking) and isinstance(last, Thinking) and not last.signature and not part.redacted
-        if is_next or (isinstance(part, Text) and isinstance(last, Text)):
+        if isinstance(part, Thinking) and id(part) in riding:
+            if part.signature not in kept:
+                kept.add(part.signature)
+                groups.insert(len(groups) - isinstance(last, Text), [part])
+        elif is_next or (isinstance(part, Text) and isinstance(last, Text)):
             groups[-1].append(part)
         else:
             groups.append([part])
@@ -4019,7 +4022,8 @@ class GeminiClient(ClientProtocol):
                 add("tool", results)
             if len(results) < len(parts) or not parts:
                 add(GEMINI_ROLES[role], [part for part in parts if not isinstance(part, ToolResult)])
-        return [Message(role, tuple(join_pieces(parts) if role == "assistant" else parts)) for role, parts in turns]
+        return [Message(role, tuple(join_pieces(parts, notes.riders) if role == "assistant" else parts))
+                for role, parts in turns]
 
     def _parts(self, items: Any, path: str, notes: Notes) -> List[Part]:
         parts: List[Part] = []
@@ -4050,11 +4054,11 @@ class GeminiClient(ClientProtocol):
 
     def _text(self, part: Dict[str, Any], path: str, notes: Notes) -> List[Part]:
         text = check(part["text"], "a string", f"{path}.text")
-        riders, (signature, maker, origin) = self.read_seal(part, path)
+        _, (signature, maker, origin) = self.read_seal(part, path)
         if optional(part, "thought", "a boolean", path):
-            return [*riders, Thinking(text, signature, False, maker, origin)]
+            return [Thinking(text, signature, False, maker, origin)]
         behind = [Thinking("", signature, True, maker, origin)] if signature else []     # see `GeminiReader`
-        return [*riders, Text(text), *behind]
+        return [Text(text), *behind]
 
     def _blob(self, part: Dict[str, Any], path: str, notes: Notes) -> List[Part]:
         blob, where = check(part["inlineData"], "an object", f"{path}.inlineData"), f"{path}.inlineData"
@@ -4092,6 +4096,7 @@ class GeminiClient(ClientProtocol):
         arguments = json_text(optional(call, "args", "an object", where) or {})
         notes.open_calls.append((call_id, name))
         riders, (signature, maker, origin) = self.read_seal(part, path)
+        notes.riders.extend(riders)
         return [*riders, ToolCall(call_id, name, arguments, signature, maker, origin)]
 
     def _result(self, part: Dict[str, Any], path: str, notes: Notes) -> List[Part]:
@@ -9948,8 +9953,8 @@ class GeminiLane(NativeLane):
         """The client's own bytes, unless the conversation holds signatures or calls that this model did not make, or
         the model's name demands a level of thinking."""
         request, model = self.request, self.model
-        is_mixed = bool(request.foreign) or any(self._is_strange(part) for message in request.messages
-                                                for part in message.parts)
+        is_mixed = bool(request.foreign) or GEMINI_SEAL.encode("ascii") in request.body or any(
+            self._is_strange(part) for message in request.messages for part in message.parts)
         body = dumps(self._edited(request.data, is_mixed)).encode("ascii") if is_mixed or model.level else request.body
         url = self.upstream.url(self._method(), model, credential)
         return Call("POST", url, self.upstream.headers(model, credential), body), []
@@ -10069,7 +10074,8 @@ class GeminiLane(NativeLane):
 def without_call_id(part: Dict[str, Any]) -> Dict[str, Any]:
     """A Gemini part whose call or result has no id."""
     return {name: {key: inner for key, inner in value.items() if key != "id"}
-            if name in ("functionCall", "functionResponse") else value for name, value in part.items()}
+            if name in ("functionCall", "functionResponse") and isinstance(value, dict) else value
+            for name, value in part.items()}
 
 
 class GeminiCountLane(GeminiLane):

@@ -12836,20 +12836,47 @@ def test_gemini_response_object() -> None:
 @pytest.mark.parametrize("drops_thoughts", [True, False], ids=["dropped", "kept"])
 @pytest.mark.parametrize("thought", [SIGNED, pg.Thinking("", "RU5D", True, "anthropic-messages", "o")], ids=["text",
     "redacted"])
-def test_gemini_clients_give_signed_thinking_back(shows: bool, drops_thoughts: bool, thought: pg.Thinking) -> None:
+@pytest.mark.parametrize("is_late", [True, False], ids=["sealed late", "at once"])
+def test_gemini_clients_give_signed_thinking_back(shows: bool, drops_thoughts: bool, thought: pg.Thinking,
+        is_late: bool,
+                                                  ) -> None:
     """Gemini CLI drops thoughts, other clients do not ask for them: it rides on the call."""
     request = gemini_client_request(stream=True, **(GEMINI_SHOWS if shows else {}))
     call_part = pg.ToolCall("c", "wx", "{}")
     wire = GEMINI_CLIENT.writer(request, STAMP).write([
         pg.Start(), pg.PartStart(0, thought), *([pg.PartDelta(0, thought.text)] if thought.text else []),
-        pg.PartStart(1, call_part), pg.PartEnd(1, call_part), pg.PartEnd(0, thought), pg.Done("tool_use", USAGE)])
+        *([] if is_late else [pg.PartEnd(0, thought)]),
+        pg.PartStart(1, pg.Text()), pg.PartDelta(1, "Let me "), pg.PartDelta(1, "see"), pg.PartEnd(1,
+            pg.Text("Let me see")),
+        pg.PartStart(2, call_part), pg.PartEnd(2, call_part), *([pg.PartEnd(0, thought)] if is_late else []),
+        pg.Done("tool_use", USAGE)])
     parts = [part for _, text in pg.parse_events(wire)
              for part in json.loads(text)["candidates"][0]["content"]["parts"] if part != {"text": ""}]
     assert not shows or thought.redacted or any(part.get("thought") for part in parts)
     if drops_thoughts:
         parts = [part for part in parts if not part.get("thought")]
     again = gemini_client_request(contents=[{"parts": [{"text": "Hi"}]}, {"role": "model", "parts": parts}])
-    assert [part for part in again.messages[1].parts if part != pg.Text("")] == [thought, call_part]
+    found = [part for part in again.messages[1].parts if part != pg.Text("")]
+    if drops_thoughts or not (is_late or thought.redacted):
+        assert found[0] == thought or thought.redacted, "Claude demands it first"
+    assert sorted(map(repr, found)) == sorted(map(repr, [thought, pg.Text("Let me see"), call_part]))
+    assert found[-1] == call_part
+
+
+@pytest.mark.parametrize("upstream, model_id", [(GEMINI, "gemini-2.5-flash"), (GEMINI, "gemini-3-pro"),
+                                                (VERTEX, "gemini-2.5-pro"), (VERTEX, "gemini-3-pro")])
+def test_gemini_lane_takes_any_body_that_parses(upstream: Any, model_id: str) -> None:
+    rng, sent = random.Random(20261122), 0
+    for _ in range(1500):
+        body: Any = GEMINI_SEED
+        for _ in range(rng.randint(1, 3)):
+            body = mutate(body, rng.choice(places(body) or [("model",)]), rng)
+        with contextlib.suppress(pg.BadRequest):
+            request = pg.replace(GEMINI_CLIENT.parse(body), body=json.dumps(body).encode(), foreign=frozenset({"QUJD"}))
+            lane = pg.GeminiLane(GEMINI_CLIENT, upstream, request, gemini_model(model_id), STAMP)
+            assert isinstance(json.loads(lane.call(GEMINI_KEY)[0].body), dict)
+            sent += 1
+    assert sent > 300
 
 
 GEMINI_ERRORS: Dict[Any, Tuple[int, str]] = {
