@@ -16645,7 +16645,7 @@ def test_router_model_map_file_comes_last(tmp_path: Any) -> None:
 
 def test_router_provider_is_called(tmp_path: Any) -> None:
     """A provider of piai-router's configuration: its key and headers, its model, and the client's key where it has none."""
-    with fake_upstream(FINE, FINE) as fake:
+    with fake_upstream(*[FINE] * 4) as fake:                # two of them for those who look what models there are
         entry = {"api": "openai-completions", "baseUrl": fake.url + "/v1", "headers": {"x-a": "b"}, "defaultModel": "big",
                  "contextWindow": 5000, "reasoning": False}
         for key, sent in (("sk-own-key-1", "Bearer sk-own-key-1"), ("", "Bearer sk-the-clients")):
@@ -16655,7 +16655,7 @@ def test_router_provider_is_called(tmp_path: Any) -> None:
                 result = call(handle.url, "/v1/messages", {**ASK, "model": "big", "max_tokens": 5, "effort": "high"},
                               authorization="Bearer sk-the-clients")
                 assert result.status == 200 and result.headers["x-pigateway-model"] == "work/big"
-            received = fake.received[-1]
+            received = [received for received in fake.received if received.path == "/v1/chat/completions"][-1]
             assert (received.headers["authorization"], received.headers["x-a"]) == (sent, "b")
             assert "reasoning_effort" not in received.json
 
