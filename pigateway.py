@@ -73,6 +73,7 @@ import shutil
 import signal
 import socket
 import socketserver
+import stat
 import struct
 import subprocess
 import sys
@@ -279,6 +280,7 @@ class Unauthorized(GatewayError):
     """The client's key for this gateway is missing or wrong, or there is no key for the provider."""
 
     status, code = 401, "invalid_api_key"
+    retryable = False                   # asking again does not bring a key: clients would keep at it for minutes
 
 
 class LogInOver(Unauthorized):
@@ -780,6 +782,7 @@ class Provider:
     api_key: Optional[str] = field(default=None, repr=False)
     auth_file: str = ""         # another auth.json for its log-in,
     log_in: str = ""            # and another name for the entry there
+    has_own_key: bool = False   # `api_key` belongs to the address beside it: auth.json's is not sent there
 
     @property
     def protocol(self) -> str:
@@ -1503,11 +1506,17 @@ _METER_PATTERNS = {"blank and letter": re.compile(" [A-Za-z]"), "digit and lette
                    "line ends": re.compile("\n+"), "number": re.compile("[0-9]+")}
 _METER_SETS = {"digit": "0123456789", "capital": "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "quote": '"', "underscore": "_",
                "line": "\n", "tab": "\t"}
-_ACCENTED = re.compile(r"[^\W\d_]*[\u00c0-\u024f\u1e00-\u1eff][^\W\d_]*")
+# Only tried where a word begins: else a long run of letters without an accent costs the square of its length, and `re`
+# lets no other thread run meanwhile.
+_ACCENTED = re.compile(r"(?<![^\W\d_])[^\W\d_]*?[\u00c0-\u024f\u1e00-\u1eff]")
+SAMPLED_CHARS = 256 * KIB          # of a longer text only so much is looked at, and taken for all of it
 
 
 def _text_features(text: str) -> Dict[str, float]:
     """What a text is made of, by the names of `METER_PRIOR`."""
+    if len(text) > SAMPLED_CHARS:
+        share = len(text) / SAMPLED_CHARS
+        return {name: count * share for name, count in _text_features(text[:SAMPLED_CHARS]).items()}
     found = {name: len(pattern.findall(text)) for name, pattern in _METER_PATTERNS.items()}
     spaced = found.pop("blank and letter")
     words, pieces = len(_LETTERS.findall(text)), list(map(len, _PIECES.findall(text)))
@@ -1570,6 +1579,9 @@ def _message_features(messages: Sequence[Message]) -> List[float]:
         "media": sum(MEDIA_TOKENS.get(type(part), 0.0) for part in flat)})
     _add_features(total, _text_features("\n".join(part.text for part in flat if isinstance(part, Text))))
     return total
+
+
+MOST_TOKENS = 10 ** 9
 
 
 class _ModelMeter:
@@ -1635,7 +1647,7 @@ class TokenMeter:
 
     def observe(self, model_id: str, request: Request, tokens: int) -> None:
         """Notes how many tokens the provider counted in a request's prompt."""
-        if tokens <= 0:
+        if not 0 < tokens < MOST_TOKENS:        # else no count, and floats would not hold its square
             return
         digests = self._digests(request)
         with self._lock:
@@ -3056,7 +3068,7 @@ class AnthropicClient(ClientProtocol):
 
 def overflow_figures(message: str) -> str:
     """The two token counts in a provider's complaint in Anthropic's words: Claude Code then knows how much to leave out."""
-    counts = sorted({int(text.replace(",", "")) for text in re.findall(r"\b\d{4,9}\b|\b\d{1,3}(?:,\d{3})+\b", message)})
+    counts = sorted({int(text.replace(",", "")) for text in re.findall(r"\b\d{4,9}\b|\b\d{1,3}(?:,\d{3}){1,3}\b", message)})
     return f"{counts[1]} tokens > {counts[0]} maximum: " if len(counts) == 2 else ""
 
 
@@ -4737,7 +4749,9 @@ class SoundCalls:
     and the answer stops for tool use only if another call is left."""
 
     def __init__(self) -> None:
-        self._held: Dict[int, List[Event]] = {}     # by part, in the order they began; the first one is a call
+        # by part, in the order they began; the first one is a call. A plain dict looks for its first key past all that
+        # were taken from its front: the square of thousands of calls.
+        self._held: Dict[int, List[Event]] = collections.OrderedDict()
         self._has_call = False
         self._stop: Optional[str] = None
 
@@ -4905,7 +4919,7 @@ def upstream_error(status: int, message: str, kind: str = "", code: str = "", re
 def stream_error(body: Mapping[str, Any]) -> GatewayError:
     """The error that an object with an `error` field inside an answer of status 200 means."""
     message, kind, code = error_fields(dumps(body).encode("ascii"))
-    status = int(code) if code.isdigit() and 400 <= int(code) < 600 else STATUS_BY_KIND.get(kind, 0)
+    status = int(code) if re.fullmatch("[0-9]{3}", code) and 400 <= int(code) < 600 else STATUS_BY_KIND.get(kind, 0)
     return upstream_error(status or STATUS_BY_KIND.get(code, 500), message or "the provider reported an error", kind, code)
 
 
@@ -10535,7 +10549,7 @@ class Catalogue:
             model = self._find(base, usable)
         if model is None and level:
             model = self._find(base, usable) or self._unlisted(base)
-            model = model and replace(model, level=level)
+            model = model and replace(model, level=level, reasoning=model.reasoning is not False)
         model = model or self._unlisted(name)
         if model is None or not self.is_allowed(model):
             raise ModelNotFound(self._not_found(name, usable), param="model")
@@ -10741,8 +10755,15 @@ def match_wildcard(pattern: str, name: str) -> Optional[str]:
     """What the first `*` of a pattern stands for in a name, None when the name does not fit."""
     if "*" not in pattern:
         return None
-    match = re.fullmatch("(.*)".join(map(re.escape, pattern.split("*"))), name, re.DOTALL)
-    return match.group(1) if match else None
+    first, *middle, last = pattern.split("*")
+    end = len(name) - len(last)
+    if not (name.startswith(first) and name.endswith(last) and len(first) <= end):
+        return None
+    for stem in reversed(middle):               # `re` would take a power of the name's length, one more for each `*`
+        end = name.rfind(stem, len(first), end)
+        if end < 0:
+            return None
+    return name[len(first):end]
 
 
 def map_effort(effort: Any, level: Optional[str]) -> Optional[str]:
@@ -10848,14 +10869,18 @@ def adopt_provider(result: ModelsFile, name: str, entry: Mapping[str, Any], mode
     provider = _merge_provider(name, {**fields, "headers": {**(known.headers if known else {}), **(fields["headers"] or {})},
                                       "models": [], "modelOverrides": None}, path, known)
     provider = replace(provider, keyless=False)         # without a key of its own it gets the client's
+    if entry.get("apiKey"):
+        provider = replace(provider, has_own_key=True)
     if entry.get("authMode") == "oauth":
-        provider = replace(provider, api_key=None, auth_file=entry.get("authFile") or "", log_in=entry.get("oauthProvider") or "")
+        provider = replace(provider, has_own_key=False, api_key=None,
+                          auth_file=entry.get("authFile") or "", log_in=entry.get("oauthProvider") or "")
     result.providers[name] = provider
     base = Catalogue({name: provider}, result.custom).models_of(provider)
     facts = {key: entry[key] for key in ("reasoning", "input", "contextWindow", "maxTokens") if entry.get(key) is not None}
     result.custom[name] = {**result.custom.get(name, {}), **{
-        model_id: _read_model(provider, {"id": model_id, **facts}, path, base.get(model_id)) for model_id in model_ids
-        if model_id not in base or facts}}
+        model_id: _read_model(provider, {"id": model_id, **({} if model_id in base else {"reasoning": True}), **facts},
+                              path, base.get(model_id))       # piai-router takes every model for one that reasons
+        for model_id in model_ids if model_id not in base or facts}}
 
 
 # Where the credential for a provider of the user's own comes from, by the protocol it speaks; else just its key.
@@ -12062,7 +12087,8 @@ class Credentials:
     def entry_of(self, provider: Provider) -> Dict[str, Any]:
         """The provider's entry in auth.json as it stands, {} when there is none."""
         logins, name = self.log_in_of(provider)
-        return logins.entry(name)
+        entry = logins.entry(name)
+        return present(env=entry.get("env")) if provider.has_own_key else entry
 
     def close(self) -> None:
         """Waits for tokens on their way."""
@@ -14041,7 +14067,8 @@ class Gateway:
         for route in self.config.routing.routes(request.model):
             model = self.catalogue.resolve(self.target_name(route.model), self.is_usable)
             mapped = map_effort(route.effort, level)
-            models.append(replace(model, level=mapped) if mapped else model)
+            # a model of which nothing is known thinks when the user's own map says how hard
+            models.append(replace(model, level=mapped, reasoning=model.reasoning is not False) if mapped else model)
         return models
 
     def target_name(self, name: str) -> str:
@@ -14718,14 +14745,27 @@ class Journal:
             size = os.path.getsize(path) if os.path.exists(path) else 0
             if size and size + len(data) > self.settings.max_file_bytes:
                 os.replace(path, path + ".1")
-            descriptor = os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY | getattr(os, "O_BINARY", 0), 0o600)
+            flags = sum(getattr(os, name, 0) for name in ("O_BINARY", "O_NOFOLLOW", "O_NONBLOCK"))
+            descriptor = os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY | flags, 0o600)
             try:
+                check_own_file(descriptor)
                 size = os.fstat(descriptor).st_size
                 if self._write(descriptor, data) < len(data):
                     os.ftruncate(descriptor, size)      # half a line would spoil the next one
                     raise OSError(errno.ENOSPC, "the disk is full")
             finally:
                 os.close(descriptor)
+
+
+def check_own_file(descriptor: int) -> None:
+    """Sees to it that a log file is this user's and nobody else reads it: in a folder that others can write to they may
+    have made it, or a pipe or link in its place. Raises OSError."""
+    if os.name == "posix":
+        known = os.fstat(descriptor)
+        if not stat.S_ISREG(known.st_mode) or known.st_uid != os.geteuid() or known.st_nlink != 1:
+            raise OSError(errno.EPERM, "the log file is not a file of this user's own")
+        if known.st_mode & 0o077:
+            os.fchmod(descriptor, 0o600)
 
 
 class Exchanged(NamedTuple):
@@ -14901,6 +14941,7 @@ class HttpResponder:
         self.keep_alive = (head is not None and self._chunked
                            and "close" not in head.headers.get("connection", "").lower())
         self.status = 0
+        self.is_over = False                        # the whole answer is out: another byte would belong to the next one
         self.capture: Optional[Capture] = None      # what keeps the answer, where it is logged
         self._scope: Optional[Scope] = None
 
@@ -14924,6 +14965,7 @@ class HttpResponder:
 
     def send(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
         """A whole answer."""
+        self.is_over = True
         if self.capture:
             self.capture.add(body)
         head = self._head(status, {**headers, "content-length": str(len(body))} if status != 204 else headers)
@@ -14962,7 +15004,7 @@ class HttpResponder:
         if self._repack:
             self._write(self._repack.end())
         head, self._pending_head = self._pending_head or b"", None
-        self.keep_alive = self.keep_alive and is_complete
+        self.is_over, self.keep_alive = True, self.keep_alive and is_complete
         if head or self._chunked:
             self._send(head + (b"0\r\n\r\n" if self._chunked else b""))
 
@@ -15135,6 +15177,9 @@ class Handler(socketserver.BaseRequestHandler):
         responder = exchange.responder
         exchange.log["error"] = redact(error.message)
         try:
+            if responder.is_over:
+                responder.keep_alive = False
+                return
             if responder.has_begun:
                 responder.write(exchange.client.error_event(error, exchange.stamp.request_id))
                 responder.finish(False)
@@ -16119,6 +16164,9 @@ def run_account_command(arguments: argparse.Namespace, config: Config) -> int:
     try:
         if arguments.command == "accounts":
             return print_accounts(file, arguments.json)
+        if arguments.provider:
+            path = log_in_path(config, arguments.provider, path)
+            file = AuthFile(path)
         if arguments.command == "logout":
             return log_out(file, terminal, arguments.provider)
         return log_in(file, terminal, arguments, config)
@@ -16129,6 +16177,14 @@ def run_account_command(arguments: argparse.Namespace, config: Config) -> int:
     except KeyboardInterrupt:
         print(f"\n{NAME}: given up; nothing was changed", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def log_in_path(config: Config, provider: str, default: str) -> str:
+    """The file that a log-in is looked for in: piai-router's `authFile`, where the configuration names one."""
+    for name, entry in config.providers.items():
+        if entry.get("authMode") == "oauth" and entry.get("authFile") and (entry.get("oauthProvider") or name) == provider:
+            return str(entry["authFile"])
+    return default
 
 
 def log_in(file: AuthFile, terminal: Terminal, arguments: argparse.Namespace, config: Config) -> int:
@@ -16600,7 +16656,8 @@ def read_router_provider(entry: Any, name: str, path: str) -> Dict[str, Any]:
     if fields.get("authMode", "apiKey") not in ("apiKey", "oauth"):
         raise ConfigError(f"{where}.authMode must be apiKey or oauth")
     if fields.get("authFile"):
-        fields["authFile"] = os.path.join(os.path.dirname(os.path.abspath(path)), os.path.expanduser(fields["authFile"]))
+        fields["authFile"] = os.path.normpath(os.path.join(os.path.dirname(os.path.abspath(path)),
+                                                           os.path.expanduser(fields["authFile"])))
     return fields
 
 
@@ -16643,6 +16700,10 @@ def settle_router(values: Dict[str, Any]) -> Dict[str, Any]:
     if not providers:
         return values
     active = values.get("provider") or ROUTER_PROVIDER
+    stray = providers.get("", {})
+    if not values.get("provider") and stray.get("baseUrl") and not stray.get("apiKey") and stray.get("authMode") != "oauth":
+        raise ConfigError(f"baseUrl {stray['baseUrl']} (PI_BASE_URL): say whose it is (PI_PROVIDER), or give its key; a "
+                          f"stored log-in of {ROUTER_PROVIDER} does not go there by itself")
     providers[active] = {**providers.get(active, {}), **providers.pop("", {})}
     default = providers[active].get("defaultModel") or (ROUTER_MODEL if active == ROUTER_PROVIDER else "")
     return {"default_model": default, **values, "providers": providers, "provider": active}
@@ -16878,7 +16939,10 @@ def one_at_a_time(folder: str) -> Iterator[None]:
         if os.name == "posix":
             import fcntl                        # not on Windows
             with contextlib.suppress(OSError):
-                descriptor = os.open(folder, os.O_RDONLY)
+                # a folder that others can read they can lock as well, and nobody here would ever start
+                is_private = not os.stat(folder).st_mode & 0o077
+                descriptor = os.open(folder, os.O_RDONLY) if is_private else os.open(
+                    os.path.join(folder, f".{NAME}.lock"), os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
@@ -17356,7 +17420,7 @@ def print_models(gateway: Gateway, as_json: bool) -> int:
             for model in models], indent=2))
     else:
         for model in models:
-            print(f"{model.full_id}\t{model.provider}")
+            print(f"{printable(model.full_id)}\t{model.provider}")     # its server has chosen the name
     return EXIT_OK if models else EXIT_FAILURE
 
 
@@ -17997,7 +18061,9 @@ SHELLS = {
     "powershell": Shell("$env:{} = {}", "Remove-Item Env:{} -ErrorAction SilentlyContinue",
                         lambda text: "'" + re.sub("(['\u2018-\u201b])", r"\1\1", text) + "'", "#",
                         "{} | Out-String | Invoke-Expression"),
-    "cmd": Shell('set "{}={}"', 'set "{}="', lambda text: text.replace("%", "%%"), "rem", "{} > on.cmd && on.cmd"),
+    # cmd has no way to write a quotation mark or line end there: what follows it would be run
+    "cmd": Shell('set "{}={}"', 'set "{}="', lambda text: re.sub('["\x00-\x1f]', "", text).replace("%", "%%"),
+                 "rem", "{} > on.cmd && on.cmd"),
 }
 
 
@@ -18046,7 +18112,7 @@ def guess_target(client: Client, config: Config, url: str) -> Tuple[Target, List
 
 def shell_lines(shell: Shell, changes: Mapping[str, Optional[str]], notes: Sequence[str], hidden: str) -> List[str]:
     """The lines that make a shell's environment so, with notes as comments and without the `hidden` text."""
-    lines = [f"{shell.comment} {part}" for note in notes
+    lines = [f"{shell.comment} {part}" for note in map(printable, notes)
              for part in textwrap.wrap(note, HELP_COLUMNS - 4, break_long_words=False, break_on_hyphens=False)]
     for name, value in changes.items():
         text = "***" if hidden and value == hidden else value
@@ -18085,7 +18151,7 @@ def print_config(config: Config, as_json: bool) -> int:
         return EXIT_OK
     for key, value, source in rows:
         text = value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
-        print(f"{key:<25}{cut(text, 26):<27}{cut(source, 27)}")
+        print(f"{key:<25}{cut(printable(text), 26):<27}{cut(source, 27)}")
     return EXIT_OK
 
 
@@ -18106,7 +18172,7 @@ def run_check(arguments: argparse.Namespace) -> int:
         print(f"{state:<11}{short_path(finding.path)}")
         for kind, texts in (("problem", finding.problems), ("warning", finding.warnings)):
             for text in texts:
-                said = redact(text).replace(finding.path + ": ", "", 1)
+                said = printable(redact(text)).replace(finding.path + ": ", "", 1)
                 print(textwrap.fill(f"{kind}: {said}", HELP_COLUMNS, initial_indent=" " * 11,
                                     subsequent_indent=" " * 13, break_on_hyphens=False))
     return EXIT_CONFIG if any(finding.problems for finding in findings) else EXIT_OK
@@ -18243,12 +18309,13 @@ class SetUp:
         provider = self._pick_provider()
         if not self._gateway.is_usable(provider):
             self._get_credential(provider)
-        model = self._pick_model(provider)
         client = self._pick_client()
+        model = self._pick_model(provider, client)
         entry = self._entry
         if entry is not None:
             self.file.change(provider.name, lambda old: entry)
-        write_private_file(self.path, render_config(provider.name, model).encode("utf-8"))
+        port = ROUTER_PORT if self._arguments.command == "ui" else 0        # piai-router's people look for it there
+        write_private_file(self.path, render_config(provider.name, model, port).encode("utf-8"))
         self._say_next(provider, client)
         return EXIT_OK
 
@@ -18266,11 +18333,16 @@ class SetUp:
         if not self._terminal.agrees(f"{short_path(self.path)} is there already, and would be replaced."):
             raise LogInFailed("nothing was changed")
 
-    def _pick(self, question: str, names: Sequence[str], default: str) -> str:
-        """One of the names, by number or name, or another name that was typed."""
-        answer = self._terminal.ask(f"{question} [{default}] " if default else f"{question} ") or default
+    def _pick(self, question: str, names: Sequence[str], default: str, takes: Callable[[str], bool]) -> str:
+        """One of the names, by number or name, or what else `takes` allows; asked until there is such an answer."""
         numbered = {str(number): name for number, name in enumerate(names, 1)}
-        return numbered.get(answer, answer)
+        while True:
+            answer = self._terminal.ask(f"{question} [{default}] " if default else f"{question} ") or default
+            answer = numbered.get(answer, answer)
+            if answer in names or takes(answer):
+                return answer
+            self._terminal.say(f"There is no such answer: {redact(printable(answer))[:40]}" if answer else
+                               "An answer is needed here. (Ctrl-C gives up.)")
 
     def _pick_provider(self) -> Provider:
         providers = {name: row for name, row in self._gateway.catalogue.providers.items() if name != DEMO}
@@ -18296,7 +18368,7 @@ class SetUp:
         depth = -(-len(cells) // 2)
         for left, right in itertools.zip_longest(cells[:depth], cells[depth:], fillvalue=""):
             self._terminal.say(f"{left:<39}{right}".rstrip())
-        return self._pick("\nProvider (number or name)?", ordered, ordered[0] if found else "")
+        return self._pick("\nProvider (number or name)?", ordered, ordered[0] if found else "", lambda answer: False)
 
     def _get_credential(self, provider: Provider) -> None:
         ways = {"variable": f"I set the variable {provider.env[-1]}"} if provider.env else {}
@@ -18306,9 +18378,7 @@ class SetUp:
             return                              # what is missing is said at the end
         for number, text in enumerate(ways.values(), 1):
             self._terminal.say(f"{number:>3} {text}")
-        way = self._pick(f"How does {provider.name} know you?", list(ways), "1")
-        if way not in ways:
-            raise ConfigError(f"there is no answer {redact(way)[:20]!r}")
+        way = self._pick(f"How does {provider.name} know you?", list(ways), "1", lambda answer: False)
         if way == "key":
             key = self._terminal.ask_hidden(f"Key for {provider.name} (not shown): ")
             if not key.isascii() or not key.isprintable() or not key:
@@ -18319,15 +18389,18 @@ class SetUp:
             row = SUBSCRIPTIONS[provider.name]
             self._entry = obtain_log_in(row, self._terminal, self._arguments, self.config)
 
-    def _pick_model(self, provider: Provider) -> str:
-        """A name with its provider, "" for none."""
+    def _pick_model(self, provider: Provider, client: str) -> str:
+        """A name with its provider, "" for none: a client whose own names mean nothing there needs one."""
         names = sorted(self._gateway.catalogue.models_of(provider))
         name = self._wanted["default_model"]
         if not name and self._asks and names:
             for number, known in enumerate(names[:self.SHOWN], 1):
                 self._terminal.say(f"{number:>3} {known}")
             self._terminal.say(f"    ... {len(names) - self.SHOWN} more" if len(names) > self.SHOWN else "")
-            name = self._pick("Default model (number or name, empty for none)?", names, "")
+            is_needed = client in CLIENTS and provider.name not in CLIENTS[client].homes
+            empty = "" if is_needed else ", empty for none"
+            name = self._pick(f"Default model (number or name{empty})?", names, "",
+                              lambda answer: bool(answer) or not is_needed)
         is_full = name.partition("/")[0] in self._gateway.catalogue.providers and name not in names
         return name if is_full or not name else f"{provider.name}/{name}"
 
@@ -18337,7 +18410,7 @@ class SetUp:
         if not name and self._asks:
             for number, known in enumerate(names, 1):
                 self._terminal.say(f"{number:>3} {CLIENTS[known].title if known in CLIENTS else 'another, or none'}")
-            name = self._pick("Which client do you use?", names, "1")
+            name = self._pick("Which client do you use?", names, "1", lambda answer: answer in CLIENT_ALIASES)
         name = CLIENT_ALIASES.get(name, name)
         if name not in names:
             raise ConfigError(f"no client {redact(name)[:60]!r}; there is {', '.join(names)}")
@@ -18355,11 +18428,12 @@ class SetUp:
         say(f"Next: {NAME}.py{config} {command}")
 
 
-def render_config(provider: str, model: str) -> str:
-    """A configuration file with comments, which only files of our own may have."""
+def render_config(provider: str, model: str, port: int = 0) -> str:
+    """A configuration file with comments, which only files of our own may have. `port` 0: the usual one."""
     lines = [f"// Written by {NAME}.py init. Comments are allowed here. README.md has all keys;",
              f"// {NAME}.py show prints those in force.",
-             "{", "  // Where names go that do not say a provider.", f'  "provider": {json.dumps(provider)},',
+             "{", *([f'  "port": {port},'] if port else []),
+             "  // Where names go that do not say a provider.", f'  "provider": {json.dumps(provider)},',
              "  // The model for requests that name none.",
              f'  "defaultModel": {json.dumps(model)},' if model else f'  // "defaultModel": "{provider}/...",',
              "  // What a client's own names stand for; a list is tried in turn.",
