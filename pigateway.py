@@ -783,6 +783,7 @@ class Provider:
     auth_file: str = ""         # another auth.json for its log-in,
     log_in: str = ""            # and another name for the entry there
     has_own_key: bool = False   # `api_key` belongs to the address beside it: auth.json's is not sent there
+    takes_client_key: bool = False      # as long as there is no key of its own
 
     @property
     def protocol(self) -> str:
@@ -10868,7 +10869,8 @@ def adopt_provider(result: ModelsFile, name: str, entry: Mapping[str, Any], mode
     fields = {key: entry.get(key) or None for key in _PROVIDER_KEYS}
     provider = _merge_provider(name, {**fields, "headers": {**(known.headers if known else {}), **(fields["headers"] or {})},
                                       "models": [], "modelOverrides": None}, path, known)
-    provider = replace(provider, keyless=False)         # without a key of its own it gets the client's
+    # without a key of its own it gets the client's, as at piai-router
+    provider = replace(provider, keyless=False, takes_client_key=entry.get("authMode", "apiKey") == "apiKey")
     if entry.get("apiKey"):
         provider = replace(provider, has_own_key=True)
     if entry.get("authMode") == "oauth":
@@ -13928,7 +13930,7 @@ class Gateway:
 
     def is_usable(self, provider: Provider) -> bool:
         """Whether the provider has a credential that may be used on this address."""
-        return self._takes_passed(provider) or self.credentials.usable(provider) and not self._is_hidden(provider)
+        return self.takes_passed(provider) or self.credentials.usable(provider) and not self._is_hidden(provider)
 
     def _is_hidden(self, provider: Provider) -> bool:
         return not self.config.exposes_subscriptions and self.credentials.is_subscription(provider)
@@ -13948,7 +13950,7 @@ class Gateway:
             self._complete_on(candidates[0], request, exchange)
             return
         # what a client brought for one provider is not shown to the next
-        passed = [model for model in candidates if self._takes_passed(self.catalogue.providers[model.provider])]
+        passed = [model for model in candidates if self.takes_passed(self.catalogue.providers[model.provider])]
         candidates = [model for model in candidates if model not in passed[1:]]
         now = self.clock()
         candidates.sort(key=lambda model: self._rests(model, now))      # stable: in their order otherwise
@@ -14108,7 +14110,7 @@ class Gateway:
     def _authorise(self, model: Model, exchange: Exchange) -> Tuple[Model, Credential]:
         provider = self.catalogue.providers[model.provider]
         exchange.log["model"] = model.full_id
-        if self._takes_passed(provider):
+        if self.takes_passed(provider):
             credential = passed_credential(exchange, provider, model, self.config.api_key)
             configured = {name: value for name, value in self.credentials.headers(provider, model).items()
                           if name.lower() not in KEY_HEADERS}
@@ -14121,8 +14123,10 @@ class Gateway:
         base_url = credential.parts.get("endpoint") or self.credentials.fill(model.base_url, provider)
         return replace(model, base_url=base_url, headers={}), credential
 
-    def _takes_passed(self, provider: Provider) -> bool:
-        return provider.name in self.config.pass_through
+    def takes_passed(self, provider: Provider) -> bool:
+        """Whether the provider is called with the key that a client brings."""
+        return provider.name in self.config.pass_through or (
+            provider.takes_client_key and not self.credentials.usable(provider))
 
     def _check_exposure(self, provider: Provider, is_hidden: bool) -> None:
         if is_hidden:
@@ -14474,7 +14478,7 @@ class Discovery:
         gateway = self._gateway
         asked = [provider for provider in gateway.catalogue.providers.values()
                  if provider.discover and gateway.is_usable(provider) and provider.name not in self._asking
-                 and provider.name not in gateway.config.pass_through]
+                 and not gateway.takes_passed(provider)]
         results: List[bool] = []
         scopes = [Scope() for _ in asked]
         threads = [threading.Thread(target=lambda p=provider, s=scope: results.append(self.ask(p, s)), daemon=True)
@@ -16779,9 +16783,6 @@ def build_gateway(config: Config, environ: Mapping[str, str]) -> Gateway:
     transport = Transport(limits, certificates, config.demo_delay_ms / 1000)
     credentials = Credentials(os.path.join(folder, "auth.json"), environ, transport=transport,
                               vendor_transport=vendor_transport(certificates))
-    keyless = [name for name, entry in config.providers.items() if entry.get("authMode", "apiKey") == "apiKey"
-               and not credentials.usable(catalogue.providers[name])]
-    config = replace(config, pass_through=(*config.pass_through, *keyless))     # as piai-router does
     return Gateway(config, catalogue, credentials, transport, quirks=Quirks(os.path.join(folder, QUIRKS_FILE)),
                    journal=Journal(log_settings(config, environ)))
 

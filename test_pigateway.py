@@ -16686,6 +16686,32 @@ def test_router_provider_is_called(tmp_path: Any) -> None:
             assert "reasoning_effort" not in received.json
 
 
+# (what changes, the provider's entry from one reading of the files to the next) → the keys that its host is sent
+RELOADED_KEYS: List[Tuple[str, List[Dict[str, Any]], List[str]]] = [
+    ("another file", [{}, {}], ["sk-the-clients"] * 2),
+    ("another setting", [{}, {"headers": {"x-a": "b"}}], ["sk-the-clients"] * 2),
+    ("a key", [{}, {"apiKey": "sk-own-key-1"}, {}], ["sk-the-clients", "sk-own-key-1", "sk-the-clients"]),
+    ("no key", [{"apiKey": "sk-own-key-1"}, {}], ["sk-own-key-1", "sk-the-clients"])]
+
+
+@pytest.mark.parametrize("entries, keys", [row[1:] for row in RELOADED_KEYS], ids=[row[0] for row in RELOADED_KEYS])
+def test_client_s_key_serves_a_provider_without_one_after_a_change(own_home: Any, entries: List[Dict[str, Any]],
+                                                                   keys: List[str]) -> None:
+    with fake_upstream(*[FINE] * (3 * len(entries))) as fake:      # the others for those who look what models there are
+        configs = [pg.Config(port=0, provider="work", default_model="big", providers={
+            "work": {"api": "openai-completions", "baseUrl": fake.url + "/v1", **entry}}) for entry in entries]
+        sent = []
+        with running(own_home, provider="work", default_model="big", providers=configs[0].providers) as handle:
+            for number, config in enumerate(configs):
+                if number:
+                    pg.Reloader(handle, lambda config=config: config)._take_over()      # type: ignore[misc]
+                result = call(handle.url, "/v1/messages", {**ASK, "model": "big", "max_tokens": 5},
+                              authorization="Bearer sk-the-clients")
+                assert result.status == 200, result.body
+                sent.append([got for got in fake.received if got.method == "POST"][-1].headers["authorization"])
+    assert sent == [f"Bearer {key}" for key in keys]
+
+
 def test_router_key_is_for_its_address(tmp_path: Any) -> None:
     """A stored log-in or key does not go to the address that stands beside a key of its own."""
     environ = {"PI_BASE_URL": "http://127.0.0.1:9/v1", "PI_API": "openai-completions", "PI_API_KEY": "key-for-mine"}
