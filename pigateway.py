@@ -3029,15 +3029,15 @@ class AnthropicClient(ClientProtocol):
 
     def render(self, request: Request, reply: Reply, stamp: Stamp) -> Dict[str, Any]:
         """A message object."""
-        parts = without_last_seal(visible_parts(request, reply.parts))
-        content = [block for part in parts for block in self._render_part(part)]
+        parts = [part for part in visible_parts(request, reply.parts) if not isinstance(part, Text) or part.text]
+        content = [block for part in without_last_seals(parts) for block in self._render_part(part)]
         return {"id": message_id(reply.id, stamp), "type": "message", "role": "assistant", "model": request.model,
                 "content": content, **stop_fields(reply.stop_reason, reply.detail),
                 "usage": messages_usage(reply.usage)}
 
     def _render_part(self, part: Part) -> List[Dict[str, Any]]:
         if isinstance(part, Text):
-            return [{"type": "text", "text": part.text}] if part.text else []
+            return [{"type": "text", "text": part.text}]
         if isinstance(part, Thinking):
             if part.redacted:
                 return [{"type": "redacted_thinking", "data": seal(part, self.name)}]
@@ -3084,11 +3084,13 @@ def is_seal(part: Part) -> bool:
     return isinstance(part, Thinking) and part.redacted
 
 
-def without_last_seal(parts: List[Part]) -> List[Part]:
-    """The parts, not ending in a seal behind text: Claude Code takes the last block for the whole answer. At the end of a
-    turn no provider insists on having it back."""
-    ends = len(parts) > 1 and is_seal(parts[-1]) and isinstance(parts[-2], Text)
-    return parts[:-1] if ends else parts
+def without_last_seals(parts: List[Part]) -> List[Part]:
+    """The parts, not ending in seals behind text: Claude Code takes the last block for the whole answer. At the end of a
+    turn no provider insists on having them back."""
+    shown = list(parts)
+    while shown and is_seal(shown[-1]):
+        shown.pop()
+    return shown if shown and isinstance(shown[-1], Text) else parts
 
 
 def message_id(provider_id: str, stamp: Stamp) -> str:
@@ -3122,7 +3124,7 @@ class MessagesWriter(SerialWriter):
         super().__init__(request, stamp)
         self._block = -1                        # the client's index of the open block
         self._is_text = False                   # that or the last one
-        self._seal: Optional[Part] = None       # one behind text, see `without_last_seal`: sent before what follows
+        self._seals: List[Part] = []            # those behind text, see `without_last_seals`: sent before what follows
 
     def _start(self, event: Start) -> bytes:
         usage = messages_usage(event.usage or Usage(estimate_tokens(self._request)))
@@ -3135,13 +3137,15 @@ class MessagesWriter(SerialWriter):
         """See `SerialWriter.hides`."""
         if not visible_parts(self._request, [part]):
             return True
-        self._seal = part if is_seal(part) and self._is_text else self._seal
-        return part is self._seal
+        if not (self._is_text and is_seal(part)):
+            return False
+        self._seals.append(part)
+        return True
 
     def begin(self, part: Part) -> bytes:
         """See `SerialWriter.begin`."""
-        held, self._seal = self._seal, None
-        before = self.begin(held) + self.finish(held) if held else b""
+        held, self._seals = self._seals, []
+        before = b"".join(self.begin(part) + self.finish(part) for part in held)
         self._is_text = isinstance(part, Text)
         self._block += 1
         block: Dict[str, Any] = {"type": "text", "text": ""}

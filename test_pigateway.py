@@ -2469,14 +2469,20 @@ def test_overflows_are_told_with_their_figures(words: str, told: str) -> None:
     assert error["message"] == f"prompt is too long: {told}{words}"
 
 
-SEALED_PART = pg.Thinking("", "sig", True, "openai-responses")
+SEALED_PART, OTHER_SEAL = (pg.Thinking("", signature, True, "openai-responses") for signature in ("sig", "other"))
 
 
 @pytest.mark.parametrize("parts, kinds", [
     ([pg.Text("a"), SEALED_PART], ["text"]), ([SEALED_PART, pg.Text("a")], ["redacted_thinking", "text"]),
     ([pg.Text("a"), SEALED_PART, pg.ToolCall("c", "f", "{}")], ["text", "redacted_thinking", "tool_use"]),
     ([pg.Text("a"), SEALED_PART, pg.Text("b"), SEALED_PART], ["text", "redacted_thinking", "text"]),
-    ([pg.ToolCall("c", "f", "{}"), SEALED_PART], ["tool_use", "redacted_thinking"]), ([SEALED_PART], ["redacted_thinking"])])
+    ([pg.ToolCall("c", "f", "{}"), SEALED_PART], ["tool_use", "redacted_thinking"]), ([SEALED_PART], ["redacted_thinking"]),
+    ([SEALED_PART, SEALED_PART], ["redacted_thinking"] * 2), ([pg.Text("a"), SEALED_PART, SEALED_PART], ["text"]),
+    ([pg.Text("a"), SEALED_PART, OTHER_SEAL, pg.Text("b")], ["text", "redacted_thinking", "redacted_thinking", "text"]),
+    ([pg.Text("a"), SEALED_PART, OTHER_SEAL, SEALED_PART, pg.ToolCall("c", "f", "{}"), OTHER_SEAL, SEALED_PART],
+     ["text", *["redacted_thinking"] * 3, "tool_use", *["redacted_thinking"] * 2]),
+    ([pg.Text("a"), pg.Text(""), SEALED_PART], ["text"]), ([SEALED_PART, pg.Text(""), OTHER_SEAL], ["redacted_thinking"] * 2),
+    ([pg.ToolCall("c", "f", "{}"), pg.Text(""), SEALED_PART], ["tool_use", "redacted_thinking"])])
 def test_no_seal_is_behind_the_words_of_an_answer(parts: List[Any], kinds: List[str]) -> None:
     # Claude Code takes the last block for the whole answer
     events: List[Any] = [pg.Start()]
@@ -2493,6 +2499,7 @@ def test_no_seal_is_behind_the_words_of_an_answer(parts: List[Any], kinds: List[
     assert [start["index"] for start in starts] == list(range(len(kinds)))
     body = MESSAGES.render(messages_request(), pg.collect(events), STAMP)
     assert [block["type"] for block in body["content"]] == kinds
+    assert [block.get("data") for block in body["content"]] == [start["content_block"].get("data") for start in starts]
 
 
 @pytest.mark.parametrize("user, sent", [("u" * 64, "u" * 64), ("u" * 65, 64), (None, None)])
