@@ -14861,8 +14861,7 @@ def reassembled(done: Exchanged, data: bytes) -> Dict[str, Any]:
     """What the client would have got, had it not asked for a stream. Raises `GatewayError`."""
     if done.client is OLLAMA:
         return join_lines([loads(line) for line in data.decode("utf-8").split("\n") if line.strip()])
-    upstream = UPSTREAM_PROTOCOLS[done.client.name if done.client in (MESSAGES, GEMINI_CLIENT, GEMINI_ARRAYS) else
-                                  OpenAICompletions.name]
+    upstream = UPSTREAM_PROTOCOLS.get(done.client.name, UPSTREAM_PROTOCOLS[OpenAICompletions.name])
     model = Model(done.asked, "", upstream.name, "")
     reader = Settled(upstream.reader(model, done.stamp))
     if done.client.repack:

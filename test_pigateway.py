@@ -17557,16 +17557,20 @@ def test_hiding_takes_time_in_proportion() -> None:
 
 LOGGED_TEXTS: Dict[str, Callable[[Any], str]] = {
     "/v1beta/models/anth/m1:generateContent": lambda body: body["candidates"][0]["content"]["parts"][0]["text"],
-    "/api/chat": lambda body: body["message"]["content"], "/api/generate": lambda body: body["response"]}
+    "/api/chat": lambda body: body["message"]["content"], "/api/generate": lambda body: body["response"],
+    "/v1/responses": lambda body: [item for item in body["output"] if item["type"] == "message"][0]["content"][0]["text"],
+    "/v1/completions": lambda body: body["choices"][0]["text"]}
 
 
 @pytest.mark.parametrize("path", [
-    *LOGGED_TEXTS, *(f"/v1beta/models/anth/m1:streamGenerateContent{query}" for query in ("", "?alt=sse"))])
-def test_conversation_of_gemini_and_ollama_is_logged(tmp_path: Any, path: str) -> None:
-    said = {"/api/chat": {"messages": [{"role": "user", "content": "Hi"}]}, "/api/generate": {"prompt": "Hi"}}.get(
-        path, {"contents": [{"parts": [{"text": "Hi"}]}]})
-    body = {**({"model": "anth/m1"} if "api" in path else {}), **said}
-    stream = path.startswith("/api/") or ":stream" in path
+    *LOGGED_TEXTS, *(f"/v1beta/models/anth/m1:streamGenerateContent{query}" for query in ("", "?alt=sse")),
+    "/v1/responses?whole", "/v1/completions?whole"])
+def test_conversation_of_other_clients_is_logged(tmp_path: Any, path: str) -> None:
+    stream = not path.endswith(("m1:generateContent", "?whole"))
+    said = {"/api/chat": {"messages": [{"role": "user", "content": "Hi"}]}, "/api/generate": {"prompt": "Hi"},
+            "/v1/responses": {"input": "Hi", "stream": stream}, "/v1/completions": {"prompt": "Hi", "stream": stream}}.get(
+                path.partition("?")[0], {"contents": [{"parts": [{"text": "Hi"}]}]})
+    body = {**({} if "models" in path else {"model": "anth/m1"}), **said}
     with serving(tmp_path, stream_answer("anth") if stream else whole_answer("anth"), logging=LOGGED) as (handle, _):
         result = call(handle.url, path, body)
     asked, answered = log_records(tmp_path, "conversation")
