@@ -13924,7 +13924,7 @@ class Gateway:
         self.journal = journal or Journal(LogSettings())
         self.media = MediaFetcher(config.ca_bundle)
         self.meter = TokenMeter(secrets.token_bytes(16))
-        self.uncounted: set[str] = set()        # models of hosts that speak Anthropic's protocol but do not count
+        self.uncounted = Memory()               # models of hosts that speak Anthropic's protocol but do not count
         self.cooling = Memory()                 # models that failed not long ago
         self.load: Any = [0]                    # requests under way at providers, by worker process
         self.worker = 0
@@ -14036,7 +14036,7 @@ class Gateway:
                 return
             except (ModelNotFound, UpstreamError):
                 exchange.log.pop("error", None)     # a host that speaks a protocol need not count
-                self.uncounted.add(model.full_id)
+                self.uncounted.put(model.full_id, True, self.clock())
         self._send_count(model, exchange, {client.count_field: self.meter.estimate(model.full_id, request)})
 
     def count_input(self, exchange: Exchange, body: bytes) -> None:
@@ -14293,7 +14293,8 @@ class Gateway:
     def _observe(self, lane: Lane) -> None:
         """Learns from an answer that has been sent how its model counts, unless its provider can be asked."""
         model_id = lane.model.full_id
-        if lane.error is None and (lane.model.protocol != AnthropicMessages.name or model_id in self.uncounted):
+        if lane.error is None and (lane.model.protocol != AnthropicMessages.name or
+                                   self.uncounted.get(model_id, self.clock())):
             self.meter.observe(model_id, lane.request, lane.usage.prompt)
 
     def _refusal(self, lane: Lane, response: Response) -> GatewayError:

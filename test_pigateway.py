@@ -5832,6 +5832,17 @@ def test_count_tokens_does_not_learn_where_it_can_ask(tmp_path: Any) -> None:
         assert call(handle.url, "/v1/messages/count_tokens", question("anth")).json == {"input_tokens": usage}
 
 
+@pytest.mark.parametrize("models, limit, kept", [(3, 5, 3), (5, 5, 5), (9, 5, 5)])
+def test_models_that_do_not_count_are_remembered_within_limits(tmp_path: Any, monkeypatch: Any, models: int, limit: int,
+                                                               kept: int) -> None:
+    monkeypatch.setattr(pg.Memory.__init__, "__defaults__", (limit, 60.0))
+    with serving(tmp_path, *[Answer(404, b"{}")] * models) as (handle, _):
+        for number in range(models):
+            body = {**question("anth"), "model": f"anth/of-the-clients-{number}"}
+            assert call(handle.url, "/v1/messages/count_tokens", body).status == 200
+        assert len(handle.gateway.uncounted) == kept
+
+
 @pytest.mark.parametrize("status", [400, 403, 413, 429, 500, 529])
 def test_count_tokens_when_the_provider_refuses(script: Given, status: int) -> None:
     body = json.dumps(provider_error("anth", status, "No.")).encode()
