@@ -1982,6 +1982,17 @@ def check_base64(data: str, path: str) -> str:
     raise BadRequest(f"{path}: invalid or empty base64 data", param=path)
 
 
+_MAGIC = ((b"\x89PNG\r\n\x1a\n", "image/png"), (b"\xff\xd8\xff", "image/jpeg"), (b"GIF8", "image/gif"),
+          (b"%PDF-", "application/pdf"))
+
+
+def media_type_of(data: bytes) -> str:
+    """The type of an image or PDF by its first bytes, "" for anything else."""
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "image/webp"
+    return next((kind for magic, kind in _MAGIC if data.startswith(magic)), "")
+
+
 def check_url(url: str, path: str) -> str:
     """`url` if it is http or https with a host."""
     try:
@@ -4313,9 +4324,6 @@ OLLAMA_OPTIONS: Dict[str, Tuple[str, Optional[float], Optional[float]]] = {
     "num_predict": ("an integer", None, None), "temperature": ("a number", 0, 2), "top_p": ("a number", 0, 1),
     "top_k": ("an integer", 0, None), "seed": ("an integer", None, None), "presence_penalty": ("a number", -2, 2),
     "frequency_penalty": ("a number", -2, 2)}
-# How image files begin; Ollama's clients do not name their type.
-IMAGE_MARKS = ((b"\x89PNG", "image/png"), (b"\xff\xd8\xff", "image/jpeg"), (b"GIF8", "image/gif"),
-               (b"RIFF", "image/webp"))
 
 
 class OllamaClient(OpenAIChat):
@@ -4408,8 +4416,8 @@ class OllamaClient(OpenAIChat):
             text = check(data, "a string", where)
             payload = parse_data_url(text, where)[1] if text.startswith("data:") else check_base64(text, where)
             start = base64.b64decode(payload[:16] + "=" * (-len(payload[:16]) % 4))
-            kind = next((kind for mark, kind in IMAGE_MARKS if start.startswith(mark)), None)
-            if kind is None:
+            kind = media_type_of(start)         # Ollama's clients do not name it
+            if not kind.startswith("image/"):
                 raise BadRequest(f"{where}: must be a PNG, JPEG, GIF or WebP image", param=where)
             notes.images.append(where)
             images.append(Image(kind, payload))
@@ -13622,15 +13630,6 @@ MEDIA_BYTES = 10 * MIB
 MEDIA_LIMIT_S = 20.0                # for one of them, redirects included
 MEDIA_REDIRECTS = 3
 MEDIA_COUNT = 20                    # in one request
-_MAGIC = ((b"\x89PNG\r\n\x1a\n", "image/png"), (b"\xff\xd8\xff", "image/jpeg"), (b"GIF8", "image/gif"),
-          (b"%PDF-", "application/pdf"))
-
-
-def media_type_of(data: bytes) -> str:
-    """The type of an image or PDF by its first bytes, "" for anything else."""
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "image/webp"
-    return next((kind for magic, kind in _MAGIC if data.startswith(magic)), "")
 
 
 def is_public(address: str) -> bool:

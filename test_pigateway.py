@@ -13306,13 +13306,14 @@ def test_ollama_fields(fields: Dict[str, Any], expected: Dict[str, Any]) -> None
     assert {name: getattr(request, name) for name in expected} == expected
 
 
-JPEG, GIF, WEBP = (base64.b64encode(start + b"rest of it").decode() for start in (b"\xff\xd8\xff\xe0", b"GIF89a",
-    b"RIFF1234WEBP"))
+JPEG, GIF, WEBP, WAV, PDF = (base64.b64encode(start + b"rest of it").decode() for start in (
+    b"\xff\xd8\xff\xe0", b"GIF89a", b"RIFF1234WEBP", b"RIFF1234WAVE", b"%PDF-1.7"))
 
 
 @pytest.mark.parametrize("data, kind", [
     (PNG, "image/png"), (JPEG, "image/jpeg"), (GIF, "image/gif"), (WEBP, "image/webp"),
-    (f"data:image/png;base64,{PNG}", "image/png"), ("QUJD", None), ("%", None), ("", None), (5, None)])
+    (f"data:image/png;base64,{PNG}", "image/png"), ("QUJD", None), ("%", None), ("", None), (5, None),
+    (WAV, None), (f"data:image/webp;base64,{WAV}", None), (WEBP[:12], None), (PDF, None)])
 def test_ollama_images_have_the_type_of_their_first_bytes(data: Any, kind: Optional[str]) -> None:
     message = {"role": "user", "content": "x", "images": [data]}
     if kind is None:
