@@ -10119,7 +10119,7 @@ class GeminiCountLane(GeminiLane):
         call, dropped = super().call(credential)
         inner = self.request.data.get("generateContentRequest")
         if isinstance(inner, dict):
-            inner = {**self._edited(inner, True), "model": "models/" + bare_id(self.model.id)}
+            inner = {**self._edited(inner, True), "model": gemini_name(self.model.id)}
             call = call._replace(body=dumps({"generateContentRequest": inner}).encode("ascii"))
         return call, dropped
 

@@ -13090,6 +13090,19 @@ def test_gemini_count_lane(fields: Dict[str, Any], expected: Dict[str, Any]) -> 
         lane.again().whole(b'{"totalTokens": "5"}')
 
 
+@pytest.mark.parametrize("model_id, name", [
+    ("gemini-2.5-flash", "models/gemini-2.5-flash"), ("models/gemini-2.5-flash", "models/gemini-2.5-flash"),
+    ("tunedModels/mine-1", "tunedModels/mine-1")])
+def test_gemini_count_lane_names_its_model_twice(model_id: str, name: str) -> None:
+    wrapped = {"generateContentRequest": {"model": "models/x", "contents": [{"parts": [{"text": "Hi"}]}]}}
+    request = GEMINI_CLIENT.parse_prompt({"model": "p/m1", **wrapped})
+    lane = pg.GeminiCountLane(GEMINI_CLIENT, GEMINI, pg.replace(request, body=json.dumps(wrapped).encode()),
+                              gemini_model(model_id), STAMP)
+    call, _ = lane.call(GEMINI_KEY)
+    assert call.url == f"{GEMINI_BASE}/{name}:countTokens"
+    assert json.loads(call.body)["generateContentRequest"]["model"] == name
+
+
 # --- Over HTTP --------------------------------------------------------------------------------------------------------
 
 GEMINI_ASKS = {"contents": [{"role": "user", "parts": [{"text": "Hello there"}]}]}
