@@ -2047,7 +2047,7 @@ TOOL_CHOICES = ("auto", "none", "required")
 
 
 class OpenAIClient(ClientProtocol):
-    """What OpenAI's two APIs have in common: how they say that something went wrong."""
+    """What OpenAI's APIs have in common: how they say that something went wrong."""
 
     error_types = {
         GatewayError: (None, "server_error"), BadRequest: (None, "invalid_request_error"),
@@ -2091,9 +2091,9 @@ class OpenAIClient(ClientProtocol):
 
 
 def checked_fields(data: Mapping[str, Any], table: Mapping[str, Tuple[str, Optional[float], Optional[float]]],
-                   ) -> Dict[str, Any]:
-    """The scalar fields of a request, checked by a table of kinds and ranges."""
-    return {name: optional(data, name, kind, "", low, high) for name, (kind, low, high) in table.items()}
+                   path: str = "") -> Dict[str, Any]:
+    """The scalar fields of a request, or of the object at `path` in it, checked by a table of kinds and ranges."""
+    return {name: optional(data, name, kind, path, low, high) for name, (kind, low, high) in table.items()}
 
 
 def without_defaults(fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> Dict[str, Any]:
@@ -2659,8 +2659,8 @@ class OpenAITexts(OpenAIChat):
     def parse(self, data: Dict[str, Any]) -> Request:
         """See `ClientProtocol.parse`."""
         notes = Notes()
-        fields = {name: optional(data, name, kind, "", low, high) for name, (kind, low, high) in TEXT_FIELDS.items()}
-        said = {name: None if value == TEXT_DEFAULTS.get(name, self) else value for name, value in fields.items()}
+        fields = checked_fields(data, TEXT_FIELDS)
+        said = without_defaults(fields, TEXT_DEFAULTS)
         model = required(data, "model", "a string")
         messages = self._prompt(data, notes)
         if fields["max_tokens"] == 0:
@@ -2749,7 +2749,7 @@ class TextWriter(Writer):
 EMBEDDING_FORMATS = ("float", "base64")
 
 
-class OpenAIEmbeddings(OpenAIChat):
+class OpenAIEmbeddings(OpenAIClient):
     """OpenAI Embeddings: POST /v1/embeddings. No conversation: an `EmbeddingLane` works on the fields as they came."""
 
     name = "openai-embeddings"
@@ -3936,8 +3936,7 @@ class GeminiClient(ClientProtocol):
 
     def _config(self, config: Dict[str, Any], notes: Notes) -> Dict[str, Any]:
         path = "generationConfig"
-        said = {name: optional(config, name, kind, path, low, high)
-                for name, (kind, low, high) in GEMINI_CONFIG.items()}
+        said = checked_fields(config, GEMINI_CONFIG, path)
         for name, value in config.items():
             if name not in GEMINI_CONFIG and value not in (None, [], {}):
                 notes.lose(f"{path}.{name}")
@@ -3949,8 +3948,7 @@ class GeminiClient(ClientProtocol):
             notes.refused.append((f"{path}.responseModalities", "only text answers are available on this model"))
         if said["responseMimeType"] not in (None, "", "text/plain", "application/json"):
             notes.refused.append((f"{path}.responseMimeType", "only text and JSON can be asked of this model"))
-        said["topP"] = None if said["topP"] == 1 else said["topP"]      # all of it is what "not said" means
-        return said
+        return without_defaults(said, {"topP": 1})      # all of it is what "not said" means
 
     def _stop(self, texts: List[Any]) -> Tuple[str, ...]:
         path = "generationConfig.stopSequences"
@@ -4376,10 +4374,7 @@ class OllamaClient(OpenAIChat):
         for name, value in options.items():
             if name not in OLLAMA_OPTIONS and name not in OLLAMA_MACHINE and name != "stop" and value is not None:
                 notes.lose(f"options.{name}")
-        said = {name: optional(options, name, kind, "options", low, high)
-                for name, (kind, low, high) in OLLAMA_OPTIONS.items()}
-        return {name: None if value == CHAT_DEFAULTS.get(name, self) or (name == "top_k" and value == 0) else value
-                for name, value in said.items()}
+        return without_defaults(checked_fields(options, OLLAMA_OPTIONS, "options"), {**CHAT_DEFAULTS, "top_k": 0})
 
     def _format(self, value: Any) -> Optional[OutputFormat]:
         if value is None or value == "":
@@ -6045,8 +6040,7 @@ class OpenAIResponses(UpstreamProtocol):
 
     def build(self, request: Request, model: Model, credential: Credential) -> Call:
         """See `UpstreamProtocol.build`."""
-        return Call("POST", self.url(model, credential), self.headers(request, model, credential),
-                    dumps(self.body(request, model, credential)).encode("ascii"))
+        return self.relay("/responses", self.body(request, model, credential), request, model, credential)
 
     def relay(self, path: str, body: Dict[str, Any], request: Request, model: Model, credential: Credential) -> Call:
         """The call that sends a finished body to some path of the OpenAI API."""
@@ -9822,8 +9816,7 @@ class ResponsesLane(NativeLane):
             data = splice_model(request.body, request.data, body["model"])
         else:
             data = dumps(body).encode("ascii")
-        carried = {name: request.headers[name] for name in CARRIED_TO_OPENAI if name in request.headers}
-        headers = {**carried, **self.upstream.headers(request, model, credential)}
+        headers = {**carried_headers(request), **self.upstream.headers(request, model, credential)}
         return Call("POST", self.upstream.url(model, credential), headers, data), dropped
 
     def relay_event(self, name: str, text: str) -> bytes:
