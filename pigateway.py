@@ -10747,8 +10747,12 @@ class ModelMap:
 
     def targets(self) -> List[str]:
         """The models that its entries lead to."""
-        entries = [route.model for key in self._entries for route in self._read(self._entries[key], "")]
+        entries = [target for key in self._entries for target in self.targets_of(key)]
         return list(dict.fromkeys([*([self._default] if self._default else []), *entries]))
+
+    def targets_of(self, key: str) -> List[str]:
+        """The models that one of its entries leads to."""
+        return [route.model for route in self._read(self._entries[key], "")]
 
 
 def split_key(key: str) -> Tuple[str, str]:
@@ -17778,22 +17782,12 @@ def find_model(name: str, models: Mapping[str, int], provider: str) -> str:
                 next((known for known in models if known.partition("/")[2] == name), "")) if name else ""
 
 
-def map_targets(value: Any) -> List[str]:
-    """The model names on the right-hand side of an entry of modelMap, however rich that is."""
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, Mapping):
-        named = [value[key] for key in ("model", "target", "to") if isinstance(value.get(key), str)]
-        value = named[:1] or [inner for key, inner in value.items() if key not in ("reasoning", "effort")]
-    return [name for inner in value for name in map_targets(inner)] if isinstance(value, (list, tuple)) else []
-
-
 def choose_target(client: Client, config: Config, url: str, models: Mapping[str, int], named: str = "") -> Target:
     """Where a client goes, given the listed models with their windows, and the model that the user has named. Raises
     `NoModel`."""
     key = "" if set(client.homes) & set(config.pass_through) else config.api_key or NAME
-    mapped = [target for name, value in config.model_map.items() for target in map_targets(value)
-              if name == "default" or name.rpartition(":")[2].startswith(client.prefix or ":")]
+    mapped = [target for name in config.model_map for target in config.routing.targets_of(name)
+              if name == "default" or client.prefix and split_key(name)[1].startswith(client.prefix)]
     model = find_model(named, models, config.provider)
     if not client.homes or not model and (not key or mapped):
         used = [find_model(name, models, config.provider) for name in mapped]
@@ -18262,16 +18256,17 @@ def name_warnings(config: Config, catalogue: Catalogue) -> Iterator[str]:
     for name in config.pass_through:
         if name not in catalogue.providers:
             yield f'passThrough: there is no provider "{name}"'
-    targets = [("defaultModel", config.default_model)] if config.default_model else []
-    targets += [(f"modelMap.{key}", target) for key, value in config.model_map.items() for target in map_targets(value)]
-    for key, target in targets:
+    targets = [("defaultModel", "", config.default_model)] if config.default_model else []
+    targets += [(f"modelMap.{key}", split_key(key)[0], target) for key in config.model_map
+                for target in config.routing.targets_of(key)]
+    for place, owner, target in targets:
         named, slash, _ = target.partition("/")
-        own = key.partition(".")[2].rpartition(":")[0] or config.provider       # modelMap's provider:name
+        own = owner or config.provider
         try:
             catalogue.resolve(f"{own}/{target}" if own and not slash else target, lambda provider: True)
         except ModelNotFound:
             is_known = not slash or named in catalogue.providers
-            yield f'{key}: no model "{target}"' + ("" if is_known else f'; there is no provider "{named}"')
+            yield f'{place}: no model "{target}"' + ("" if is_known else f'; there is no provider "{named}"')
 
 
 class SetUp:

@@ -21053,7 +21053,11 @@ WITH_CLAUDE = {**SOME_MODELS, "anthropic/claude-9": 1_000_000}
     ({"model_map": {"claude-x": ["groq/llama", "openai/gpt-9"]}}, SOME_MODELS, "", ("", 131_072, True)),
     ({"model_map": {"openai:claude-x": {"model": "gpt-9", "effort": {"low": "high"}}}}, SOME_MODELS, "",
      ("", 400_000, True)),
-    ({"model_map": {"default": {"groq": "llama"}}}, SOME_MODELS, "", ("", 131_072, True)),
+    ({"model_map": {"default": {"groq": "llama"}}, "provider": "groq"}, SOME_MODELS, "", ("", 131_072, True)),
+    ({"model_map": {"default": {"groq": "llama"}}}, SOME_MODELS, "", None),      # the map leads nobody there
+    ({"model_map": {"default": {"groq": "llama", "default": "openai/gpt-9"}}}, SOME_MODELS, "", ("", 400_000, True)),
+    ({"model_map": {"claude-x": {"groq": "llama", "openai": "gpt-9"}}, "provider": "openai"}, SOME_MODELS, "",
+     ("", 400_000, True)),
     ({"model_map": {"gpt-x": "groq/llama"}}, WITH_CLAUDE, "", ("", 0, False)),
     ({}, SOME_MODELS, "groq/llama", ("groq/llama", 131_072, True)), ({}, WITH_CLAUDE, "opus", ("", 0, False)),
     ({"pass_through": ("anthropic",)}, SOME_MODELS, "", ("", 0, False)), ({}, SOME_MODELS, "", None),
