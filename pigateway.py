@@ -16458,8 +16458,7 @@ def check_logging(values: Mapping[str, Any], where: str) -> None:
     options = {option.key: option for option in LOG_OPTIONS}
     for key, value in values.items():
         if key not in options:
-            near = difflib.get_close_matches(key, options, 1, 0.0)
-            raise ConfigError(f'{where}: unknown key "logging.{key}"; the nearest valid key is "logging.{near[0]}"')
+            raise unknown_key(where, key, options, "logging.")
         check_option(options[key]._replace(key=f"logging.{key}"), value, where)
 
 
@@ -16515,10 +16514,15 @@ def read_options(data: Mapping[str, Any], path: str) -> Dict[str, Any]:
     values = {}
     for key, value in data.items():
         if key not in options:
-            near = difflib.get_close_matches(key, options, 1, 0.0)
-            raise ConfigError(f'{path}: unknown key "{key}"; the nearest valid key is "{near[0]}"')
+            raise unknown_key(path, key, options)
         values[options[key].attribute] = check_option(options[key], value, path)
     return values
+
+
+def unknown_key(where: str, key: str, known: Iterable[str], prefix: str = "") -> ConfigError:
+    """The error for a key that is not among the known ones; `prefix` stands before them where they are told."""
+    [near] = difflib.get_close_matches(key, known, 1, 0.0)
+    return ConfigError(f'{where}: unknown key "{prefix}{key}"; the nearest valid key is "{prefix}{near}"')
 
 
 def read_config_environment(environ: Mapping[str, str]) -> Dict[str, Any]:
@@ -16622,7 +16626,7 @@ def from_router(data: Mapping[str, Any], path: str) -> Dict[str, Any]:
             ours.setdefault(key, value)
     for name, value in check_object(old["http"], path, "http").items():
         if name not in ROUTER_HTTP:
-            raise ConfigError(f'{path}: http: unknown key "{name}"; known: {", ".join(ROUTER_HTTP)}')
+            raise unknown_key(f"{path}: http", name, ROUTER_HTTP)
         ours.setdefault(ROUTER_HTTP[name], value)
     upstream = dict(check_object(old["upstream"], path, "upstream"))
     named = upstream.pop("provider", None)
@@ -16653,8 +16657,7 @@ def read_router_provider(entry: Any, name: str, path: str) -> Dict[str, Any]:
         fields["input"] = [word.strip() for word in fields["input"].split(",") if word.strip()]
     for key, value in fields.items():
         if key not in ROUTER_PROVIDER_KEYS:
-            near = difflib.get_close_matches(key, ROUTER_PROVIDER_KEYS, 1, 0.0)
-            raise ConfigError(f'{where}: unknown key "{key}"; the nearest valid key is "{near[0]}"')
+            raise unknown_key(where, key, ROUTER_PROVIDER_KEYS)
         if not _KINDS[ROUTER_PROVIDER_KEYS[key]](value):
             raise ConfigError(f"{where}.{key} must be {ROUTER_PROVIDER_KEYS[key]}")
     if fields.get("authMode", "apiKey") not in ("apiKey", "oauth"):

@@ -16675,6 +16675,7 @@ def test_router_configuration(tmp_path: Any, data: Any, environ: Dict[str, str],
 
 @pytest.mark.parametrize("data, environ, message", [
     ({"upstream": []}, {}, "upstream must be an object"), ({"http": {"x": 1}}, {}, 'http: unknown key "x"'),
+    ({"http": {"maxBodySize": 1}}, {}, 'http: unknown key "maxBodySize"; the nearest valid key is "maxBodyBytes"'),
     ({"providers": {"p": {"apikey": "k"}}}, {}, 'unknown key "apikey"; the nearest valid key is "apiKey"'),
     ({"providers": {"p": {"authMode": "magic"}}}, {}, "authMode must be apiKey or oauth"),
     ({"providers": {"p": {"reasoning": "yes"}}}, {}, "providers.p.reasoning must be a boolean"),
