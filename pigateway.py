@@ -1742,11 +1742,11 @@ class ClientProtocol:
     field_names: Mapping[str, str] = {}     # our field names → the client's, where they differ
     error_types: Mapping[Type[GatewayError], Tuple[Optional[int], str]] = {}   # class → (status if not its own, type)
     heartbeat = b": heartbeat\n\n"
+    takes_query_key = False                 # its clients may put their key into the query
     wants_objects = False                   # tool arguments travel as JSON objects, so they must be some
     streams_arguments = True                # a stream has them piece by piece
     stream_type = "text/event-stream; charset=utf-8"
     repack: Optional[Type[JsonArray]] = None    # what turns its server-sent events into another form on their way out
-    count_field = "input_tokens"            # of an answer that counts tokens
 
     def parse(self, data: Dict[str, Any]) -> Request:
         """A request body as a `Request`. Raises `BadRequest` naming the field at fault."""
@@ -1759,6 +1759,10 @@ class ClientProtocol:
     def render(self, request: Request, reply: Reply, stamp: Stamp) -> Dict[str, Any]:
         """A whole answer."""
         raise NotImplementedError
+
+    def render_count(self, tokens: int) -> Dict[str, Any]:
+        """The answer to a request to count tokens."""
+        return {"input_tokens": tokens}
 
     def writer(self, request: Request, stamp: Stamp) -> Writer:
         """A fresh `Writer` for one streamed answer."""
@@ -3473,6 +3477,10 @@ class ResponsesClient(OpenAIClient):
             output.append(shape.refusal(reply.detail, len(output)))
         return shape.ended(output, reply.stop_reason, reply.usage, reply.detail)
 
+    def render_count(self, tokens: int) -> Dict[str, Any]:
+        """See `ClientProtocol.render_count`."""
+        return {"object": "response.input_tokens", "input_tokens": tokens}
+
     def writer(self, request: Request, stamp: Stamp) -> Writer:
         """See `ClientProtocol.writer`."""
         return ResponsesWriter(request, stamp)
@@ -3884,8 +3892,7 @@ class GeminiClient(ClientProtocol):
 
     name = "google-generative-ai"
     heartbeat = b"\n"                           # comments break Google's clients, blank lines do not
-    wants_objects, streams_arguments = True, False
-    count_field = "totalTokens"
+    takes_query_key, wants_objects, streams_arguments = True, True, False
     field_names = {
         "messages": "contents", "system": "systemInstruction", "tool_choice": "toolConfig",
         "output": "generationConfig.responseMimeType", "reasoning": "generationConfig.thinkingConfig",
@@ -4157,6 +4164,10 @@ class GeminiClient(ClientProtocol):
         return {"candidates": [gemini_candidate(parts, Done(reply.stop_reason, reply.usage, reply.detail))],
                 "usageMetadata": gemini_usage(reply.usage), "modelVersion": request.model,
                 "responseId": reply.id or stamp.id}
+
+    def render_count(self, tokens: int) -> Dict[str, Any]:
+        """See `ClientProtocol.render_count`."""
+        return {"totalTokens": tokens}
 
     def writer(self, request: Request, stamp: Stamp) -> Writer:
         """See `ClientProtocol.writer`."""
@@ -10138,14 +10149,18 @@ COUNT_LANES: Dict[Tuple[str, str], Type[NativeLane]] = {
 OWN_LANES: Dict[str, Type[Lane]] = {OpenAIEmbeddings.name: EmbeddingLane}
 
 
+def native_lane(lanes: Mapping[Tuple[str, str], Type[NativeLane]], client: ClientProtocol, upstream: UpstreamProtocol,
+                model: Optional[Model] = None) -> Optional[Type[NativeLane]]:
+    """The lane where both sides speak the same protocol; the Claude models at Google speak another."""
+    lane = lanes.get((client.name, upstream.name))
+    return None if lane and issubclass(lane, GeminiLane) and model is not None and hosts_claude(model) else lane
+
+
 def choose_lane(client: ClientProtocol, upstream: UpstreamProtocol, request: Request, model: Optional[Model] = None,
                 ) -> Type[Lane]:
     """Native when both sides speak the same protocol. A chat conversation that every provider would refuse as it is
-    (calls and results that do not pair up, images in tool messages) is translated all the same, and so is what goes to
-    the Claude models at Google."""
-    lane: Type[Lane] = NATIVE_LANES.get((client.name, upstream.name), OWN_LANES.get(client.name, TranslatedLane))
-    if issubclass(lane, GeminiLane) and model is not None and hosts_claude(model):
-        return TranslatedLane
+    (calls and results that do not pair up, images in tool messages) is translated all the same."""
+    lane = native_lane(NATIVE_LANES, client, upstream, model) or OWN_LANES.get(client.name, TranslatedLane)
     if lane is not ChatLane:
         return lane
     has_tool_image = any(isinstance(part, (Image, Document)) for message in request.messages if message.role == "tool"
@@ -14020,39 +14035,26 @@ class Gateway:
         data = self._with_model({**parse_json_object(body), **exchange.named})
         request = replace(client.parse_prompt(data), body=body, headers=exchange.headers, query=exchange.query,
                           stream=False)
-        model, credential = self._resolve(request, exchange)
+        exchange.log["stream"] = False
+        model, credential = self._authorise(self.candidates(request)[0], exchange)
         if credential.is_passed:
             request = passed_request(request, self.config.api_key)
         request = self._own_seals(request, origin_of(model, credential))
-        lane_type = COUNT_LANES.get((client.name, model.protocol))
-        if lane_type and (client is MESSAGES or not hosts_claude(model)):
-            lane = lane_type(client, UPSTREAM_PROTOCOLS[model.protocol], request, model, exchange.stamp)
+        upstream = UPSTREAM_PROTOCOLS[model.protocol]
+        lane_type = native_lane(COUNT_LANES, client, upstream, model)
+        if lane_type:
+            lane = lane_type(client, upstream, request, model, exchange.stamp)
             try:
                 self._run(lane, credential, exchange)
                 return
             except (ModelNotFound, UpstreamError):
                 exchange.log.pop("error", None)     # a host that speaks a protocol need not count
                 self.uncounted.put(model.full_id, True, self.clock())
-        self._send_count(model, exchange, {client.count_field: self.meter.estimate(model.full_id, request)})
-
-    def count_input(self, exchange: Exchange, body: bytes) -> None:
-        """Answers OpenAI's input_tokens with an estimate."""
-        request = replace(RESPONSES.parse_prompt(self._with_model(parse_json_object(body))), headers=exchange.headers,
-                          stream=False)
-        model, _ = self._resolve(request, exchange)
-        self._send_count(model, exchange, {"object": "response.input_tokens",
-                                           "input_tokens": self.meter.estimate(model.full_id, request)})
-
-    def _send_count(self, model: Model, exchange: Exchange, answer: Dict[str, Any]) -> None:
         exchange.log["lane"] = TranslatedLane.name
         headers = {"content-type": "application/json", "x-pigateway-lane": TranslatedLane.name,
                    "x-pigateway-model": header_text(model.full_id)}
+        answer = client.render_count(self.meter.estimate(model.full_id, request))
         exchange.responder.send(200, headers, dumps(answer).encode("ascii"))
-
-    def _resolve(self, request: Request, exchange: Exchange) -> Tuple[Model, Credential]:
-        """The first model that a client's name means, and what it is called with."""
-        exchange.log["stream"] = request.stream
-        return self._authorise(self.candidates(request)[0], exchange)
 
     def _with_model(self, data: Dict[str, Any]) -> Dict[str, Any]:
         """A body that names no model, with the default one, if there is one."""
@@ -15147,7 +15149,7 @@ class Handler(socketserver.BaseRequestHandler):
         stamp = stamp._replace(created=int(server.gateway.clock()), elapsed=lambda: time.monotonic() - started)
         self._has_unread_body = body_length(head.headers) not in (0, -1)
         client = client_protocol(head)
-        if client.name == GeminiClient.name:
+        if client.takes_query_key:
             head = with_query_key(head)
         common = {**self._common(stamp), **server.cors(head.headers.get("origin"))}
         responder = HttpResponder(self.request, head, common, server.config.heartbeat_interval_ms / 1000)
@@ -15287,9 +15289,6 @@ class Handler(socketserver.BaseRequestHandler):
     def _count_tokens(self, head: Head, exchange: Exchange, body: bytes) -> None:
         self.server.gateway.count_tokens(exchange, body)
 
-    def _count_input(self, head: Head, exchange: Exchange, body: bytes) -> None:
-        self.server.gateway.count_input(exchange, body)
-
     def _no_socket(self, head: Head, exchange: Exchange, body: bytes) -> None:
         """Codex and others first try a websocket here, and take to POST when they are told 426."""
         if head.headers.get("upgrade"):
@@ -15306,18 +15305,9 @@ class Handler(socketserver.BaseRequestHandler):
                             "with each request", code="response_not_found", param="response_id")
 
     def _models(self, head: Head, exchange: Exchange, body: bytes) -> None:
-        models, created = self.server.gateway.listed(wants_claude(head)), self.server.started_at
-        if exchange.client is MESSAGES:
-            answer = anthropic_model_page(models, created, head.query)
-        elif exchange.client is GEMINI_CLIENT:
-            answer = gemini_model_page(models, created, head.query)
-        else:
-            answer = {"object": "list", "data": [openai_model(model, created) for model in models]}
-            if "client_version" in head.query:
-                # Codex wants a list of this name. A model in it would need the whole of Codex's prompt, which would
-                # replace the one that Codex has itself: with none it goes by its own knowledge.
-                answer["models"] = []
-        self._send_json(exchange, answer)
+        page = MODEL_PAGES.get(exchange.client.name, openai_model_page)
+        models = self.server.gateway.listed(wants_claude(head))
+        self._send_json(exchange, page(models, self.server.started_at, head.query))
 
     def _model(self, head: Head, exchange: Exchange, body: bytes) -> None:
         match = MODEL_PATH.fullmatch(head.path)
@@ -15368,7 +15358,7 @@ ROUTES: Dict[str, Dict[str, Callable[[Handler, Head, Exchange, bytes], None]]] =
     "/messages": {"POST": Handler._complete},
     "/messages/count_tokens": {"POST": Handler._count_tokens},
     "/responses": {"POST": Handler._complete, "GET": Handler._no_socket},
-    "/responses/input_tokens": {"POST": Handler._count_input},
+    "/responses/input_tokens": {"POST": Handler._count_tokens},
     "/responses/*": {"GET": Handler._not_kept, "DELETE": Handler._not_kept, "POST": Handler._not_kept},
     "/models": {"GET": Handler._models},
     "/models/*": {"GET": Handler._model},
@@ -15482,6 +15472,13 @@ def openai_model(model: Model, created: float) -> Dict[str, Any]:
             **present(context_window=model.context_window or None, max_output_tokens=model.max_tokens or None)}
 
 
+def openai_model_page(models: Sequence[Model], created: float, query: Mapping[str, str]) -> Dict[str, Any]:
+    """All models. Codex, which tells its version, wants a list of another name too. A model in that would need the whole
+    of Codex's prompt, which would replace the one that Codex has itself: with none it goes by its own knowledge."""
+    return {"object": "list", "data": [openai_model(model, created) for model in models],
+            **({"models": []} if "client_version" in query else {})}
+
+
 def anthropic_model(model: Model, created: float) -> Dict[str, Any]:
     """A model in Anthropic's shape, with its limits in tokens where they are known."""
     stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(created))
@@ -15561,6 +15558,8 @@ def ollama_show(model: Model, created: float) -> Dict[str, Any]:
 
 MODEL_SHAPES: Dict[str, Callable[[Model, float], Dict[str, Any]]] = {
     AnthropicClient.name: anthropic_model, GeminiClient.name: gemini_model}
+MODEL_PAGES: Dict[str, Callable[[Sequence[Model], float, Mapping[str, str]], Dict[str, Any]]] = {
+    AnthropicClient.name: anthropic_model_page, GeminiClient.name: gemini_model_page}
 LARGE_BODY_BYTES = 256 * KIB
 TRIM_S, REAP_S = 0.25, 5.0
 
