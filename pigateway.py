@@ -160,8 +160,7 @@ log.addHandler(logging.NullHandler())
 #   GatewayError            500   message, code, param, retry_after (seconds)
 #   ├─ BadRequest           400   ← ContextOverflow 400, ModelNotFound 404 ← NotSupported, RouteNotFound 404,
 #   │                               MethodNotAllowed 405, RequestTimeout 408, Conflict 409, BodyTooLarge 413,
-#   │                               UpgradeRefused 426,
-#   │                               HeadTooLarge 431
+#   │                               UpgradeRefused 426, HeadTooLarge 431
 #   ├─ Unauthorized         401   the client's key for us, or no key of ours for the provider ← LogInOver 401
 #   ├─ Forbidden            403   a host, an origin or a subscription that may not be used; a provider's own 403
 #   ├─ ShuttingDown         503   this process is stopping
@@ -789,6 +788,11 @@ class Provider:
     def protocol(self) -> str:
         """The default protocol of its models."""
         return next(iter(self.endpoints))
+
+    @property
+    def log_in_name(self) -> str:
+        """The name of its entry in the file of log-ins."""
+        return self.log_in or self.name
 
 
 @dataclass(frozen=True)
@@ -3044,7 +3048,7 @@ class AnthropicClient(ClientProtocol):
 
     def render(self, request: Request, reply: Reply, stamp: Stamp) -> Dict[str, Any]:
         """A message object."""
-        parts = [part for part in visible_parts(request, reply.parts) if not isinstance(part, Text) or part.text]
+        parts = [part for part in visible_parts(request, reply.parts) if part != Text()]
         content = [block for part in without_last_seals(parts) for block in self._render_part(part)]
         return {"id": message_id(reply.id, stamp), "type": "message", "role": "assistant", "model": request.model,
                 "content": content, **stop_fields(reply.stop_reason, reply.detail),
@@ -3905,9 +3909,9 @@ class GeminiClient(ClientProtocol):
         GatewayError: (None, "INTERNAL"), BadRequest: (None, "INVALID_ARGUMENT"), ModelNotFound: (None, "NOT_FOUND"),
         RouteNotFound: (None, "NOT_FOUND"), RequestTimeout: (None, "DEADLINE_EXCEEDED"), Conflict: (None, "ABORTED"),
         Unauthorized: (None, "UNAUTHENTICATED"), Forbidden: (None, "PERMISSION_DENIED"),
-        ShuttingDown: (None, "UNAVAILABLE"), UpstreamError: (None, "INTERNAL"), RateLimited: (None,
-            "RESOURCE_EXHAUSTED"),
-        Overloaded: (None, "UNAVAILABLE"), UpstreamTimeout: (None, "DEADLINE_EXCEEDED"),
+        ShuttingDown: (None, "UNAVAILABLE"), UpstreamError: (None, "INTERNAL"),
+        RateLimited: (None, "RESOURCE_EXHAUSTED"), Overloaded: (None, "UNAVAILABLE"),
+        UpstreamTimeout: (None, "DEADLINE_EXCEEDED"),
     }
 
     def parse(self, data: Dict[str, Any]) -> Request:
@@ -9605,9 +9609,8 @@ class ChatLane(NativeLane):
         if not self._finished_choices:
             self.stop_reason = "tool_calls" if self._calls else "stop"
             out = self._event({**self._envelope, "choices": [self._last_choice()]}, None)
-        if self._raw_usage is not None:
-            if self.request.include_usage:
-                out += self._event({**self._envelope, "choices": []}, self._raw_usage)
+        if self._raw_usage is not None and self.request.include_usage:
+            out += self._event({**self._envelope, "choices": []}, self._raw_usage)
         return out + b"data: [DONE]\n\n"
 
     def _last_choice(self) -> Dict[str, Any]:
@@ -12102,7 +12105,7 @@ class Credentials:
 
     def log_in_of(self, provider: Provider) -> Tuple[Logins, str]:
         """Where the provider's log-in is kept: the file, and the name of its entry."""
-        name = provider.log_in or provider.name
+        name = provider.log_in_name
         if not provider.auth_file:
             return self.logins, name
         with self._lock:
@@ -12135,7 +12138,7 @@ class Credentials:
         """Whether calls to this provider are paid by somebody's personal plan, as far as that shows without running a
         command; a call's own credential has the last word."""
         entry = self.entry_of(provider)
-        row = SUBSCRIPTIONS.get(provider.log_in or provider.name)
+        row = SUBSCRIPTIONS.get(provider.log_in_name)
         if entry.get("type") == "oauth" or (row and row.is_personal):
             return True
         values = [entry.get("key"), provider.api_key, *(self._variable(name, entry) for name in provider.env)]
@@ -12166,7 +12169,7 @@ class Credentials:
         """What tells this account from another at the same provider, as a hash: what a log-in keeps while its tokens
         change, or the key. "" when that is not known."""
         if entry.get("type") == "oauth":
-            row = SUBSCRIPTIONS.get(provider.log_in or provider.name)
+            row = SUBSCRIPTIONS.get(provider.log_in_name)
             known = [str(entry.get(name) or "") for name in (row.account_fields if row else ())]
         else:
             known = [credential.token] if credential.kind == "api_key" else []
@@ -14089,8 +14092,7 @@ class Gateway:
     def listed(self, for_claude: bool) -> List[Model]:
         """What GET /v1/models lists: the models, the names that the model map adds, and for a client that only looks at
         names with "claude" such a name for each of the others."""
-        models = {model.full_id: model for model in self.models()}
-        models.update((alias, self._aliased(alias)) for alias in self._aliases() if alias not in models)
+        models = {**self._aliases(), **{model.full_id: model for model in self.models()}}
         if for_claude:
             named = [f"{CLAUDE_ALIAS}{model.provider}--{model.id}" for name, model in models.items() if "claude" not in name]
             models.update((alias, self._aliased(alias)) for alias in named)
@@ -14100,13 +14102,14 @@ class Gateway:
         first = self.config.routing.routes(name)[0].model
         return replace(self.catalogue.resolve(self.target_name(first), self.is_usable), alias=name)
 
-    def _aliases(self) -> List[str]:
-        """The names that the model map knows and that lead to a model which can be used."""
-        found = []
+    def _aliases(self) -> Dict[str, Model]:
+        """The names that the model map knows and that lead to a model which can be used, each with that model."""
+        found = {}
         for name in [*self.config.routing.aliases(), *self.config.routing.targets()]:
             with contextlib.suppress(ModelNotFound):
-                if self.is_usable(self.catalogue.providers[self._aliased(name).provider]):
-                    found.append(name)
+                model = self._aliased(name)
+                if self.is_usable(self.catalogue.providers[model.provider]):
+                    found[name] = model
         return found
 
     def _authorise(self, model: Model, exchange: Exchange) -> Tuple[Model, Credential]:
