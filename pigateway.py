@@ -65,6 +65,7 @@ import math
 import operator
 import os
 import queue
+import random
 import re
 import secrets
 import select
@@ -86,7 +87,7 @@ import zlib
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import (Any, Callable, Dict, FrozenSet, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence,
-                    TextIO, Tuple, Type, Union)
+                    TextIO, Tuple, Type, TypeVar, Union)
 
 __all__ = [
     "main", "start_server", "stop_server", "Config", "Gateway", "Server", "ClientProtocol", "UpstreamProtocol",
@@ -392,7 +393,10 @@ _SECRET_PATTERNS = tuple((words, re.compile(pattern)) for words, pattern in (
     (("key=",), r"(?i)(?<=[?&]key=)[^&\s\"']+"),
     (("key=",), r"(?i)(?<=[?&]api_key=)[^&\s\"']+"),
 ))
+_SECRET_SIGNS = re.compile("|".join(sorted({re.escape(word) for words, _ in _SECRET_PATTERNS for word in words if word}
+                                           | {"aiza", "ya29", "akia", "asia", "eyj"})))
 REDACTED = "[redacted]"
+SHORT_TEXT = 500
 
 
 def redact(text: str, secret_values: Iterable[str] = ()) -> str:
@@ -401,6 +405,8 @@ def redact(text: str, secret_values: Iterable[str] = ()) -> str:
         if len(value) >= 4:
             text = text.replace(value, REDACTED)
     small = text.lower()
+    if len(small) < SHORT_TEXT and not _SECRET_SIGNS.search(small):     # nearly always; in long texts one word at a time
+        return text                                                     # is found faster than any of many
     for words, pattern in _SECRET_PATTERNS:
         if any(word in small for word in words):
             text = pattern.sub(REDACTED, text)
@@ -865,6 +871,17 @@ class Call(NamedTuple):
     body: bytes = b""
 
 
+Row = TypeVar("Row", Request, Model, Credential)
+
+
+def changed(row: Row, **fields: Any) -> Row:
+    """`dataclasses.replace` at a fifth of its price, which every request pays several times: `__init__` with its dozens
+    of fields does not run again. Not for classes that cache what they derive from their fields."""
+    copy: Row = object.__new__(type(row))
+    copy.__dict__.update(row.__dict__, **fields)
+    return copy
+
+
 def present(**fields: Any) -> Dict[str, Any]:
     """The fields that are not None."""
     return {name: value for name, value in fields.items() if value is not None}
@@ -988,30 +1005,37 @@ def strip_json_comments(text: str) -> str:
 
 
 _HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\0\r\n]*?)[ \t]*")
+_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,1000}")
 
 
 def parse_head(head: bytes) -> Tuple[str, Dict[str, str]]:
     """The start line and the headers (names in lower case, repeated ones joined by commas) of an HTTP/1 message head
     without its blank line. Raises ValueError for what RFC 9112 forbids: folded lines, blanks before the colon, stray
     CR, LF or NUL, and differing Content-Length values."""
-    lines = head.split(b"\r\n")
-    if len(lines) > MAX_HEADERS + 1:
+    start, *lines = head.decode("latin-1").split("\r\n")
+    if len(lines) > MAX_HEADERS:
         raise ValueError("too many headers")
+    if not head.count(b"\r") == head.count(b"\n") == len(lines) or b"\0" in head:
+        raise ValueError("stray CR, LF or NUL")
     headers: Dict[str, str] = {}
-    for line in lines[1:]:
-        match = _HEADER_LINE.fullmatch(line)
-        if not match:
+    for line in lines:
+        raw, colon, value = line.partition(":")
+        name, value = header_name(raw), value.strip(" \t")
+        if not name or not colon:
             raise ValueError("malformed header line")
-        name, value = match.group(1).decode("ascii").lower(), match.group(2).decode("latin-1")
         if name not in headers:
             headers[name] = value
         elif name in ("content-length", "host", "transfer-encoding"):
             raise ValueError(f"repeated {name} header")
         else:
             headers[name] += ", " + value
-    if b"\r" in lines[0] or b"\n" in lines[0] or b"\0" in lines[0]:
-        raise ValueError("malformed start line")
-    return lines[0].decode("latin-1"), headers
+    return start, headers
+
+
+@functools.lru_cache(256)
+def header_name(raw: str) -> str:
+    """A header's name in lower case, "" when it is none (RFC 9110 §5.6.2). The same few come with every message."""
+    return raw.lower() if _TOKEN.fullmatch(raw) else ""
 
 
 def body_length(headers: Mapping[str, str]) -> Optional[int]:
@@ -1024,7 +1048,7 @@ def body_length(headers: Mapping[str, str]) -> Optional[int]:
         return None
     if length is None:
         return -1
-    if not re.fullmatch(r"[0-9]{1,15}", length):
+    if not (length.isascii() and length.isdigit() and len(length) <= 15):
         raise ValueError("malformed Content-Length")
     return int(length)
 
@@ -1418,6 +1442,8 @@ def _orphan_text(result: ToolResult) -> Message:
 def is_paired(messages: Sequence[Message]) -> bool:
     """Whether `pair_tool_calls` would change nothing, so that the client's own body can go out."""
     flat = [part for message in messages for part in message.parts if isinstance(part, (ToolCall, ToolResult))]
+    if not flat:
+        return True
     again = [part for message in pair_tool_calls(messages) for part in message.parts
              if isinstance(part, (ToolCall, ToolResult))]
     return flat == again
@@ -2099,14 +2125,20 @@ class OpenAIClient(ClientProtocol):
 
 
 def checked_fields(data: Mapping[str, Any], table: Mapping[str, Tuple[str, Optional[float], Optional[float]]],
-                   path: str = "") -> Dict[str, Any]:
+                    path: str = "") -> Dict[str, Any]:
     """The scalar fields of a request, or of the object at `path` in it, checked by a table of kinds and ranges."""
-    return {name: optional(data, name, kind, path, low, high) for name, (kind, low, high) in table.items()}
+    fields: Dict[str, Any] = dict.fromkeys(table)
+    for name in [name for name in table if name in data]:
+        kind, low, high = table[name]
+        fields[name] = optional(data, name, kind, path, low, high)
+    return fields
 
 
 def without_defaults(fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> Dict[str, Any]:
     """The fields with None for values that ask for nothing."""
-    return {name: None if name in defaults and value == defaults[name] else value for name, value in fields.items()}
+    asking = dict(fields)
+    asking.update((name, None) for name, value in defaults.items() if asking.get(name) == value)
+    return asking
 
 
 def extra_fields(data: Mapping[str, Any], known: FrozenSet[str], defaults: Mapping[str, Any],
@@ -2125,7 +2157,9 @@ def extra_fields(data: Mapping[str, Any], known: FrozenSet[str], defaults: Mappi
 
 def leading_system(turns: List[Message]) -> Tuple[Tuple[Text, ...], List[Message]]:
     """The system prompt that a conversation begins with, and the rest of it."""
-    leading = next((place for place, turn in enumerate(turns) if turn.role != "system"), len(turns))
+    leading = 0
+    while leading < len(turns) and turns[leading].role == "system":
+        leading += 1
     return tuple(part for turn in turns[:leading] for part in turn.parts if isinstance(part, Text)), turns[leading:]
 
 
@@ -2231,6 +2265,7 @@ CHAT_DEFAULTS: Dict[str, Any] = {
     "n": 1, "logprobs": False, "top_logprobs": 0, "modalities": ["text"], "store": False, "service_tier": "auto",
     "metadata": {}, "logit_bias": {}, "frequency_penalty": 0, "presence_penalty": 0, "top_p": 1, "stop": [],
 }
+CHAT_REASONING = frozenset({"effort", "metadata", "thinking", "reasoning", "enable_thinking"})  # beside the API's own
 CHAT_REFUSALS = {
     "n": "only one choice can be made on this model", "logprobs": "log probabilities are not available on this model",
     "top_logprobs": "log probabilities are not available on this model",
@@ -2290,6 +2325,8 @@ class OpenAIChat(OpenAIClient):
         effort = data.get("reasoning_effort")
         if isinstance(effort, str) and effort.lower() in LEVEL_ALIASES:
             return Reasoning(LEVEL_ALIASES[effort.lower()]), ["reasoning_effort"]
+        if data.keys().isdisjoint(CHAT_REASONING):
+            return None, []
         stray = stray_effort(data)
         if stray:
             return Reasoning(stray), [name for name in ("effort", "reasoning", "thinking") if name in data]
@@ -9634,7 +9671,7 @@ class ChatLane(NativeLane):
         if is_empty(self.stop_reason, self.usage, any(self._has_words(choice) for choice in choices)):
             raise EmptyAnswer("the provider's answer is empty")
         self.started = self.finished = True
-        return dumps(clean_strings(data)).encode("ascii")
+        return dumps(clean_strings(data) if _ESCAPED_SURROGATE.search(body) else data).encode("ascii")
 
     def _has_words(self, choice: Dict[str, Any]) -> bool:
         return has_words(choice["message"])
@@ -10551,6 +10588,8 @@ class Catalogue:
 
     def is_allowed(self, model: Model) -> bool:
         """Whether the allow and deny lists let this model be used; entries are provider/id or bare ids."""
+        if self._allow is None and not self._deny:
+            return True
         names = {model.full_id, model.id}
         return (self._allow is None or bool(names & set(self._allow))) and not names & set(self._deny)
 
@@ -10708,7 +10747,7 @@ class ModelMap:
     def routes(self, name: str) -> List[Route]:
         """The models to try in turn; the first step that leads anywhere counts."""
         name = name.strip()
-        for reason, key, rest in self._steps(name):
+        for reason, key, rest in self._steps(name) if self._entries else ():
             routes = self._read(self._entries[key], f"{reason}:{key}")
             if routes:
                 return [route._replace(model=route.model.replace("*", rest)) for route in routes] if rest else routes
@@ -11025,11 +11064,14 @@ def read_object(path: str, parse: Callable[[str], Any] = json.loads) -> Dict[str
 
 
 class FileCache:
-    """A JSON object file, read again when it changes. One that stays broken leaves the last good content in force."""
+    """A JSON object file, read again when it changes, which is looked at every `pause_s`. One that stays broken leaves the
+    last good content in force."""
 
-    def __init__(self, path: str, parse: Callable[[str], Any] = json.loads) -> None:
+    def __init__(self, path: str, parse: Callable[[str], Any] = json.loads, pause_s: float = 0.0) -> None:
         self.path = path
         self._parse = parse
+        self._pause_s = pause_s
+        self._looked_at = -math.inf
         self._lock = threading.Lock()
         self._seen: Any = None
         self._content: Dict[str, Any] = {}
@@ -11037,6 +11079,11 @@ class FileCache:
     def read(self) -> Dict[str, Any]:
         """The file's content, {} when there is none."""
         with self._lock:
+            if self._pause_s:
+                now = time.monotonic()
+                if now < self._looked_at + self._pause_s:
+                    return self._content
+                self._looked_at = now
             identity = self.identify()
             if identity != self._seen:
                 content = self._load() if identity else {}
@@ -11044,6 +11091,10 @@ class FileCache:
                     self._content = content
                 self._seen = identity
             return self._content
+
+    def look_again(self) -> None:
+        """The next `read` does not wait for the pause to end."""
+        self._looked_at = -math.inf
 
     def identify(self) -> Any:
         """What changes when the file does; None when there is none."""
@@ -12152,16 +12203,18 @@ class Credentials:
             logins, name = self.log_in_of(provider)
             entry = logins.current(name)
         credential = self.sources.get(provider.source, Credentials._key)(self, provider, entry)
-        headers = self.headers(provider, model)
+        headers = self._headers(provider, model, entry)
         if provider.auth_header and credential.token:
             headers["authorization"] = f"Bearer {credential.token}"
         named = {name: entry[name] for name in NAMING_FIELDS if isinstance(entry.get(name), str)}
-        return replace(credential, headers=headers, account=self._account(provider, entry, credential),
+        return changed(credential, headers=headers, account=self._account(provider, entry, credential),
                        parts={**named, **credential.parts})
 
     def headers(self, provider: Provider, model: Model) -> Dict[str, str]:
         """The configured headers for a call. Raises `Unauthorized` for one that resolves to nothing."""
-        entry = self.entry_of(provider)
+        return self._headers(provider, model, self.entry_of(provider))
+
+    def _headers(self, provider: Provider, model: Model, entry: Mapping[str, Any]) -> Dict[str, str]:
         return {name: self._header(provider, name, value, entry)
                 for name, value in {**provider.headers, **model.headers}.items()}
 
@@ -12233,8 +12286,9 @@ class Credentials:
 
     def fill(self, url: str, provider: Provider) -> str:
         """A base URL with its {NAME} placeholders filled in. Raises `Unauthorized` that names what is missing."""
-        entry = self.entry_of(provider)
-        for name in _PLACEHOLDER.findall(url):
+        names = _PLACEHOLDER.findall(url)
+        entry = self.entry_of(provider) if names else {}
+        for name in names:
             value = self._variable(name, entry)
             if not value:
                 raise Unauthorized(f'"{provider.name}" needs {name} as well', code="no_credentials", param="model")
@@ -12277,7 +12331,7 @@ class Credentials:
             return self._run(value[1:])
         if _INTERPOLATION.search(value):
             return self._interpolate(value, entry)
-        if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value):
+        if value.isidentifier() and value.isascii():
             from_environment = self._variable(value, entry)
             if from_environment:                # how pi before 0.77 named a variable
                 return from_environment
@@ -13346,7 +13400,13 @@ class Connection:
 
     def is_stale(self) -> bool:
         """Whether the other side has closed it, or sent what nobody asked for."""
-        return bool(Poller(self.sock).wait(0))
+        try:
+            socket.socket.recv(self.sock, 1, socket.MSG_PEEK)       # below TLS, whose own `recv` cannot look ahead
+            return True
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
 
     def release(self, is_reusable: bool) -> None:
         """Back to the pool, or closed."""
@@ -13448,46 +13508,59 @@ class PooledHandler(urllib.request.BaseHandler):
             return self._context
 
     def do_open(self, connect: Callable[..., http.client.HTTPConnection], request: ScopedRequest) -> Response:
-        """Sends the request on a kept connection, or a new one; a kept one that fails before any byte of an answer was
-        closed by its other side meanwhile, and the request is sent once more on a new one."""
+        """Sends a request as `urllib.request` made it."""
         tunnel = getattr(request, "_tunnel_host", None)
-        key = (request.type, request.host, tunnel)
-        message = self._head(request) + (request.data or b"")
+        added = {**request.unredirected_hdrs, **request.headers}
+        proxy_auth = {name: value for name, value in added.items() if name.lower() == "proxy-authorization"}
+        headers = request.call.headers if tunnel else {**request.call.headers, **proxy_auth}
+        host = tunnel or urllib.parse.urlsplit(request.full_url).netloc.rpartition("@")[2]
+        message = request_message(request.get_method(), request.selector, host, headers, request.data)
+
+        def connected() -> http.client.HTTPConnection:
+            opened = connect(request.host, timeout=self._limits.connect_s)
+            if not (tunnel or request.has_proxy()):         # the proxy's own address is none of the caller's choice
+                opened._create_connection = self._connect       # type: ignore[attr-defined]
+            if tunnel:
+                opened.set_tunnel(tunnel, headers=proxy_auth)
+            opened.connect()
+            return opened
+
+        return self._send((request.type, request.host, tunnel), message, request.scope, connected)
+
+    def open_direct(self, split: urllib.parse.SplitResult, call: Call, scope: Scope) -> Response:
+        """Sends a call that no proxy stands before, as `urllib.request` would: on the way through its request and its
+        handlers it costs as much as all the rest of the transport."""
+        selector = call.url.partition("//")[2][len(split.netloc):]
+        message = request_message(call.method, selector, split.netloc, call.headers,
+                                  call.body if call.method == "POST" else None)
+
+        def connected() -> http.client.HTTPConnection:
+            context = {"context": self._tls()} if split.scheme == "https" else {}
+            opened = self._connections[split.scheme](split.netloc, timeout=self._limits.connect_s, **context)
+            opened._create_connection = self._connect           # type: ignore[attr-defined]
+            opened.connect()
+            return opened
+
+        return self._send((split.scheme, split.netloc, None), message, scope, connected)
+
+    _connections: Mapping[str, Callable[..., http.client.HTTPConnection]] = {
+        "http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
+
+    def _send(self, key: Any, message: bytes, scope: Scope, connected: Callable[[], http.client.HTTPConnection],
+              ) -> Response:
+        """Sends a message on a kept connection, or a new one; a kept one that fails before any byte of an answer was
+        closed by its other side meanwhile, and the message is sent once more on a new one."""
         kept = self.pool.take(key)
         if kept:
             try:
-                return self._exchange(kept, message, request.scope)
+                return self._exchange(kept, message, scope)
             except (StaleConnection, ConnectionError):
-                request.scope.check()
-        opened = connect(request.host, timeout=self._limits.connect_s)
-        if not (tunnel or request.has_proxy()):           # the proxy's own address is none of the caller's choice
-            opened._create_connection = self._connect       # type: ignore[attr-defined]
-        if tunnel:
-            proxy_auth = {name: value for name, value in {**request.unredirected_hdrs, **request.headers}.items()
-                          if name.lower() == "proxy-authorization"}
-            opened.set_tunnel(tunnel, headers=proxy_auth)
-        opened.connect()
-        connection = Connection(opened, self.pool, key)
+                scope.check()
+        connection = Connection(connected(), self.pool, key)
         try:
-            return self._exchange(connection, message, request.scope)
+            return self._exchange(connection, message, scope)
         except StaleConnection:
             raise UpstreamProtocolError("the provider closed the connection without an answer") from None
-
-    def _head(self, request: ScopedRequest) -> bytes:
-        host = getattr(request, "_tunnel_host", None) or urllib.parse.urlsplit(request.full_url).netloc.rpartition("@")[2]
-        lines = [f"{request.get_method()} {request.selector or '/'} HTTP/1.1", f"Host: {host}"]
-        for name, value in {**request.unredirected_hdrs, **request.headers}.items():
-            if not _HEADER_LINE.fullmatch(f"{name}: {value}".encode("latin-1", "replace")):
-                raise BadRequest(f"the header {name!r} cannot be sent: it has a line break or another stray character")
-            if name.lower() != "proxy-authorization" or not getattr(request, "_tunnel_host", None):
-                lines.append(f"{name}: {value}")
-        if request.data is not None:
-            lines.append(f"Content-Length: {len(request.data)}")
-        try:
-            return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
-        except UnicodeEncodeError:
-            raise Unauthorized("a header or key for the provider has a character that HTTP cannot carry",
-                               code="no_credentials") from None
 
     def _exchange(self, connection: Connection, message: bytes, scope: Scope) -> Response:
         try:
@@ -13525,11 +13598,33 @@ class PooledHandler(urllib.request.BaseHandler):
         try:
             start, headers = parse_head(head)
             body_length(headers)
-            if not re.match(r"HTTP/1\.[01] \d{3}(?: |$)", start):
+            if not _STATUS_LINE.match(start):
                 raise ValueError("not HTTP/1.1")
             return start, headers
         except ValueError as error:
             raise UpstreamProtocolError(f"the provider's answer is not HTTP: {error}") from None
+
+
+_STATUS_LINE = re.compile(r"HTTP/1\.[01] [0-9]{3}(?: |$)")
+_MESSAGE_HEAD = re.compile(r"[^\0\r\n]+(?:\r\n[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\0\r\n]*)*")
+
+
+def request_message(method: str, selector: str, host: str, headers: Mapping[str, str], body: Optional[bytes]) -> bytes:
+    """A request as bytes. Raises `BadRequest` or `Unauthorized` for a header that cannot be sent."""
+    lines = [f"{method} {selector or '/'} HTTP/1.1", f"Host: {host}"]
+    lines.extend([f"{name}: {value}" for name, value in headers.items()])
+    if body is not None:
+        lines.append(f"Content-Length: {len(body)}")
+    head = "\r\n".join(lines)
+    if head.count("\n") != len(lines) - 1 or not _MESSAGE_HEAD.fullmatch(head):
+        name = next((name for name, value in headers.items()
+                     if not _HEADER_LINE.fullmatch(f"{name}: {value}".encode("latin-1", "replace"))), "Host")
+        raise BadRequest(f"the header {name!r} cannot be sent: it has a line break or another stray character")
+    try:
+        return f"{head}\r\n\r\n".encode("latin-1") + (body or b"")
+    except UnicodeEncodeError:
+        raise Unauthorized("a header or key for the provider has a character that HTTP cannot carry",
+                           code="no_credentials") from None
 
 
 class StaleConnection(Exception):
@@ -13537,9 +13632,10 @@ class StaleConnection(Exception):
 
 
 class ScopedRequest(urllib.request.Request):
-    """A `urllib.request.Request` that carries its scope to the handler."""
+    """A `urllib.request.Request` that carries to the handler what it was made from."""
 
     scope: Scope
+    call: Call
 
 
 class Opener(urllib.request.OpenerDirector):
@@ -13599,16 +13695,22 @@ class Transport:
         self._limits = limits
         self._handler = PooledHandler(limits, ca_bundle, keep, connect)
         self._opener = Opener()
-        for handler in (urllib.request.ProxyHandler(proxies), self._handler, DemoHandler(demo_delay_s)):
+        self._proxies = urllib.request.getproxies() if proxies is None else proxies
+        for handler in (urllib.request.ProxyHandler(self._proxies), self._handler, DemoHandler(demo_delay_s)):
             self._opener.add_handler(handler)
 
     def open(self, call: Call, scope: Scope) -> Response:
         """Sends `call`. Raises an `UpstreamError` when no answer comes."""
-        request = ScopedRequest(call.url, data=call.body if call.method == "POST" else None,
-                                headers=dict(call.headers), method=call.method)
-        request.scope = scope
-        host = urllib.parse.urlsplit(call.url).netloc.rpartition("@")[2]
+        split = urllib.parse.urlsplit(call.url)
+        host = split.netloc.rpartition("@")[2]
         try:
+            is_plain = split.path[:1] == "/" and not split.fragment and split.netloc.isascii() and not (
+                set("@% ") & set(split.netloc))
+            if is_plain and split.scheme in ("http", "https") and split.scheme not in self._proxies:
+                return self._handler.open_direct(split, call, scope)
+            request = ScopedRequest(call.url, data=call.body if call.method == "POST" else None,
+                                    headers=dict(call.headers), method=call.method)
+            request.scope, request.call = scope, call
             response = self._opener.open(request, timeout=self._limits.connect_s)
         except (GatewayError, ClientGone, PrivateAddress):
             raise
@@ -13773,8 +13875,8 @@ def with_bytes(request: Request, wants: Callable[[Any], bool], fetch: Callable[[
 
 # End-to-end headers of a provider's answer that clients act on.
 MAX_CARRIED = 40                  # some clients take a hundred headers at most
-CARRIED_TO_CLIENT = re.compile(r"(?:anthropic-ratelimit-.*|x-ratelimit-.*|retry-after(?:-ms)?|openai-processing-ms|"
-                               r"openai-version|anthropic-organization-id)")
+CARRIED_TO_CLIENT = ("anthropic-ratelimit-", "x-ratelimit-", "retry-after", "openai-processing-ms", "openai-version",
+                     "anthropic-organization-id")      # beginnings of names
 
 
 @dataclass
@@ -13838,24 +13940,32 @@ def fallback_reason(error: GatewayError) -> str:
     return next((reason for kind, reason in FALLBACK_REASONS if isinstance(error, kind)), "")
 
 
+QUIRKS_PAUSE_S = 1.0                # between two looks at what other processes have found out
+
+
 class Quirks:
     """Parameters that models turned out not to take, kept in a file: model → parameter → what goes in its place, ""
     for nothing."""
 
     def __init__(self, path: Optional[str]) -> None:
         self.path = path
-        self._file = FileCache(path) if path else None
+        self._file = FileCache(path, pause_s=QUIRKS_PAUSE_S) if path else None
         self._lock = threading.Lock()
         self._known: Dict[str, Dict[str, str]] = {}     # where there is no file, or it cannot be written
 
     def all(self) -> Dict[str, Dict[str, str]]:
         """All that is known."""
-        stored = {model: as_dict(names) for model, names in self._file.read().items()} if self._file else {}
-        return {**stored, **self._known}
+        if self._file:
+            self._file.look_again()
+        return self._all()
+
+    def _all(self) -> Dict[str, Dict[str, str]]:
+        stored = self._file.read() if self._file else {}
+        return {**{model: as_dict(names) for model, names in stored.items()}, **self._known}
 
     def of(self, model_id: str) -> Dict[str, str]:
         """What is known of one model."""
-        return self.all().get(model_id, {})
+        return self._all().get(model_id, {})
 
     def note(self, model_id: str, name: str, replacement: str) -> None:
         """Remembers one more."""
@@ -13867,6 +13977,7 @@ class Quirks:
                     raise OSError("nowhere to write to")
                 write_private_file(self.path, render_auth(known))
                 self._known = {}
+                self.all()
             except OSError:
                 self._known = known
 
@@ -13960,7 +14071,7 @@ class Gateway:
     def complete(self, exchange: Exchange, body: bytes) -> None:
         """Answers a completion request. Raises `GatewayError` while nothing has been sent, or `ClientGone`."""
         data = self._with_model({**parse_json_object(body), **exchange.named})
-        request = replace(exchange.client.parse(data), body=body, headers=exchange.headers, query=exchange.query,
+        request = changed(exchange.client.parse(data), body=body, headers=exchange.headers, query=exchange.query,
                           session=session_of(exchange.headers, data))
         exchange.log["stream"], exchange.asked = request.stream, request.model
         candidates = self.candidates(request)
@@ -14126,7 +14237,7 @@ class Gateway:
             self._check_exposure(provider, credential.kind == "oauth" and not self.config.exposes_subscriptions)
         exchange.account = credential.account
         base_url = credential.parts.get("endpoint") or self.credentials.fill(model.base_url, provider)
-        return replace(model, base_url=base_url, headers={}), credential
+        return changed(model, base_url=base_url, headers={}), credential
 
     def takes_passed(self, provider: Provider) -> bool:
         """Whether the provider is called with the key that a client brings."""
@@ -14274,7 +14385,7 @@ class Gateway:
         response = self.transport.open(call, scope)
         try:
             carried = [(name, header_text(redact(value, lane.secrets))) for name, value in response.headers.items()
-                       if CARRIED_TO_CLIENT.fullmatch(name)]
+                       if name.startswith(CARRIED_TO_CLIENT)]
             exchange.answer_headers.update(carried[:MAX_CARRIED])
             if not 200 <= response.status < 300:
                 raise self._refusal(lane, response)
@@ -14440,7 +14551,7 @@ def session_of(headers: Mapping[str, str], data: Mapping[str, Any]) -> str:
 
 def header_text(text: str) -> str:
     """`text` as a header value: printable ASCII, at most 1000 characters."""
-    return re.sub(r"[^\x20-\x7e]", "?", text)[:1000]
+    return text[:1000] if text.isascii() and text.isprintable() else re.sub(r"[^\x20-\x7e]", "?", text)[:1000]
 
 
 Fetch = Callable[[Call], Dict[str, Any]]
@@ -14879,14 +14990,16 @@ def reassembled(done: Exchanged, data: bytes) -> Dict[str, Any]:
 
 
 class Head(NamedTuple):
-    """The head of a client's request; `path` without query, version prefix and trailing slash."""
+    """The head of a client's request; `path` without query, version prefix and trailing slash; `length` of the body as
+    `body_length` tells it."""
 
     method: str
     target: str
     path: str
-    query: Dict[str, str]
+    query: Mapping[str, str]
     minor_version: int
     headers: Dict[str, str]
+    length: Optional[int] = -1
 
 
 _BARE_LF = re.compile(rb"(?<!\r)\n")
@@ -14926,12 +15039,20 @@ def parse_request_head(data: bytes) -> Head:
         raise ValueError("Transfer-Encoding in HTTP/1.0")
     if not target.startswith("/") and not (target == "*" and method == "OPTIONS"):
         target, headers = origin_form(target, headers)
+    path, query = split_target(target) if len(target) > 256 else _split_known_target(target)
+    return Head(method, target, path, query, minor, headers, body_length(headers))
+
+
+def split_target(target: str) -> Tuple[str, Mapping[str, str]]:
+    """A request's path, without version prefix and trailing slash, and its query."""
     split = urllib.parse.urlsplit(re.sub(r"^/{2,}", "/", target))
     path = urllib.parse.unquote(split.path, errors="replace").replace("//", "/").rstrip("/")
     while path.startswith("/v1/") or path == "/v1":        # also /v1/v1: base URLs get pasted with and without it
         path = path[3:]
-    query = dict(urllib.parse.parse_qsl(split.query))
-    return Head(method, target, path or "/", query, minor, headers)
+    return path or "/", MappingProxyType(dict(urllib.parse.parse_qsl(split.query)))
+
+
+_split_known_target = functools.lru_cache(64)(split_target)     # clients have one or two
 
 
 class HttpResponder:
@@ -15050,7 +15171,7 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _serve_one(self) -> bool:
         """Reads and answers one request; whether the connection can serve another."""
-        stamp = Stamp(secrets.token_hex(12), int(self.server.gateway.clock()))
+        stamp = Stamp(f"{random.getrandbits(96):024x}", int(self.server.gateway.clock()))    # a name, no secret
         try:
             head = self._read_head()
         except BadRequest as error:
@@ -15066,9 +15187,11 @@ class Handler(socketserver.BaseRequestHandler):
             return False
         if head is None:
             return False
-        with self.server.busy():
-            self.server.settle(self.request)
+        self.server.begin(self.request)
+        try:
             return self._answer(head, stamp)
+        finally:
+            self.server.end()
 
     def _common(self, stamp: Stamp) -> Dict[str, str]:
         return {"x-request-id": stamp.request_id, "request-id": stamp.request_id}
@@ -15109,16 +15232,14 @@ class Handler(socketserver.BaseRequestHandler):
             raise HeadTooLarge("the request's head is too long")
         data, self._buffer = self._buffer[:end], self._buffer[end + 4:]
         try:
-            head = parse_request_head(data)
-            body_length(head.headers)
-            return head
+            return parse_request_head(data)
         except ValueError as error:
             raise BadRequest(f"malformed HTTP request: {error}", code="invalid_http") from None
 
     def _read_body(self, head: Head) -> bytes:
         """The request's body. Raises `BodyTooLarge` before it has all been read."""
         limit = self.server.config.max_body_bytes
-        length = body_length(head.headers)
+        length = head.length
         if length is not None and length > limit:
             raise BodyTooLarge(f"the body has {length} bytes; at most {limit} are taken (maxBodyBytes)")
         if head.headers.get("expect", "").lower() == "100-continue" and not self._buffer:
@@ -15149,8 +15270,8 @@ class Handler(socketserver.BaseRequestHandler):
     def _answer(self, head: Head, stamp: Stamp) -> bool:
         """Answers one request and logs it."""
         server, started = self.server, time.monotonic()
-        stamp = stamp._replace(created=int(server.gateway.clock()), elapsed=lambda: time.monotonic() - started)
-        self._has_unread_body = body_length(head.headers) not in (0, -1)
+        stamp = Stamp(stamp.id, int(server.gateway.clock()), lambda: time.monotonic() - started)
+        self._has_unread_body = head.length not in (0, -1)
         client = client_protocol(head)
         if client.takes_query_key:
             head = with_query_key(head)
@@ -15585,7 +15706,7 @@ TRIM: Optional[Callable[[int], Any]] = None     # set when a server runs: import
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Listens and gives each connection a thread. `with server.busy()` counts the requests under way."""
+    """Listens and gives each connection a thread; `begin` and `end` count the requests under way."""
 
     daemon_threads = True
     allow_reuse_address = os.name != "nt"       # on Windows it would let two servers share a port
@@ -15672,16 +15793,19 @@ class Server(http.server.ThreadingHTTPServer):
             self._fresh.discard(sock)
             self._changed.notify_all()
 
-    @contextlib.contextmanager
-    def busy(self) -> Iterator[None]:
-        """For `with`: a request is under way."""
+    def begin(self, sock: socket.socket) -> None:
+        """A request is under way on this connection, until `end`."""
         with self._changed:
             self._active += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._active -= 1
+            if sock in self._fresh:
+                self._fresh.discard(sock)
+                self._changed.notify_all()
+
+    def end(self) -> None:
+        """A request has been answered."""
+        with self._changed:
+            self._active -= 1
+            if self.is_stopping:                # nobody waits for it otherwise
                 self._changed.notify_all()
 
     def stop(self, grace_s: float) -> None:

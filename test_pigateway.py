@@ -5223,6 +5223,22 @@ def test_proxy_for_http(monkeypatch: Any) -> None:
         assert fake.received[0].headers["host"] == "provider.invalid"
 
 
+@pytest.mark.parametrize("method", ["POST", "GET"])
+@pytest.mark.parametrize("path", ["/v1/x", "/v1/x?y=1&z=%20", "/", "//x", "/a%2Fb", "/v1/x?"])
+def test_calls_past_urllib_are_the_same(path: str, method: str) -> None:
+    """Where no proxy can stand between, `urllib.request` is left out: a shorter way to the same bytes."""
+    def serve(server: RawServer, sock: socket.socket, number: int) -> None:
+        while server.read(sock):
+            sock.sendall(http_answer(b"{}"))
+
+    headers = {"x-api-key": "k", "Content-Type": "application/json", "x-Odd_Name": " spaced  out "}
+    with raw_server(serve) as server, transport() as short, transport() as long:
+        long._proxies = {"http": "what the handlers do not know"}
+        for made in (short, long):
+            assert fetch(made, server.url + path, method, **headers) == (200, b"{}")
+    assert server.requests[0] == server.requests[1] and b" HTTP/1.1\r\nHost: 127.0.0.1:" in server.requests[0]
+
+
 def test_no_proxy(monkeypatch: Any) -> None:
     with fake_upstream(Answer(200, b"direct")) as fake, proxy(0, http_answer(b"", status="503 No")) as between:
         monkeypatch.setenv("http_proxy", between.url)
