@@ -2509,7 +2509,8 @@ class OpenAIChat(OpenAIClient):
                                    "annotations": []}
         message.update(present(
             reasoning_content="".join(part.text for part in thinking) or None,
-            reasoning_details=[detail for part in thinking for detail in reasoning_details(part)] or None,
+            reasoning_details=[reasoning_detail(part, place) for place, part in enumerate(
+                part for part in thinking if part.signature)] or None,
             tool_calls=calls or None))
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": CHAT_FINISH[reply.stop_reason]}
         return {"id": chat_id(reply.id, stamp), "object": "chat.completion", "created": stamp.created,
@@ -2563,14 +2564,13 @@ def chat_tool_call(call: ToolCall, custom: FrozenSet[str]) -> Dict[str, Any]:
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments or "{}"}}
 
 
-def reasoning_details(part: Thinking) -> List[Dict[str, Any]]:
-    """What a chat client needs to give signed thinking back, in OpenRouter's shape; nothing for unsigned thinking."""
-    if not part.signature:
-        return []
+def reasoning_detail(part: Thinking, place: int) -> Dict[str, Any]:
+    """What a chat client needs to give signed thinking back, in OpenRouter's shape. `place` counts an answer's details:
+    OpenAI's SDKs put a stream's lists together by `index`, and fail without it."""
     sealed = seal(part, OpenAIChat.name)
     if part.redacted:
-        return [{"type": "reasoning.encrypted", "data": sealed}]
-    return [{"type": "reasoning.text", "text": part.text, "signature": sealed}]
+        return {"type": "reasoning.encrypted", "data": sealed, "index": place}
+    return {"type": "reasoning.text", "text": part.text, "signature": sealed, "index": place}
 
 
 class ChatWriter(Writer):
@@ -2583,6 +2583,7 @@ class ChatWriter(Writer):
         self._kinds: Dict[int, type] = {}
         self._tool_index: Dict[int, int] = {}
         self._unsent: Dict[int, bool] = {}
+        self._detail_count = 0
         self._set_id("")
 
     def _set_id(self, provider_id: str) -> None:
@@ -2608,9 +2609,10 @@ class ChatWriter(Writer):
             return b""
         place = self._tool_index[event.index] = len(self._tool_index)
         self._unsent[event.index] = True
-        if part.name in self._custom:           # sent whole at its end: the wrapping JSON is not what the client wants
+        if part.name in self._custom:           # its text is sent at its end: the JSON around it is not the client's
             self._kinds[event.index] = Tool
-            return b""
+            call = chat_tool_call(replace(part, arguments='{"input":""}'), self._custom)
+            return self._chunk(dumps({"tool_calls": [{"index": place, **call}]}))
         return self._chunk(dumps({"tool_calls": [{"index": place, "id": part.id, "type": "function",
                                                   "function": {"name": part.name, "arguments": ""}}]}))
 
@@ -2629,12 +2631,14 @@ class ChatWriter(Writer):
     def _part_end(self, event: PartEnd) -> bytes:
         part = event.part
         if isinstance(part, Thinking) and part.signature:
-            return self._chunk(dumps({"reasoning_details": reasoning_details(part)}))
+            self._detail_count += 1
+            return self._chunk(dumps({"reasoning_details": [reasoning_detail(part, self._detail_count - 1)]}))
         if not isinstance(part, ToolCall):
             return b""
         place = self._tool_index[event.index]
         if self._kinds[event.index] is Tool:
-            return self._chunk(dumps({"tool_calls": [{"index": place, **chat_tool_call(part, self._custom)}]}))
+            text = custom_input(part)
+            return self._chunk(dumps({"tool_calls": [{"index": place, "custom": {"input": text}}]})) if text else b""
         if self._unsent[event.index]:           # clients parse the joined fragments, and "" is not JSON
             return self._part_delta(PartDelta(event.index, "{}"))
         return b""

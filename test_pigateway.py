@@ -2386,7 +2386,7 @@ def test_chat_completion_object() -> None:
         "system_fingerprint": "fp_pigateway", "choices": [{
             "index": 0, "logprobs": None, "finish_reason": "tool_calls", "message": {
                 "role": "assistant", "content": "ab", "refusal": None, "annotations": [], "reasoning_content": "Hm",
-                "reasoning_details": [{"type": "reasoning.text", "text": "Hm",
+                "reasoning_details": [{"type": "reasoning.text", "text": "Hm", "index": 0,
                                        "signature": pg.seal(SIGNED, CHAT.name)}],
                 "tool_calls": [{"id": "c", "type": "function", "function": {
                     "name": "wx", "arguments": '{"n":9007199254740993}'}}]}}],
@@ -2447,7 +2447,12 @@ def test_custom_tools_come_back_as_free_text() -> None:
               pg.Done("tool_use", USAGE)]
     wire = CHAT.writer(request, STAMP).write(events)
     assert check_chat_stream(wire).calls == (("c", "sh", "ls\n"), ("d", "now", "{}"))
-    assert b'"type":"custom","custom":{"name":"sh","input":"ls\\n"}' in wire
+    pieces = [call for event in pg.parse_events(wire) if event[1] != "[DONE]" for choice in json.loads(event[1])["choices"]
+              for call in choice["delta"].get("tool_calls", ())]
+    assert pieces[:2] == [{"index": 0, "id": "c", "type": "custom", "custom": {"name": "sh", "input": ""}},
+                          {"index": 0, "custom": {"input": "ls\n"}}]
+    later = [*events[:3], *events[5:6], events[3], *events[4:5], *events[6:]]       # another begins before it ends
+    assert check_chat_stream(CHAT.writer(request, STAMP).write(later)).calls == (("c", "sh", "ls\n"), ("d", "now", "{}"))
     message = CHAT.render(request, pg.collect(events), STAMP)["choices"][0]["message"]
     assert message["tool_calls"][0] == {"id": "c", "type": "custom", "custom": {"name": "sh", "input": "ls\n"}}
 
