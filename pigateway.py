@@ -3092,7 +3092,7 @@ class AnthropicClient(ClientProtocol):
         parts = [part for part in visible_parts(request, reply.parts) if part != Text()]
         content = [block for part in without_last_seals(parts) for block in self._render_part(part)]
         return {"id": message_id(reply.id, stamp), "type": "message", "role": "assistant", "model": request.model,
-                "content": content, **stop_fields(reply.stop_reason, reply.detail),
+                "content": content, **stop_fields(request, reply.stop_reason, reply.detail),
                 "usage": messages_usage(reply.usage)}
 
     def _render_part(self, part: Part) -> List[Dict[str, Any]]:
@@ -3168,8 +3168,12 @@ def messages_usage(usage: Usage) -> Dict[str, Any]:
     return counts
 
 
-def stop_fields(stop_reason: str, detail: Optional[str]) -> Dict[str, Any]:
-    """stop_reason and what belongs to it."""
+def stop_fields(request: Request, stop_reason: str, detail: Optional[str]) -> Dict[str, Any]:
+    """stop_reason and what belongs to it. A stop sequence has to be named: where the provider does not, it is clear if
+    there was only one, and otherwise the turn has just ended."""
+    if stop_reason == "stop_sequence" and not detail:
+        detail = request.stop[0] if len(request.stop) == 1 else None
+        stop_reason = stop_reason if detail else "stop"
     fields: Dict[str, Any] = {"stop_reason": MESSAGES_STOP[stop_reason],
                               "stop_sequence": detail if stop_reason == "stop_sequence" else None}
     if stop_reason == "refusal" and detail:
@@ -3236,7 +3240,7 @@ class MessagesWriter(SerialWriter):
         return out + sse({"type": "content_block_stop", "index": self._block}, "content_block_stop")
 
     def _done(self, event: Done) -> bytes:
-        delta = {"type": "message_delta", "delta": stop_fields(event.stop_reason, event.detail),
+        delta = {"type": "message_delta", "delta": stop_fields(self._request, event.stop_reason, event.detail),
                  "usage": messages_usage(event.usage)}
         return sse(delta, "message_delta") + sse({"type": "message_stop"}, "message_stop")
 
@@ -4789,8 +4793,8 @@ class Settled:
                 elif kind is Done:
                     if is_empty(event.stop_reason, event.usage, self._has_part):
                         raise EmptyAnswer("the provider's answer is empty")
-                    if event.stop_reason == "stop" and self._has_call:
-                        event = event._replace(stop_reason="tool_use")
+                    if event.stop_reason in ("stop", "stop_sequence", "pause") and self._has_call:
+                        event = event._replace(stop_reason="tool_use", detail=None)
                     return out + self._finish(event)
                 out.append(event)
         except GatewayError as error:
@@ -8558,7 +8562,9 @@ class BedrockConverse(UpstreamProtocol):
         body = present(
             messages=messages, system=system or None, inferenceConfig=config or None,
             toolConfig=self._tools(request, model), additionalModelRequestFields=fields or None,
-            outputConfig=self._format(request.output))
+            outputConfig=self._format(request.output),
+            # which of them it was is not in the answer unless asked for
+            additionalModelResponseFieldPaths=["/stop_sequence"] if len(request.stop) > 1 and is_claude(model) else None)
         if self.marks_cache(model) or credential.parts.get("force_cache"):
             mark_cache_points(body)
         verb = "converse-stream" if request.stream else "converse"
@@ -8815,6 +8821,7 @@ class ConverseReader(Reader):
         self._signatures: Dict[Any, str] = {}
         self._redacted: Dict[Any, bytes] = {}
         self._stop: Optional[str] = None
+        self._detail: Optional[str] = None
         self._usage: Optional[Usage] = None
 
     def feed(self, data: bytes) -> Iterator[Event]:
@@ -8861,7 +8868,7 @@ class ConverseReader(Reader):
             for delta in block_deltas(block):
                 yield from self._block_delta({"contentBlockIndex": index, "delta": delta})
             yield from self._block_stop({"contentBlockIndex": index})
-        yield from self._message_stop({"stopReason": body.get("stopReason") or "end_turn"})
+        yield from self._message_stop({**body, "stopReason": body.get("stopReason") or "end_turn"})
         yield from self._metadata(body)
 
     def _message_start(self, data: Dict[str, Any]) -> Iterator[Event]:
@@ -8916,6 +8923,8 @@ class ConverseReader(Reader):
             yield from self._block_stop({"contentBlockIndex": key})
         yield from self._parts.end_all()
         self._stop = BEDROCK_STOP.get(reason, "stop")
+        named = as_dict(data.get("additionalModelResponseFields")).get("stop_sequence")
+        self._detail = named if isinstance(named, str) and self._stop == "stop_sequence" else None
         if self._usage is not None:
             yield from self._done()
 
@@ -8926,7 +8935,7 @@ class ConverseReader(Reader):
 
     def _done(self) -> Iterator[Event]:
         yield from self._message_start({})
-        yield Done(self._stop or "stop", self._usage or Usage())
+        yield Done(self._stop or "stop", self._usage or Usage(), self._detail)
 
     handlers: Mapping[str, Callable[..., Iterator[Event]]] = {
         "messageStart": _message_start, "contentBlockStart": _block_start, "contentBlockDelta": _block_delta,

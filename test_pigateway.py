@@ -2408,6 +2408,19 @@ def test_chat_content_is_null_only_beside_calls() -> None:
     assert "[Reasoning redacted]" not in json.dumps(refused)                                                # G18
 
 
+@pytest.mark.parametrize("stops, detail, told", [
+    (["END"], "END", ("stop_sequence", "END")), (["END"], None, ("stop_sequence", "END")),
+    (["END", "X"], "X", ("stop_sequence", "X")), (["END", "X"], None, ("end_turn", None)), ([], None, ("end_turn", None))])
+def test_messages_name_the_stop_sequence(stops: List[str], detail: Optional[str], told: Tuple[str, Any]) -> None:
+    request = messages_request(stop_sequences=stops, stream=True)
+    events = [pg.Start(), pg.PartStart(0, pg.Text()), pg.PartDelta(0, "a"), pg.PartEnd(0, pg.Text("a")),
+              pg.Done("stop_sequence", USAGE, detail)]
+    whole = MESSAGES.render(request, pg.collect(events), STAMP)
+    wire = MESSAGES.writer(request, STAMP).write(events)
+    delta = next(json.loads(text)["delta"] for name, text in pg.parse_events(wire) if name == "message_delta")
+    assert (whole["stop_reason"], whole["stop_sequence"]) == (delta["stop_reason"], delta["stop_sequence"]) == told
+
+
 def test_message_object() -> None:
     reply = pg.Reply("x", (SIGNED, pg.Text(""), pg.Text("a"), pg.ToolCall("c", "wx", '{"n":9007199254740993,"f":1.0}')),
                      "tool_use", USAGE)
@@ -2436,6 +2449,18 @@ def test_a_malformed_call_is_shown_and_not_made_up() -> None:
         read = CHECKS[MESSAGES.name](out) if stream else read_body(json.loads(out), MESSAGES)
         assert not read.calls and '{"city":"Par' in read.text
         assert (read.stop, lane.stop_reason) == ("max_tokens", "length")
+
+
+@pytest.mark.parametrize("reason, has_call, stop", [
+    ("end_turn", True, "tool_use"), ("stop_sequence", True, "tool_use"), ("pause_turn", True, "tool_use"),
+    ("max_tokens", True, "length"), ("refusal", True, "refusal"), ("pause_turn", False, "pause")])
+def test_an_answer_with_calls_stops_for_them(reason: str, has_call: bool, stop: str) -> None:
+    """Clients run tools when the reason says so, and only then."""
+    content = [{"type": "tool_use", "id": "c", "name": "wx", "input": {}}] if has_call else [{"type": "text", "text": "a"}]
+    body = {"content": content, "stop_reason": reason, "stop_sequence": "END" if reason == "stop_sequence" else None,
+            "usage": {"output_tokens": 1}}
+    done = pg.Settled(ANTHROPIC.reader(model("anthropic-messages"), STAMP)).whole(body)[-1]
+    assert (done.stop_reason, done.detail) == (stop, None)
 
 
 def test_custom_tools_come_back_as_free_text() -> None:
@@ -10979,6 +11004,20 @@ def test_bedrock_converse_whole() -> None:
         pg.Usage(20, 9, 100, 7, 0, 5))
     [end] = pg.Settled(BEDROCK.reader(bedrock_model(), STAMP)).whole({"message": "?"})
     assert isinstance(end.error, pg.UpstreamProtocolError)
+
+
+@pytest.mark.parametrize("model_id, stops, asks", [
+    (BEDROCK_CLAUDE, ("a", "b"), True), (BEDROCK_CLAUDE, ("a",), False), (BEDROCK_CLAUDE, (), False),
+    ("zai.glm-5", ("a", "b"), False)])
+def test_bedrock_is_asked_which_stop_sequence_it_was(model_id: str, stops: Tuple[str, ...], asks: bool) -> None:
+    body = bedrock_built(bedrock_request(stop=stops), bedrock_model(model_id))[1]
+    assert body.get("additionalModelResponseFieldPaths") == (["/stop_sequence"] if asks else None)
+    told = {"stopReason": "stop_sequence", "additionalModelResponseFields": {"stop_sequence": "b"}}
+    wire = bedrock_stream(("messageStop", told), ("metadata", {"usage": {"outputTokens": 1}}))
+    done = pg.Done("stop_sequence", pg.Usage(0, 1), "b")
+    assert provider_events(BEDROCK.reader(bedrock_model(), STAMP), [wire])[-1] == done
+    whole = {**told, "output": {"message": {"content": []}}, "usage": {"outputTokens": 1}}
+    assert pg.Settled(BEDROCK.reader(bedrock_model(), STAMP)).whole(whole)[-1] == done
 
 
 @pytest.mark.parametrize("reason, stop", [
