@@ -2545,6 +2545,15 @@ def chat_usage(usage: Usage) -> Dict[str, Any]:
                                           "accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0}}
 
 
+def full_chat_usage(usage: Mapping[str, Any]) -> Dict[str, Any]:
+    """A provider's own usage with the three counts that must be there."""
+    if not usage:
+        return chat_usage(Usage())
+    prompt, completion = token_count(usage.get("prompt_tokens")), token_count(usage.get("completion_tokens"))
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion,
+            **present(**usage)}
+
+
 def custom_tools(request: Request) -> FrozenSet[str]:
     """The names of the tools that take free text."""
     return frozenset(tool.name for tool in request.tools if tool.custom)
@@ -9515,6 +9524,8 @@ class ChatLane(NativeLane):
 
     chunk_type, whole_type = "chat.completion.chunk", "chat.completion"
     make_id = staticmethod(chat_id)
+    finish = CHAT_FINISH
+    finish_words = frozenset({*CHAT_FINISH.values(), "function_call"})
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -9573,9 +9584,7 @@ class ChatLane(NativeLane):
         """Puts one choice of a chunk right, in place; whether anything is left to send."""
         index = choice.setdefault("index", 0)
         delta = choice["delta"] = as_dict(choice.get("delta"))
-        reason = choice.setdefault("finish_reason", None)
-        if reason in CHAT_FAILURES:
-            raise UpstreamError(f"the provider stopped: {reason}")
+        reason = self._mend_end(choice, None)
         self._mend_delta(index, delta)
         has_content = has_words(delta)
         if index in self._finished_choices:
@@ -9592,8 +9601,28 @@ class ChatLane(NativeLane):
             choice["delta"] = {"role": "assistant", "content": "", **present(**delta)}
         return True
 
+    def _mend_end(self, choice: Dict[str, Any], default: Optional[str]) -> Optional[str]:
+        """Puts a choice's finish reason into a word that clients know, and completes its log probabilities; the reason.
+        Raises `UpstreamError` when it means a failure."""
+        reason = choice.get("finish_reason") or default
+        if reason in CHAT_FAILURES:
+            raise UpstreamError(f"the provider stopped: {reason}")
+        if reason and reason not in self.finish_words:
+            reason = self.finish[CHAT_STOP.get(reason, "stop")]
+        choice["finish_reason"] = reason
+        if isinstance(choice.get("logprobs"), dict):
+            self._mend_logprobs(choice["logprobs"])
+        return reason
+
+    def _mend_logprobs(self, logprobs: Dict[str, Any]) -> None:
+        for name in ("content", "refusal"):
+            for token in logprobs.setdefault(name, None) or ():
+                for entry in (token, *token.setdefault("top_logprobs", [])):
+                    entry.setdefault("bytes", None)
+
     def _mend_delta(self, index: int, delta: Dict[str, Any]) -> None:
         delta.pop("role", None)
+        drop_nulls(delta)
         self.issued.extend(seal for detail in delta.get("reasoning_details") or () for seal in detail_seals(detail))
         rename_reasoning(delta)
         if isinstance(delta.get("content"), list):
@@ -9611,6 +9640,7 @@ class ChatLane(NativeLane):
         place = self._call_place(choice_index, call, function)
         state = self._calls.setdefault((choice_index, place), {"sent": False, "held": "", "id": "", "name": ""})
         call = {**call, "index": place}
+        encode_arguments(function)
         if isinstance(function.get("arguments"), str):
             function["arguments"] = self._mender.mend((choice_index, place, "arguments"), function["arguments"])
         if state["sent"]:
@@ -9660,7 +9690,7 @@ class ChatLane(NativeLane):
             self.stop_reason = "tool_calls" if self._calls else "stop"
             out = self._event({**self._envelope, "choices": [self._last_choice()]}, None)
         if self._raw_usage is not None and self.request.include_usage:
-            out += self._event({**self._envelope, "choices": []}, self._raw_usage)
+            out += self._event({**self._envelope, "choices": []}, full_chat_usage(self._raw_usage))
         return out + b"data: [DONE]\n\n"
 
     def _last_choice(self) -> Dict[str, Any]:
@@ -9678,7 +9708,7 @@ class ChatLane(NativeLane):
             self._mend_message(choice)
         usage = as_dict(data.get("usage"))
         data.update(id=self.make_id(data.get("id") or "", self.stamp), object=self.whole_type, model=self.request.model,
-                    created=data.get("created") or self.stamp.created, usage=usage or chat_usage(Usage()),
+                    created=data.get("created") or self.stamp.created, usage=full_chat_usage(usage),
                     system_fingerprint=data.get("system_fingerprint") or FINGERPRINT)
         self.usage, self.stop_reason = read_chat_usage(usage), choices[0]["finish_reason"]
         if is_empty(self.stop_reason, self.usage, any(self._has_words(choice) for choice in choices)):
@@ -9691,9 +9721,8 @@ class ChatLane(NativeLane):
 
     def _mend_message(self, choice: Dict[str, Any]) -> None:
         message = choice["message"] = {"role": "assistant", "content": None, "refusal": None, **choice["message"]}
-        reason = choice["finish_reason"] = choice.get("finish_reason") or "stop"
-        if reason in CHAT_FAILURES:
-            raise UpstreamError(f"the provider stopped: {reason}")
+        reason = self._mend_end(choice, "stop")
+        drop_nulls(message)
         rename_reasoning(message)
         self.issued.extend(seal for detail in message.get("reasoning_details") or () for seal in detail_seals(detail))
         if isinstance(message["content"], list):
@@ -9709,6 +9738,7 @@ class ChatLane(NativeLane):
         for call in message["tool_calls"]:
             call.setdefault("type", "function")
             call["id"] = self._call_ids.fresh(call.get("id") or "")
+            encode_arguments(as_dict(call.get("function")))
 
 
 def without_details(message: Dict[str, Any], foreign: FrozenSet[str]) -> Dict[str, Any]:
@@ -9725,6 +9755,19 @@ def without_details(message: Dict[str, Any], foreign: FrozenSet[str]) -> Dict[st
 def has_words(message: Mapping[str, Any]) -> bool:
     """Whether a chat message or delta says anything beside its role."""
     return any(value not in (None, "", []) for name, value in message.items() if name != "role")
+
+
+def encode_arguments(function: Dict[str, Any]) -> None:
+    """Makes a call's arguments the text that they are in this API; some hosts do not encode them."""
+    if isinstance(function.get("arguments"), dict):
+        function["arguments"] = json_text(function["arguments"])
+
+
+def drop_nulls(message: Dict[str, Any]) -> None:
+    """Takes fields without a value from a message or delta. Some hosts send all that they know; the API has null for the
+    two texts only."""
+    for name in [name for name, value in message.items() if value is None and name not in ("content", "refusal")]:
+        del message[name]
 
 
 def rename_reasoning(delta: Dict[str, Any]) -> None:
@@ -9746,6 +9789,8 @@ class TextLane(ChatLane):
 
     chunk_type = whole_type = "text_completion"
     make_id = staticmethod(text_id)
+    finish = TEXT_FINISH
+    finish_words = frozenset(TEXT_FINISH.values())
 
     def call(self, credential: Credential) -> Tuple[Call, List[str]]:
         """See `Lane.call`."""
@@ -9756,11 +9801,9 @@ class TextLane(ChatLane):
         return call._replace(headers={**carried_headers(self.request), **call.headers}), []
 
     def _mend_choice(self, choice: Dict[str, Any]) -> bool:
-        index, reason = choice.setdefault("index", 0), choice.setdefault("finish_reason", None)
+        index, reason = choice.setdefault("index", 0), self._mend_end(choice, None)
         choice.setdefault("logprobs", None)
         choice["text"] = self._mender.mend(index, choice.get("text") or "")
-        if reason in CHAT_FAILURES:
-            raise UpstreamError(f"the provider stopped: {reason}")
         if reason:
             self._finished_choices.add(index)
             self.stop_reason = reason
@@ -9777,9 +9820,10 @@ class TextLane(ChatLane):
     def _mend_message(self, choice: Dict[str, Any]) -> None:
         if not isinstance(choice["text"], str):
             raise UpstreamProtocolError("the provider's answer has text that is no text")
-        choice["finish_reason"] = choice.get("finish_reason") or "stop"
-        if choice["finish_reason"] in CHAT_FAILURES:
-            raise UpstreamError(f"the provider stopped: {choice['finish_reason']}")
+        self._mend_end(choice, "stop")
+
+    def _mend_logprobs(self, logprobs: Dict[str, Any]) -> None:
+        """Of another form here, all of whose fields may be missing."""
 
 
 class EmbeddingLane(Lane):
@@ -9859,7 +9903,12 @@ class ResponsesLane(NativeLane):
 
     _BEGINNINGS = ("response.created", "response.in_progress", "response.queued")
     _ENDS = ("completed", "incomplete", "failed", "cancelled")
+    _WITH_LOGPROBS = frozenset({"response.output_text.delta", "response.output_text.done"})
     # what events inside an item are about → the index that says where in the item
+    # what items and their contents must have
+    _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+        "message": {"role": "assistant", "status": "completed", "content": []}, "reasoning": {"summary": []},
+        "output_text": {"annotations": [], "logprobs": []}}
     _INSIDE = {**dict.fromkeys(("content_part", "output_text", "refusal", "reasoning_text"), "content_index"),
                **dict.fromkeys(("reasoning_summary_part", "reasoning_summary_text"), "summary_index"),
                **dict.fromkeys(("function_call_arguments", "custom_tool_call_input"), "output_index")}
@@ -9871,6 +9920,7 @@ class ResponsesLane(NativeLane):
         self._number = 0                        # of the next event
         self._newest: Dict[str, Any] = {"output_index": -1, "item_id": ""}
         self._items: Dict[Any, Any] = {}        # complete ones by place: some hosts leave them out of the last event
+        self._names: Dict[str, Any] = {}        # of calls by item id
 
     def call(self, credential: Credential) -> Tuple[Call, List[str]]:
         """The client's own bytes with the model's name put in, unless the host demands more."""
@@ -9924,8 +9974,39 @@ class ResponsesLane(NativeLane):
         """Takes an event that tells of the response itself; its type, since the first has to be response.created."""
         kind = kind if self._opened else self._BEGINNINGS[0]
         self._opened = True
-        self._response = data["response"] = {**data["response"], "model": self.request.model}
+        self._response = data["response"] = self._full({**data["response"], "model": self.request.model}, "in_progress")
         return kind
+
+    def _full(self, response: Dict[str, Any], status: str) -> Dict[str, Any]:
+        """The response object with all that one must have."""
+        output = [self._full_item(item, place) for place, item in enumerate(response.get("output") or ())]
+        usage = as_dict(response.get("usage"))
+        known = responses_usage(read_responses_usage(usage))
+        details = {name: {**known[name], **present(**as_dict(usage.get(name)))}
+                   for name in ("input_tokens_details", "output_tokens_details")}
+        missing = [name for name in self._REQUIRED if name not in response]
+        whole = self._shape.response(status) if missing else {}
+        return {**response, **{name: whole[name] for name in missing}, "output": output,
+                **({"usage": {**known, **present(**usage), **details}} if usage else {})}
+
+    _REQUIRED = ("id", "object", "created_at", "error", "incomplete_details", "instructions", "model", "tools", "output",
+                 "parallel_tool_calls", "metadata", "tool_choice", "temperature", "top_p")
+
+    def _full_item(self, item: Any, place: int) -> Any:
+        """An output item with all that one must have; the very same where nothing is missing."""
+        prefix = self._PREFIXES.get(as_dict(item).get("type"))
+        if prefix is None:
+            return item
+        item = {**self._full_part(item), "id": item.get("id") or f"{prefix}_{self.stamp.id}{place}"}
+        if isinstance(item.get("content"), list):
+            item["content"] = [self._full_part(part) for part in item["content"]]
+        return item
+
+    _PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc", "custom_tool_call": "ctc"}
+
+    def _full_part(self, part: Any) -> Any:
+        defaults = self._DEFAULTS.get(as_dict(part).get("type"), {})
+        return {**part, **{name: value for name, value in defaults.items() if part.get(name) is None}} if defaults else part
 
     def _note_item(self, kind: str, data: Dict[str, Any]) -> None:
         """Remembers the item that an event begins or ends."""
@@ -9934,8 +10015,12 @@ class ResponsesLane(NativeLane):
         item, is_new = data["item"], kind.endswith("added")
         if data.get("output_index") is None:
             data["output_index"] = max(0, self._newest["output_index"] + is_new)
+        if is_new and item.get("type") == "message" and item.get("status") is None:
+            item = {**item, "status": "in_progress"}
+        item = data["item"] = self._full_item(item, data["output_index"])
         if is_new:
             self._newest = {"output_index": data["output_index"], "item_id": item.get("id") or ""}
+            self._names[self._newest["item_id"]] = item.get("name")
         else:
             self._items[data["output_index"]] = item
             self._note_seal(item)
@@ -9952,6 +10037,12 @@ class ResponsesLane(NativeLane):
             for name, value in {index: 0, **self._newest}.items():
                 if data.get(name) is None:
                     data[name] = value
+        if kind in self._WITH_LOGPROBS and data.get("logprobs") is None:
+            data["logprobs"] = []
+        elif kind == "response.function_call_arguments.done" and data.get("name") is None:
+            data.update(present(name=self._names.get(data["item_id"])))
+        elif kind.startswith("response.content_part."):
+            data["part"] = self._full_part(data.get("part"))
         number = data.get("sequence_number")
         if not isinstance(number, int) or number < self._number:
             number = data["sequence_number"] = self._number
@@ -9968,7 +10059,8 @@ class ResponsesLane(NativeLane):
         output = response.get("output") or [self._items[place] for place in sorted(self._items)]
         for item in output:
             self._note_seal(item)
-        response = {**self._response, **response, "status": status, "model": self.request.model, "output": output}
+        response = self._full({**self._response, **response, "status": status, "model": self.request.model,
+                               "output": output}, status)
         if self._response.get("id") == self._shape.id:
             response["id"] = self._shape.id     # ours from the first event on
         if status != "failed":
@@ -10017,7 +10109,9 @@ class ResponsesLane(NativeLane):
         for item in output:
             self._note_seal(item)
         self.started = self.finished = True
-        return splice_model(body, data, self.request.model)
+        full = self._full({**data, "status": status}, status)
+        return splice_model(body, data, self.request.model) if full == data else dumps(
+            {**full, "model": self.request.model}).encode("ascii")
 
 
 # As line ends inside a JSON text, these break clients that split lines the Unicode way.
