@@ -1902,7 +1902,7 @@ class Notes:
         self.seals: List[str] = []
         self.function_ids: Dict[str, str] = {}
         self.open_calls: List[Tuple[str, str]] = []
-        self.riders: List[Thinking] = []
+        self.riders: List[Tuple[Thinking, bool]] = []
 
     def lose(self, path: str) -> None:
         """Names something that a translation leaves out."""
@@ -3913,35 +3913,46 @@ def seal_in_base64(sealed: str) -> str:
     return base64.b64encode(sealed.encode("ascii")).decode("ascii") if sealed.startswith(_SEAL) else sealed
 
 
-def read_riders(sealed: str) -> List[Thinking]:
-    """The thinking that rides on a call, see `GeminiParts`."""
+def read_riders(sealed: str) -> List[Tuple[Thinking, bool]]:
+    """The thinking that rides on a call, see `GeminiParts`, each with whether it came behind the words before the call."""
     riders = []
     for item in open_seal(sealed):
-        if isinstance(item, list) and [type(field) for field in item] == [str, str, str, bool, str]:
-            riders.append(Thinking(item[4], item[1], item[3], item[0], item[2]))
+        if isinstance(item, list) and [type(field) for field in item[:5]] == [str, str, str, bool, str]:
+            riders.append((Thinking(item[4], item[1], item[3], item[0], item[2]), item[5:] == [True]))
     return riders
 
 
-def join_pieces(parts: Sequence[Part], riders: Iterable[Thinking]) -> List[Part]:
+def join_pieces(parts: Sequence[Part], riders: Iterable[Tuple[Thinking, bool]]) -> List[Part]:
     """A model's turn as it was before it was streamed: pieces of text joined, and pieces of a thought up to the signed
-    one. Thinking that rides on a call goes in front of the words that lead to the call, and is left out where the
-    client has kept the thought itself."""
+    one. Thinking that rides on a call goes to where it was, in front of the words that lead to the call or behind them.
+    Where the client has kept the thought itself that stays, unless it came late, behind words to which it led."""
     groups: List[List[Any]] = []
-    riding = {id(rider) for rider in riders}    # not by value: the thought itself may be the same
+    riding = {id(rider): is_behind for rider, is_behind in riders}      # not by value: the thought itself may be the same
     kept = {part.signature for part in parts if isinstance(part, Thinking) and id(part) not in riding}
     for part in parts:
         last = groups[-1][-1] if groups else None
         is_next = isinstance(part, Thinking) and isinstance(last, Thinking) and not last.signature and not part.redacted
         if isinstance(part, Thinking) and id(part) in riding:
+            place = len(groups) if riding[id(part)] else _before_words(groups)
+            at = next((at for at, group in enumerate(groups) if part.signature == getattr(group[-1], "signature", None)), None)
             if part.signature not in kept:
                 kept.add(part.signature)
-                groups.insert(len(groups) - isinstance(last, Text), [part])
+                groups.insert(place, [part])
+            elif at is not None and at > place:
+                del groups[at]
+                groups.insert(place, [part])
         elif is_next or (isinstance(part, Text) and isinstance(last, Text)):
             groups[-1].append(part)
         else:
             groups.append([part])
     return [group[0] if len(group) == 1 else replace(group[-1], text="".join(part.text for part in group))
             for group in groups]
+
+
+def _before_words(groups: Sequence[Sequence[Part]]) -> int:
+    """The place in front of the last words, if only thinking stands behind them; else the end."""
+    words = next((place for place in reversed(range(len(groups))) if not isinstance(groups[place][-1], Thinking)), None)
+    return words if words is not None and isinstance(groups[words][-1], Text) else len(groups)
 
 
 class GeminiClient(ClientProtocol):
@@ -4133,7 +4144,8 @@ class GeminiClient(ClientProtocol):
                 parts.extend(self._text({"text": "", **item}, where, notes))
         return parts
 
-    def read_seal(self, part: Dict[str, Any], path: str) -> Tuple[List[Thinking], Tuple[Optional[str], str, str]]:
+    def read_seal(self, part: Dict[str, Any], path: str,
+                  ) -> Tuple[List[Tuple[Thinking, bool]], Tuple[Optional[str], str, str]]:
         """What a part's thoughtSignature holds: thinking that rides on it, or its own (signature, maker, origin)."""
         signature = read_signature(optional(part, "thoughtSignature", "a string", path))
         if signature is None or signature == GEMINI_SENTINEL:
@@ -4188,7 +4200,7 @@ class GeminiClient(ClientProtocol):
         notes.open_calls.append((call_id, name))
         riders, (signature, maker, origin) = self.read_seal(part, path)
         notes.riders.extend(riders)
-        return [*riders, ToolCall(call_id, name, arguments, signature, maker, origin)]
+        return [*(rider for rider, _ in riders), ToolCall(call_id, name, arguments, signature, maker, origin)]
 
     def _result(self, part: Dict[str, Any], path: str, notes: Notes) -> List[Part]:
         result = check(part["functionResponse"], "an object", f"{path}.functionResponse")
@@ -4280,27 +4292,32 @@ class GeminiParts:
 
     def __init__(self, request: Request) -> None:
         self.shows = shows_thoughts(request)
+        self.has_words = False                  # since the last call
         self._riders: List[List[Any]] = []
 
     def whole(self, part: Part) -> List[Dict[str, Any]]:
         """A complete part."""
         if isinstance(part, Thinking):
-            return self.thought(part, part.text)
+            return self.thought(part, part.text, self.has_words)
+        self.has_words = isinstance(part, Text) and (self.has_words or bool(part.text))
         if isinstance(part, ToolCall):
-            return [self._call(part)]
+            return [self.call(part)]
         return [{"text": part.text}] if isinstance(part, Text) and part.text else []
 
-    def thought(self, part: Thinking, text: str) -> List[Dict[str, Any]]:
-        """The end of a thought, of which `text` has not been shown yet."""
+    def thought(self, part: Thinking, text: str, is_behind: bool) -> List[Dict[str, Any]]:
+        """The end of a thought, of which `text` has not been shown yet. `is_behind`: it began behind words that no call
+        has followed."""
         if part.signature and part.maker != GeminiClient.name:
-            self._riders.append([part.maker, part.signature, part.origin, part.redacted, part.text])
+            self._riders.append([part.maker, part.signature, part.origin, part.redacted, part.text,
+                                 *([True] if is_behind else [])])
         if part.redacted:                       # the way in which Gemini itself gives the signature of a text
             return [present(text="", thoughtSignature=gemini_seal(part))] if part.signature else []
         if not self.shows or not (text or part.signature):
             return []
         return [present(text=text, thought=True, thoughtSignature=gemini_seal(part))]
 
-    def _call(self, part: ToolCall) -> Dict[str, Any]:
+    def call(self, part: ToolCall) -> Dict[str, Any]:
+        """A complete call."""
         signature = gemini_seal(part)
         if signature is None and self._riders:
             signature, self._riders = seal_in_base64(pack_seal(self._riders)), []
@@ -4318,8 +4335,8 @@ class GeminiWriter(Writer):
         self._parts = GeminiParts(request)
         self._kinds: Dict[int, type] = {}
         self._held: Dict[int, str] = {}
-        self._open_thoughts: set[int] = set()
-        self._calls: List[ToolCall] = []
+        self._open_thoughts: Dict[int, bool] = {}           # each with whether it began behind words
+        self._calls: Dict[int, ToolCall] = {}
         self._set_id("")
 
     def _set_id(self, provider_id: str) -> None:
@@ -4338,12 +4355,15 @@ class GeminiWriter(Writer):
     def _part_start(self, event: PartStart) -> bytes:
         self._kinds[event.index] = type(event.part)
         if isinstance(event.part, Thinking):
-            self._open_thoughts.add(event.index)
+            self._open_thoughts[event.index] = self._parts.has_words
+        elif isinstance(event.part, ToolCall):
+            self._parts.has_words = False
         return b""
 
     def _part_delta(self, event: PartDelta) -> bytes:
         kind = self._kinds[event.index]
         if kind is Text:
+            self._parts.has_words = True
             return self._chunk([{"text": event.text}])
         if kind is not Thinking or not self._parts.shows:
             return b""
@@ -4353,13 +4373,12 @@ class GeminiWriter(Writer):
     def _part_end(self, event: PartEnd) -> bytes:
         parts: List[Dict[str, Any]] = []
         if isinstance(event.part, Thinking):
-            self._open_thoughts.discard(event.index)
-            parts.extend(self._parts.thought(event.part, self._held.pop(event.index, "")))
+            is_behind = self._open_thoughts.pop(event.index)
+            parts.extend(self._parts.thought(event.part, self._held.pop(event.index, ""), is_behind))
         elif isinstance(event.part, ToolCall):
-            self._calls.append(event.part)
-        if not self._open_thoughts:
-            parts.extend(item for call in self._calls for item in self._parts.whole(call))
-            self._calls = []
+            self._calls[event.index] = event.part
+        first = min(self._open_thoughts, default=sys.maxsize)
+        parts.extend(self._parts.call(self._calls.pop(index)) for index in list(self._calls) if index < first)
         return self._chunk(parts)
 
     def _done(self, event: Done) -> bytes:
@@ -7135,10 +7154,13 @@ def mark_unsigned(contents: Sequence[Dict[str, Any]]) -> None:
     said = [place for place, content in enumerate(contents) if content["role"] == "user"
             and any("text" in part for part in content["parts"])
             and not any("functionResponse" in part for part in content["parts"])]
+    has_call = False
     for content in contents[said[-1] if said else 0:]:
+        has_call = has_call and content["role"] == "model"      # a turn that was streamed may come in many contents
         first = next((part for part in content["parts"] if "functionCall" in part), None)
-        if first is not None:
+        if first is not None and not has_call:
             first.setdefault("thoughtSignature", GEMINI_SENTINEL)
+            has_call = True
 
 
 def nearest_level(level: str, allowed: Sequence[str]) -> str:
@@ -9268,8 +9290,17 @@ class TranslatedLane(Lane):
             part = replace(part, name=client_tool_name(part.name, self.tool_names))
         if isinstance(part, (Thinking, ToolCall)) and part.signature:
             part = replace(part, origin=self.origin)
-            self.issued.append(part.signature)
+            self.issued.extend(bare_seals(part))
         return event if part is event.part else event._replace(part=part)
+
+
+def bare_seals(part: Union[Thinking, ToolCall]) -> Iterator[str]:
+    """What of a signature a client may be given bare: all of it, or the seal in a reasoning item."""
+    yield part.signature or ""
+    if part.maker == OpenAIResponses.name:
+        sealed = as_dict(reasoning_item(part.signature)).get("encrypted_content")
+        if isinstance(sealed, str):
+            yield sealed
 
 
 def parse_answer(body: bytes) -> Dict[str, Any]:
@@ -10155,7 +10186,7 @@ class GeminiLane(NativeLane):
     def _edited(self, data: Mapping[str, Any], is_mixed: bool) -> Dict[str, Any]:
         data = {name: value for name, value in data.items() if name not in ("model", "stream")}
         if is_mixed:
-            data["contents"] = [self._without_foreign(content) for content in one_or_more(data["contents"])]
+            data["contents"] = self._without_foreign(one_or_more(data["contents"]))
             if checks_signatures(self.model.id):
                 mark_unsigned(data["contents"])
         if self.model.level:
@@ -10165,11 +10196,24 @@ class GeminiLane(NativeLane):
             data["generationConfig"] = {**as_dict(data.get("generationConfig")), "thinkingConfig": thinking}
         return data
 
-    def _without_foreign(self, content: Dict[str, Any]) -> Dict[str, Any]:
-        parts = [self._own_part(part) for part in one_or_more(content.get("parts")) or ()]
-        if self._strips_ids():
-            parts = [without_call_id(part) for part in parts]
-        return {"role": "user", **content, "parts": [part for part in parts if part] or [{"text": GEMINI_OPENING}]}
+    def _without_foreign(self, contents: Sequence[Dict[str, Any]]) -> List[Dict[str, Any]]:
+        """The conversation without what others have signed. A model's turn that the client has kept chunk by chunk
+        becomes one content, so that none is left empty."""
+        out: List[Dict[str, Any]] = []
+        is_foreign = False                      # whether a thought goes on in one that another has signed
+        for content in reversed(contents):
+            parts: List[Dict[str, Any]] = []
+            for part in reversed(one_or_more(content.get("parts")) or []):
+                is_signed = part.get("thoughtSignature") is not None
+                own = self._own_part(part)
+                is_foreign = bool(part.get("thought")) and (not own if is_signed else is_foreign)
+                parts = parts if is_foreign or own in ({}, {"text": ""}) else [own, *parts]
+            parts = list(map(without_call_id, parts)) if self._strips_ids() else parts
+            content = {"role": "user", **content, "parts": parts}
+            if out and content["role"] == out[0]["role"] == "model":
+                content["parts"] += out.pop(0)["parts"]
+            out.insert(0, content)
+        return [content if content["parts"] else {**content, "parts": [{"text": GEMINI_OPENING}]} for content in out]
 
     def _own_part(self, part: Dict[str, Any]) -> Dict[str, Any]:
         """The part with its signature if that is this model's own; {} for a thought that another made."""

@@ -82,6 +82,7 @@ import http.client
 import http.server
 import importlib.util
 import io
+import itertools
 import json
 import logging
 import queue
@@ -15634,6 +15635,586 @@ def grid_table() -> str:
 def test_readme_has_the_grid() -> None:
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in grid_table().split("\n")]
     assert readme_rows("grid") == rows[2:]
+
+
+# ======================================================================================================================
+# Seals: what a model has signed comes back to it through a tool loop, whatever the client, and to nobody else
+# ======================================================================================================================
+#
+# A turn is a list of items: ("think", text, seal), ("sealed", seal), ("text", text), ("call", name, arguments, seal); a
+# seal of "" is none. A family says a turn in its wire format and reads it back from a request, without the product's help.
+
+SealTurn = List[Tuple[str, ...]]
+
+
+class SealFamily:
+    """A wire format of providers: how a turn is said, whole or as a stream, and how earlier turns stand in a request."""
+
+    stream_type = "text/event-stream"
+
+    def whole(self, turn: SealTurn) -> Dict[str, Any]:
+        raise NotImplementedError
+
+    def stream(self, turn: SealTurn) -> bytes:
+        raise NotImplementedError
+
+    def heard(self, body: Dict[str, Any]) -> List[SealTurn]:
+        """The turns of the assistant in a request."""
+        raise NotImplementedError
+
+    def call_id(self, place: int) -> str:
+        return f"call_{place}{next(SEAL_NUMBERS)}"
+
+
+SEAL_NUMBERS = itertools.count()
+
+
+class SealAnthropic(SealFamily):
+    def blocks(self, turn: SealTurn) -> List[Dict[str, Any]]:
+        made: Dict[str, Callable[..., Dict[str, Any]]] = {
+            "think": lambda text, seal: {"type": "thinking", "thinking": text, "signature": seal},
+            "sealed": lambda seal: {"type": "redacted_thinking", "data": seal},
+            "text": lambda text: {"type": "text", "text": text},
+            "call": lambda name, arguments, _: {"type": "tool_use", "id": "toolu_" + self.call_id(0), "name": name,
+                                                "input": json.loads(arguments)}}
+        return [made[kind](*rest) for kind, *rest in turn]
+
+    def whole(self, turn: SealTurn) -> Dict[str, Any]:
+        calls = any(item[0] == "call" for item in turn)
+        return {"id": "msg_seal", "type": "message", "role": "assistant", "model": "m", "content": self.blocks(turn),
+                "stop_reason": "tool_use" if calls else "end_turn", "stop_sequence": None,
+                "usage": {"input_tokens": 9, "output_tokens": 9}}
+
+    def stream(self, turn: SealTurn) -> bytes:
+        whole = self.whole(turn)
+        events: List[Dict[str, Any]] = [{"type": "message_start", "message": {**whole, "content": [], "stop_reason": None}}]
+        for place, made in enumerate(whole["content"]):
+            if made["type"] == "thinking":
+                opened, deltas = {**made, "thinking": "", "signature": ""}, [
+                    {"type": "thinking_delta", "thinking": made["thinking"]},
+                    {"type": "signature_delta", "signature": made["signature"]}]
+            elif made["type"] == "tool_use":
+                opened, deltas = {**made, "input": {}}, [
+                    {"type": "input_json_delta", "partial_json": json.dumps(made["input"])}]
+            elif made["type"] == "text":
+                opened, deltas = {**made, "text": ""}, [{"type": "text_delta", "text": made["text"]}]
+            else:
+                opened, deltas = made, []
+            events.extend(block(place, opened, *deltas))
+        delta = {name: whole[name] for name in ("stop_reason", "stop_sequence")}
+        events += [{"type": "message_delta", "delta": delta, "usage": whole["usage"]}, {"type": "message_stop"}]
+        return sse(events, named=True)
+
+    def heard(self, body: Dict[str, Any]) -> List[SealTurn]:
+        read: Dict[str, Callable[[Dict[str, Any]], Tuple[str, ...]]] = {
+            "thinking": lambda made: ("think", made["thinking"], made["signature"]),
+            "redacted_thinking": lambda made: ("sealed", made["data"]), "text": lambda made: ("text", made["text"]),
+            "tool_use": lambda made: ("call", made["name"], json.dumps(made["input"]), "")}
+        return [[read[made["type"]](made) for made in message["content"]] for message in body["messages"]
+                if message["role"] == "assistant"]
+
+
+class SealResponses(SealFamily):
+    late = False                            # whether a reasoning item's seal comes in the last event only
+
+    def items(self, turn: SealTurn) -> List[Dict[str, Any]]:
+        made: Dict[str, Callable[..., Dict[str, Any]]] = {
+            "think": lambda text, seal: {"type": "reasoning", "id": f"rs_{next(SEAL_NUMBERS)}", "encrypted_content": seal,
+                                         "summary": [{"type": "summary_text", "text": text}]},
+            "sealed": lambda seal: {"type": "reasoning", "id": f"rs_{next(SEAL_NUMBERS)}", "encrypted_content": seal,
+                                    "summary": []},
+            "text": lambda text: {"type": "message", "id": f"msg_{next(SEAL_NUMBERS)}", "role": "assistant", "status":
+                                  "completed", "content": [{"type": "output_text", "text": text, "annotations": [],
+                                                            "logprobs": []}]},
+            "call": lambda name, arguments, _: {"type": "function_call", "id": f"fc_{next(SEAL_NUMBERS)}", "name": name,
+                                                "call_id": self.call_id(0), "arguments": arguments,
+                                                "status": "completed"}}
+        return [made[kind](*rest) for kind, *rest in turn]
+
+    def whole(self, turn: SealTurn) -> Dict[str, Any]:
+        return {"id": "resp_seal", "object": "response", "created_at": 1760000002, "model": "m", "status": "completed",
+                "output": self.items(turn), "usage": {"input_tokens": 9, "output_tokens": 9}}
+
+    def stream(self, turn: SealTurn) -> bytes:
+        whole = self.whole(turn)
+        events: List[Dict[str, Any]] = [{"type": "response.created", "response": {
+            **whole, "status": "in_progress", "output": [], "usage": None}}]
+        for place, item in enumerate(whole["output"]):
+            opened = {"reasoning": {**item, "summary": [], "encrypted_content": "half of it"},
+                      "message": {**item, "content": [], "status": "in_progress"}, "function_call": {
+                          **item, "arguments": "", "status": "in_progress"}}[item["type"]]
+            events.append({"type": "response.output_item.added", "output_index": place, "item": opened})
+            if item["type"] == "function_call":
+                at = {"item_id": item["id"], "output_index": place}
+                events += [{"type": "response.function_call_arguments.delta", **at, "delta": item["arguments"]},
+                           {"type": "response.function_call_arguments.done", **at, "arguments": item["arguments"]}]
+            for name, stem, index in (("summary", "reasoning_summary", "summary_index"), ("content", "", "content_index")):
+                for part in item.get(name) or ():
+                    at = {"item_id": item["id"], "output_index": place, index: 0}
+                    around, inside = (stem or "content") + "_part", (stem or "output") + "_text"
+                    events += [{"type": f"response.{around}.added", **at, "part": {**part, "text": ""}},
+                               {"type": f"response.{inside}.delta", **at, "delta": part["text"]},
+                               {"type": f"response.{inside}.done", **at, "text": part["text"]},
+                               {"type": f"response.{around}.done", **at, "part": part}]
+            is_late = self.late and item["type"] == "reasoning"
+            events.append({"type": "response.output_item.done", "output_index": place,
+                           "item": {**item, "encrypted_content": None} if is_late else item})
+        events.append({"type": "response.completed", "response": whole})
+        return sse([{**event, "sequence_number": number} for number, event in enumerate(events)], named=True)
+
+    def heard(self, body: Dict[str, Any]) -> List[SealTurn]:
+        turns: List[SealTurn] = [[]]
+        for item in body["input"]:
+            kind = item.get("type", "message")
+            if kind == "reasoning":
+                text = "".join(part["text"] for part in item["summary"])
+                turns[-1].append(("think", text, item["encrypted_content"]) if text else (
+                    "sealed", item["encrypted_content"]))
+            elif kind == "function_call":
+                turns[-1].append(("call", item["name"], item["arguments"], ""))
+            elif item.get("role") == "assistant":
+                turns[-1].append(("text", "".join(part["text"] for part in item["content"])))
+            elif turns[-1]:
+                turns.append([])
+        return [turn for turn in turns if turn]
+
+
+class SealAzure(SealResponses):
+    late = True
+
+
+class SealGemini(SealFamily):
+    """Seals stand on calls; that of a text stands behind it, on an empty part."""
+
+    def parts(self, turn: SealTurn) -> List[Dict[str, Any]]:
+        made: Dict[str, Callable[..., Dict[str, Any]]] = {
+            "think": lambda text, seal: {"text": text, "thought": True, **({"thoughtSignature": seal} if seal else {})},
+            "sealed": lambda seal: {"text": "", "thoughtSignature": seal}, "text": lambda text: {"text": text},
+            "call": lambda name, arguments, seal: {"functionCall": {"name": name, "args": json.loads(arguments)},
+                                                   **({"thoughtSignature": seal} if seal else {})}}
+        return [made[kind](*rest) for kind, *rest in turn]
+
+    def chunk(self, parts: List[Dict[str, Any]], reason: str = "") -> Dict[str, Any]:
+        return {"candidates": [{"content": {"role": "model", "parts": parts}, "index": 0, **(
+            {"finishReason": reason} if reason else {})}], "modelVersion": "m", "responseId": "r",
+                "usageMetadata": {"promptTokenCount": 9, "candidatesTokenCount": 9, "totalTokenCount": 18}}
+
+    def whole(self, turn: SealTurn) -> Dict[str, Any]:
+        return self.chunk(self.parts(turn), "STOP")
+
+    def stream(self, turn: SealTurn) -> bytes:
+        return sse([*(self.chunk([part]) for part in self.parts(turn)), self.chunk([{"text": ""}], "STOP")])
+
+    def heard(self, body: Dict[str, Any]) -> List[SealTurn]:
+        turns: List[SealTurn] = [[]]
+        for content in body["contents"]:
+            if content["role"] != "model":
+                turns.append([])
+            for part in content["parts"] if content["role"] == "model" else ():
+                seal = part.get("thoughtSignature", "")
+                if "functionCall" in part:
+                    call = part["functionCall"]
+                    turns[-1].append(("call", call["name"], json.dumps(call["args"]), seal))
+                elif part.get("thought"):
+                    turns[-1].append(("think", part["text"], seal))
+                else:
+                    turns[-1].extend([("text", part["text"])] if part["text"] else [])
+                    turns[-1].extend([("sealed", seal)] if seal else [])
+        return [turn for turn in turns if turn]
+
+
+class SealCodeAssist(SealGemini):
+    def chunk(self, parts: List[Dict[str, Any]], reason: str = "") -> Dict[str, Any]:
+        return {"response": super().chunk(parts, reason), "traceId": "t"}
+
+    def heard(self, body: Dict[str, Any]) -> List[SealTurn]:
+        return super().heard(body["request"])
+
+
+class SealBedrock(SealFamily):
+    stream_type = "application/vnd.amazon.eventstream"
+
+    def blocks(self, turn: SealTurn) -> List[Dict[str, Any]]:
+        made: Dict[str, Callable[..., Dict[str, Any]]] = {
+            "think": lambda text, seal: {"reasoningContent": {"reasoningText": {"text": text, "signature": seal}}},
+            "sealed": lambda seal: {"reasoningContent": {"redactedContent": seal}},
+            "text": lambda text: {"text": text},
+            "call": lambda name, arguments, _: {"toolUse": {"toolUseId": "tooluse_" + self.call_id(0), "name": name,
+                                                            "input": json.loads(arguments)}}}
+        return [made[kind](*rest) for kind, *rest in turn]
+
+    def stop(self, turn: SealTurn) -> str:
+        return "tool_use" if any(item[0] == "call" for item in turn) else "end_turn"
+
+    def whole(self, turn: SealTurn) -> Dict[str, Any]:
+        return {"output": {"message": {"role": "assistant", "content": self.blocks(turn)}}, "stopReason": self.stop(turn),
+                "usage": {"inputTokens": 9, "outputTokens": 9, "totalTokens": 18}}
+
+    def stream(self, turn: SealTurn) -> bytes:
+        frames = [grid_aws_frame("messageStart", {"role": "assistant"})]
+        for place, made in enumerate(self.blocks(turn)):
+            at = {"contentBlockIndex": place}
+            if "toolUse" in made:
+                use = made["toolUse"]
+                frames.append(grid_aws_frame("contentBlockStart", {**at, "start": {"toolUse": {
+                    name: use[name] for name in ("toolUseId", "name")}}}))
+                deltas = [{"toolUse": {"input": json.dumps(use["input"])}}]
+            elif "text" in made:
+                deltas = [made]
+            else:
+                inner = made["reasoningContent"]
+                text = inner.get("reasoningText")
+                deltas = [{"reasoningContent": piece} for piece in (
+                    [{"text": text["text"]}, {"signature": text["signature"]}] if text else [inner])]
+            frames += [grid_aws_frame("contentBlockDelta", {**at, "delta": delta}) for delta in deltas]
+            frames.append(grid_aws_frame("contentBlockStop", at))
+        frames.append(grid_aws_frame("messageStop", {"stopReason": self.stop(turn)}))
+        return b"".join([*frames, grid_aws_frame("metadata", {"usage": {"inputTokens": 9, "outputTokens": 9}})])
+
+    def heard(self, body: Dict[str, Any]) -> List[SealTurn]:
+        turns = []
+        for message in body["messages"]:
+            items: SealTurn = []
+            for made in message["content"] if message["role"] == "assistant" else ():
+                (kind, value), = made.items()
+                if kind == "reasoningContent":
+                    text = value.get("reasoningText")
+                    items.append(("think", text["text"], text["signature"]) if text else (
+                        "sealed", value["redactedContent"]))
+                elif kind == "toolUse":
+                    items.append(("call", value["name"], json.dumps(value["input"]), ""))
+                elif kind == "text":
+                    items.append(("text", value))
+            turns.extend([items] if items else [])
+        return turns
+
+
+class SealChat(SealFamily):
+    """OpenRouter's shape: reasoning in front of all else, its seals in `reasoning_details`."""
+
+    def message(self, turn: SealTurn) -> Dict[str, Any]:
+        details = [{"type": "reasoning.text", "text": item[1], "signature": item[2], "format": "f", "index": place}
+                   if item[0] == "think" else
+                   {"type": "reasoning.encrypted", "data": item[1], "id": f"rs_{place}", "format": "f", "index": place}
+                   for place, item in enumerate(item for item in turn if item[0] in ("think", "sealed"))]
+        calls = [{"id": self.call_id(0), "type": "function", "function": {"name": item[1], "arguments": item[2]}}
+                 for item in turn if item[0] == "call"]
+        return {"role": "assistant", "content": "".join(item[1] for item in turn if item[0] == "text") or None,
+                "reasoning": "".join(item[1] for item in turn if item[0] == "think"), "reasoning_details": details,
+                **({"tool_calls": calls} if calls else {})}
+
+    def whole(self, turn: SealTurn) -> Dict[str, Any]:
+        message = self.message(turn)
+        return {"id": "chatcmpl-seal", "object": "chat.completion", "created": 1760000000, "model": "m", "choices": [
+            {"index": 0, "message": message, "finish_reason": "tool_calls" if "tool_calls" in message else "stop"}],
+            "usage": {"prompt_tokens": 9, "completion_tokens": 9, "total_tokens": 18}}
+
+    def stream(self, turn: SealTurn) -> bytes:
+        message = self.message(turn)
+        deltas = [{"role": "assistant", "content": ""}, {"reasoning": message["reasoning"]}]
+        deltas += [{"reasoning_details": [detail]} for detail in message["reasoning_details"]]
+        deltas += [{"content": message["content"]}] if message["content"] else []
+        deltas += [{"tool_calls": [{"index": place, **call}]} for place, call in enumerate(message.get("tool_calls", ()))]
+        chunks = [{"id": "chatcmpl-seal", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": [
+            {"index": 0, "delta": delta, "finish_reason": None}]} for delta in deltas]
+        chunks[-1]["choices"][0]["finish_reason"] = "tool_calls" if "tool_calls" in message else "stop"
+        return sse([*chunks, {**chunks[0], "choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 9}}],
+                   end="[DONE]")
+
+    def heard(self, body: Dict[str, Any]) -> List[SealTurn]:
+        turns = []
+        for message in body["messages"]:
+            if message["role"] != "assistant":
+                continue
+            items: SealTurn = [("think", item["text"], item["signature"]) if "text" in item else ("sealed", item["data"])
+                               for item in message.get("reasoning_details", ())]
+            items += [("text", message["content"])] if message.get("content") else []
+            turns.append(items + [("call", call["function"]["name"], call["function"]["arguments"], "")
+                                  for call in message.get("tool_calls", ())])
+        return turns
+
+
+class SealMistral(SealChat):
+    """Thinking inside the content, with a signature."""
+
+    def message(self, turn: SealTurn) -> Dict[str, Any]:
+        content: List[Dict[str, Any]] = []
+        for item in turn:
+            if item[0] == "think":
+                content.append({"type": "thinking", "thinking": [{"type": "text", "text": item[1]}], "signature": item[2]})
+            elif item[0] == "text":
+                content.append({"type": "text", "text": item[1]})
+        message = super().message([item for item in turn if item[0] == "call"])
+        return {name: value for name, value in {**message, "content": content}.items() if "reasoning" not in name}
+
+    def stream(self, turn: SealTurn) -> bytes:
+        message = self.message(turn)
+        deltas = [{"role": "assistant", "content": ""}, *({"content": [part]} for part in message["content"])]
+        deltas += [{"tool_calls": [{"index": place, **call}]} for place, call in enumerate(message.get("tool_calls", ()))]
+        chunks = [{"id": "chatcmpl-seal", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": [
+            {"index": 0, "delta": delta, "finish_reason": None}]} for delta in deltas]
+        chunks[-1]["choices"][0]["finish_reason"] = "tool_calls" if "tool_calls" in message else "stop"
+        chunks[-1]["usage"] = {"prompt_tokens": 9, "completion_tokens": 9}
+        return sse(chunks, end="[DONE]")
+
+    def heard(self, body: Dict[str, Any]) -> List[SealTurn]:
+        turns = []
+        for message in body["messages"]:
+            if message["role"] != "assistant" or message.get("content") == pg.MISTRAL_GAP:
+                continue
+            content = message.get("content") or []
+            items: SealTurn = []
+            for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+                items.append(("text", part["text"]) if part["type"] == "text" else (
+                    "think", "".join(piece["text"] for piece in part["thinking"]), part["signature"]))
+            turns.append(items + [("call", call["function"]["name"], call["function"]["arguments"], "")
+                                  for call in message.get("tool_calls", ())])
+        return turns
+
+
+class SealMaker(NamedTuple):
+    """A model that signs: the name by which clients call it, its wire format, and what it can say in a turn."""
+
+    model: str
+    family: SealFamily
+    thinks: bool = True         # signs thoughts; else only calls and texts, as Gemini does
+    redacts: bool = True        # has reasoning that is all seal
+    interleaves: bool = True    # thinks again between two calls of a turn
+
+    def turn(self, number: int) -> SealTurn:
+        """What it says in its turn of that number, with seals like no others."""
+        def seal(place: int) -> str:
+            text = f"\u00ff\u00fe>{self.model}<{number}.{place}?{next(SEAL_NUMBERS)}"
+            return base64.b64encode(text.encode("latin-1")).decode()
+
+        rome, oslo = GRID_ROME, '{"city": "Oslo"}'
+        if not self.thinks:
+            turns: List[SealTurn] = [
+                [("think", GRID_THOUGHT, ""), ("text", "I look."), ("call", "weather", rome, seal(1)), ("call", "map_of", oslo, "")],
+                [("call", "weather", oslo, seal(1))],
+                [("text", "So far."), ("sealed", seal(1)), ("call", "map_of", rome, seal(2))]]
+            return turns[number % 3]
+        sealed: SealTurn = [("sealed", seal(2))] if self.redacts else []
+        again: SealTurn = [("think", GRID_THOUGHT, seal(3))] if self.interleaves else []
+        turns = [[("think", GRID_THOUGHT, seal(1)), *sealed, ("text", "I look."), ("call", "weather", rome, ""),
+                  ("call", "map_of", oslo, "")],
+                 [*sealed, ("call", "weather", oslo, "")] if self.redacts else [("think", GRID_THOUGHT, seal(1)),
+                                                                                ("call", "weather", oslo, "")],
+                 [("think", GRID_THOUGHT, seal(1)), ("call", "weather", rome, ""), *again, ("call", "map_of", oslo, "")]]
+        return turns[number % 3]
+
+
+SEAL_MAKERS: Dict[str, SealMaker] = {
+    "anthropic-messages": SealMaker("anthropic/claude-sonnet-4-5", SealAnthropic()),
+    "openai-responses": SealMaker("openai/gpt-5.2", SealResponses()),
+    "azure-openai-responses": SealMaker("azure-openai-responses/gpt-5.2", SealAzure()),
+    "openai-codex-responses": SealMaker("openai-codex/gpt-5.6-luna", SealResponses()),
+    "google-generative-ai": SealMaker("google/gemini-3-flash-preview", SealGemini(), False),
+    "google-vertex": SealMaker("google-vertex/gemini-2.5-pro", SealGemini(), False),
+    "claude on vertex": SealMaker("google-vertex/claude-sonnet-4-5@20250929", SealAnthropic()),
+    "google-gemini-cli": SealMaker("google-gemini-cli/gemini-3.1-pro-preview", SealCodeAssist(), False),
+    "bedrock-converse-stream": SealMaker("amazon-bedrock/us.anthropic.claude-sonnet-4-5-20250929-v1:0", SealBedrock()),
+    "mistral-conversations": SealMaker("mistral/mistral-medium-2604", SealMistral(), redacts=False, interleaves=False),
+    "openai-completions": SealMaker("router/m1", SealChat(), interleaves=False),
+}
+
+
+class SealResponder:
+    """Takes an answer, in place of a connection."""
+
+    def __init__(self) -> None:
+        self.has_begun = False
+        self.status, self.body = 0, b""
+
+    def scope(self) -> pg.Scope:
+        return pg.Scope()
+
+    def begin(self, status: int, headers: Dict[str, str], repack: Any = None) -> None:
+        self.has_begun, self.status = True, status
+
+    def write(self, data: bytes) -> None:
+        self.body += data
+
+    def finish(self, is_whole: bool = True) -> None:
+        assert is_whole
+
+    def send(self, status: int, headers: Dict[str, str], body: bytes) -> None:
+        self.status, self.body = status, body
+
+
+class SealWorld:
+    """A gateway whose providers are `SEAL_MAKERS`: it sends nothing, and keeps what it would have sent."""
+
+    def __init__(self, gateway: pg.Gateway) -> None:
+        self.gateway = gateway
+        self.sent: Dict[str, Any] = {}
+        self.turn: SealTurn = []
+        self.maker = SEAL_MAKERS["anthropic-messages"]
+        self.is_asking = False
+        gateway.transport.open = self.open
+
+    def open(self, call: pg.Call, scope: Any) -> pg.Response:
+        if call.method != "POST" or not self.is_asking:
+            raise pg.UpstreamError("there are no lists of models here")
+        self.sent = json.loads(call.body)
+        family = self.maker.family
+        is_stream = self.sent.get("stream") or "stream" in call.url.lower()
+        wire = family.stream(self.turn) if is_stream else json.dumps(family.whole(self.turn)).encode()
+        return pg.DemoResponse(200, family.stream_type if is_stream else "application/json", [wire], scope, 0)
+
+    def ask(self, client: GridChatClient, body: Dict[str, Any], maker: SealMaker, turn: SealTurn) -> Result:
+        """One request to a maker, which answers with this turn."""
+        self.maker, self.turn = maker, turn
+        body = {**body, "model": maker.model}
+        responder = SealResponder()
+        protocol = pg.CLIENT_PROTOCOLS[client.name]
+        exchange = pg.Exchange(protocol, pg.Stamp(f"{next(SEAL_NUMBERS):024d}", 1760000000), {}, responder,
+                               named={name: body[name] for name in ("model", "stream")} if protocol is GEMINI_CLIENT else {})
+        self.is_asking = True
+        self.gateway.complete(exchange, json.dumps(body).encode())
+        self.is_asking = False
+        assert responder.status == 200
+        return Result(200, {}, responder.body)
+
+
+@pytest.fixture(scope="module")
+def seal_world(tmp_path_factory: Any) -> Iterator[SealWorld]:
+    home = tmp_path_factory.mktemp("seals")
+    write_agent_files(home, auth=GRID_LOGINS, models={"providers": {
+        "router": {"baseUrl": "http://127.0.0.1:9/v1", "api": "openai-completions", "apiKey": "k",
+                   "models": [{"id": "m1", "reasoning": True}]}}})
+    with running(home, GRID_ENVIRON) as handle:
+        yield SealWorld(handle.server.gateway)
+
+
+class SealChatClient(GridChatClient):
+    """As OpenAI's SDK keeps it: the message, with fields that the SDK does not know; lists of a stream by their index."""
+
+    def goes_back(self, result: Result, read: Read, stream: bool) -> List[Dict[str, Any]]:
+        if not stream:
+            return [result.json["choices"][0]["message"]]
+        message: Dict[str, Any] = {"role": "assistant", "content": read.text or None, "tool_calls": [
+            {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+            for call_id, name, arguments in read.calls], "reasoning_details": []}
+        for event in result.events:
+            for choice in event["choices"] if event != "[DONE]" else ():
+                for detail in choice["delta"].get("reasoning_details", ()):
+                    assert detail["index"] == len(message["reasoning_details"]), "the SDK would join them"
+                    message["reasoning_details"].append(detail)
+        return [message]
+
+
+class SealGeminiClient(GridGeminiClient):
+    """As chats of Google's SDK keep it: every chunk as a turn of its own."""
+
+    def goes_back(self, result: Result, read: Read, stream: bool) -> List[Dict[str, Any]]:
+        return [chunk["candidates"][0]["content"] for chunk in (result.events if stream else [result.json])]
+
+
+SEAL_CLIENTS: Dict[str, GridChatClient] = {
+    "chat": SealChatClient(), "messages": GridMessagesClient(), "responses": GridResponsesClient(),
+    "gemini": GridGeminiClient(), "gemini, chunk by chunk": SealGeminiClient(), "ollama": GridOllamaClient()}
+
+
+def came_back(client: GridChatClient, turn: SealTurn, is_own: bool) -> SealTurn:
+    """A turn as the maker of the next one has to hear it: with its seals if they are its own. A chat message has its
+    reasoning first, then its text, then its calls; Ollama's has no place for seals, but those of calls are remembered.
+    Thoughts without a seal need not come back."""
+    if not is_own:
+        turn = [(*item[:3], "") if item[0] == "call" else item for item in turn if item[0] in ("text", "call")]
+    if client.name == "ollama":
+        turn = [item for item in turn if item[0] in ("text", "call")]
+    if client.name in ("openai-chat", "ollama"):
+        turn = sorted(turn, key=lambda item: ("think", "sealed", "text", "call").index(item[0]) or 1)
+    return in_one_form([turn])[0]
+
+
+def in_one_form(turns: List[SealTurn]) -> List[SealTurn]:
+    """Turns with arguments written in one way, without unsealed thoughts and the sentinel of Gemini."""
+    return [[(*item[:2], json.dumps(json.loads(item[2])), item[3].replace(pg.GEMINI_SENTINEL, ""))
+             if item[0] == "call" else item for item in turn if item[0] != "think" or item[2]] for turn in turns]
+
+
+def check_heard(world: SealWorld, client: GridChatClient, said: List[Tuple[SealMaker, SealTurn]]) -> None:
+    """The last request has the conversation as it was, with the seals of that maker and of nobody else."""
+    heard = in_one_form(world.maker.family.heard(world.sent))
+    assert heard == [came_back(client, turn, maker is world.maker) for maker, turn in said]
+    text = json.dumps(world.sent)
+    assert "pigw1" not in text and pg.GEMINI_SEAL not in text
+    assert not [seal for maker, turn in said for seal in seals_of(turn) if maker is not world.maker and seal in text]
+
+
+def seals_of(turn: SealTurn) -> List[str]:
+    return [text for item in turn for text in item[1:] if text.startswith("//4+")]
+
+
+def talk(world: SealWorld, client: GridChatClient, makers: Sequence[SealMaker], stream: bool,
+         ) -> Tuple[Dict[str, Any], List[Tuple[SealMaker, SealTurn]]]:
+    """A tool loop in which these makers have a turn each; (the request behind it, what was said)."""
+    case = GridCase((GridTurn("user", "Please. scenario: long."),), tools=True, thinks=True)
+    body = client.body(case, makers[0].model, stream)
+    said: List[Tuple[SealMaker, SealTurn]] = []
+    for number, maker in enumerate(makers):
+        turn = maker.turn(number)
+        result = world.ask(client, body, maker, turn)
+        check_heard(world, client, said)
+        said.append((maker, turn))
+        read = client.read(result, stream)
+        assert len(read.calls) == sum(item[0] == "call" for item in turn)
+        body[client.history] += client.goes_back(result, read, stream)
+        body[client.history] += client.turn(GridTurn("tool", results=tuple(
+            (call_id, GRID_RESULT, False) for call_id, _, _ in read.calls)))
+    return body, said
+
+
+SEAL_CELLS = [(client, maker) for client in SEAL_CLIENTS for maker in SEAL_MAKERS]
+SEAL_GRID = pytest.mark.parametrize("client_name, maker_name", SEAL_CELLS, ids=["-".join(cell) for cell in SEAL_CELLS])
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+@SEAL_GRID
+def test_seals_come_back_to_their_maker_only(seal_world: SealWorld, client_name: str, maker_name: str, stream: bool) -> None:
+    client, maker = SEAL_CLIENTS[client_name], SEAL_MAKERS[maker_name]
+    body, said = talk(seal_world, client, [maker] * 3, stream)
+    assert sum(len(seals_of(turn)) for _, turn in said) >= 3
+    for place, (other_name, other) in enumerate(SEAL_MAKERS.items()):
+        if not stream and place % 4 and other is not maker:
+            continue                            # the request is the same, but for asking for a stream
+        seal_world.ask(client, body, other, [("text", "Done.")])
+        check_heard(seal_world, client, said)
+        if other is not maker and other_name in GRID_PROTOCOLS and other_name != "openai-completions":
+            fake = GRID_FAKES[GRID_PROTOCOLS.index(other_name)]()
+            fake.understand(json.dumps(seal_world.sent))        # as the service itself would
+
+
+@needs("openai")
+def test_openai_sdk_puts_the_seals_of_a_stream_together() -> None:
+    thoughts = [pg.Thinking(str(place), f"c2ln{place}", place == 1, "anthropic-messages", "o") for place in range(3)]
+    events: List[Any] = [pg.Start()]
+    for place, thought in enumerate(thoughts):
+        events += [pg.PartStart(place, thought), pg.PartEnd(place, thought)]
+    events += [pg.PartStart(3, pg.Text()), pg.PartDelta(3, "a"), pg.PartEnd(3, pg.Text("a")), pg.Done("stop", USAGE)]
+    streaming, types_ = (importlib.import_module(f"openai.{name}") for name in ("lib.streaming.chat", "types.chat"))
+    state = streaming.ChatCompletionStreamState()
+    for _, text in pg.parse_events(CHAT.writer(chat_request(stream=True), STAMP).write(events)):
+        if text != "[DONE]":
+            state.handle_chunk(types_.ChatCompletionChunk.model_validate_json(text))
+    message = state.get_final_completion().choices[0].message.model_dump()
+    whole = CHAT.render(chat_request(), pg.collect(events), STAMP)["choices"][0]["message"]
+    assert message["reasoning_details"] == whole["reasoning_details"] and len(whole["reasoning_details"]) == 3
+    parts = CHAT.parse({"model": "m", "messages": [{"role": "user", "content": "x"}, whole]}).messages[1].parts
+    assert [part.signature for part in parts if isinstance(part, pg.Thinking)] == [part.signature for part in thoughts]
+
+
+@SEAL_GRID
+def test_seals_survive_a_change_of_models(seal_world: SealWorld, client_name: str, maker_name: str) -> None:
+    names = list(SEAL_MAKERS)
+    maker, other = (SEAL_MAKERS[names[(names.index(maker_name) + step) % len(names)]] for step in (0, 4))
+    client = SEAL_CLIENTS[client_name]
+    body, said = talk(seal_world, client, [maker, other, maker, other], True)
+    for last in (maker, other):
+        seal_world.ask(client, body, last, [("text", "Done.")])
+        check_heard(seal_world, client, said)
 
 
 # ======================================================================================================================
