@@ -76,6 +76,7 @@ import contextlib
 import copy
 import datetime
 import errno
+import functools
 import hashlib
 import hmac
 import http.client
@@ -12237,12 +12238,18 @@ OPENAI_SPEC = os.path.join(HERE, "..", "shared", "reference", "specs", "openai.o
 
 def schema_errors(name: str, value: Any, definition: str = "") -> List[str]:
     """Where `value` leaves the schema in schemas/`name`.json, or a definition in it."""
+    return told_errors(own_schema(name, definition), value)
+
+
+@functools.lru_cache(maxsize=None)
+def own_schema(name: str, definition: str = "") -> Any:
+    """A validator of schemas/."""
     jsonschema = importlib.import_module("jsonschema")
     with open(os.path.join(SCHEMAS, name + ".json"), encoding="utf-8") as file:
         schema = json.load(file)
     if definition:
         schema = {"$ref": f"#/$defs/{definition}", "$defs": schema["$defs"]}
-    return told_errors(jsonschema.Draft202012Validator(schema), value)
+    return jsonschema.Draft202012Validator(schema)
 
 
 def told_errors(validator: Any, value: Any) -> List[str]:
@@ -12267,6 +12274,108 @@ def fit(name: str, value: Any, definition: str = "") -> None:
     """Fails unless `value` fits."""
     errors = schema_errors(name, value, definition)
     assert not errors, f"{name}: {errors}\n{json.dumps(value)[:2000]}"
+
+
+# Client → the schemas of its whole answers, events and errors.
+CONTRACTS: Dict[str, Tuple[str, str, str]] = {
+    "openai-chat": ("openai-chat-completion", "openai-chat-chunk", "openai-error"),
+    "openai-texts": ("openai-completion", "openai-completion-chunk", "openai-error"),
+    "anthropic-messages": ("anthropic-message", "anthropic-event", "anthropic-error"),
+    "openai-responses": ("openai-response", "openai-response-event", "openai-error"),
+    "google-generative-ai": ("gemini-response", "gemini-response", "gemini-error"),
+    "ollama": ("ollama-chat-response", "ollama-chat-response", "ollama-error")}
+# The same in OpenAI's document, which has no chunks of legacy Completions: they are its whole answers with a null or two.
+PUBLISHED: Dict[str, str] = {
+    "openai-chat-completion": "CreateChatCompletionResponse", "openai-chat-chunk": "CreateChatCompletionStreamResponse",
+    "openai-completion": "CreateCompletionResponse", "openai-response": "Response", "openai-error": "ErrorResponse"}
+# On these pairs an answer is the provider's own, which may have more than the gateway itself would say.
+OWN_WORDS = ("openai-responses", "google-generative-ai")
+FITTED: set[Tuple[str, str]] = set()        # (schema, shape) of what has been found to fit
+
+
+@functools.lru_cache(maxsize=None)
+def published() -> Dict[str, Any]:
+    """Validators by name from OpenAI's own document, those of events by their type; {} where it is not at hand. The usage
+    of a response that has just begun is null, whatever it says."""
+    jsonschema = importlib.import_module("jsonschema")
+    if not os.path.exists(OPENAI_SPEC):
+        return {}
+    with open(OPENAI_SPEC, encoding="utf-8") as file:
+        components = nullable(json.load(file)["components"])
+    for part in components["schemas"]["Response"]["allOf"]:
+        part.get("properties", {}).pop("usage", None)
+    out = {}
+    for name, schema in components["schemas"].items():
+        if re.fullmatch(r"Response\w+Event", name) and "properties" in schema:
+            out[schema["properties"]["type"]["enum"][0]] = name
+    return {known: jsonschema.Draft202012Validator({"$ref": f"#/components/schemas/{name}", "components": components})
+            for known, name in {**out, **{name: name for name in (*PUBLISHED.values(), "ResponseUsage")}}.items()}
+
+
+def as_published(value: Any) -> Any:
+    """A value without what OpenAI's own answers have and its document has not: pieces of custom calls in a chat chunk, and
+    three codes of a failed response."""
+    if isinstance(value, list):
+        return [as_published(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    value = {name: as_published(item) for name, item in value.items()}
+    if "custom" in value and "index" in value:
+        value.pop("type", None)
+    if value.get("code") in ("context_length_exceeded", "insufficient_quota", "server_is_overloaded") and len(value) == 2:
+        value["code"] = "server_error"
+    return value
+
+
+def shape_of(value: Any, name: str = "") -> Any:
+    """What of a value decides whether it fits: names, types, words, the beginnings of ids."""
+    if isinstance(value, dict):
+        return sorted((key, shape_of(item, key)) for key, item in value.items())
+    if isinstance(value, list):
+        return sorted({repr(shape_of(item, name)) for item in value})
+    if isinstance(value, str):
+        is_free = name in ("text", "content", "delta", "arguments", "thinking", "partial_json", "reasoning_content", "input",
+                           "created_at", "signature", "thoughtSignature", "encrypted_content", "message", "model")
+        return bool(value) if is_free else value[:5] if name.endswith("id") else value
+    return type(value).__name__ if not isinstance(value, bool) else value
+
+
+def fit_once(name: str, value: Any, is_own: bool = True) -> None:
+    """Fails unless `value` fits the schema and, if it is OpenAI's, the published one; what looks the same is passed by."""
+    key = (f"{name} {is_own}", repr(shape_of(value)))
+    if key in FITTED:
+        return
+    if is_own:
+        fit(name, value)
+    known = value["type"] if name == "openai-response-event" else PUBLISHED.get(name)
+    if known and published():
+        errors = told_errors(published()[known], as_published(value))
+        assert not errors, f"{known}: {errors}\n{json.dumps(value)[:2000]}"
+        usage = value.get("response", value).get("usage") if "response" in name else None
+        assert not usage or published()["ResponseUsage"].is_valid(usage)
+    FITTED.add(key)
+
+
+def fit_client(client: str, result: Result, stream: bool) -> None:
+    """An answer, good or bad, fits what its client's API promises."""
+    whole, event, error = CONTRACTS[client]
+    is_native = result.headers.get("x-pigateway-lane") == "native"
+    if result.status != 200:
+        fit_once(error, result.json, not (is_native and client in OWN_WORDS))
+        return
+    is_own = not (is_native and client in OWN_WORDS)
+    if not stream:
+        fit_once(whole, result.json, is_own)
+        return
+    if client == "ollama":
+        events = [json.loads(line) for line in result.body.splitlines()]
+    else:
+        events = [item for item in result.events if item != "[DONE]"]
+    for item in events:
+        is_error = "error" in item and item.get("type") != "error"
+        fit_once(error if is_error else event, item, is_own)
+        if "response" in item and client == "openai-responses":
+            fit_once(whole, item["response"], is_own)
 
 
 def fit_answer(answer: Result, body: Dict[str, Any], is_messages: bool, spec: Sequence[Any]) -> None:
@@ -13963,6 +14072,8 @@ class GridFake:
 
     def answer(self, received: Received) -> Answer:
         """The scenario's answer, or a refusal."""
+        if re.search(r"(?<!/chat)/completions(\?|$)", received.path):     # no model of the grid has them
+            return self.refusal(404, "This is a chat model and not supported in the v1/completions endpoint.")
         fault = self.validate(received)
         if fault is not None:
             self.faults.append(fault)
@@ -15039,6 +15150,10 @@ class GridChatClient:
     stops = {"stop": "stop", "stop_sequence": "stop", "tool_use": "tool_calls", "length": "length",
              "refusal": "content_filter"}
 
+    def can(self, case: GridCase) -> bool:
+        """Whether the client's API has words for what the case asks."""
+        return True
+
     def send(self, url: str, body: Dict[str, Any]) -> Result:
         return call(url, self.path, body)
 
@@ -15218,6 +15333,10 @@ class GridMessagesClient(GridChatClient):
 
     name, path = "anthropic-messages", "/v1/messages"
     native = ("anthropic-messages",)
+
+    def can(self, case: GridCase) -> bool:
+        return case.output != "object"
+
     stops = {"stop": "end_turn", "stop_sequence": "end_turn", "tool_use": "tool_use", "length": "max_tokens",
              "refusal": "refusal"}
 
@@ -15300,6 +15419,10 @@ class GridResponsesClient(GridChatClient):
 
     name, path, history = "openai-responses", "/v1/responses", "input"
     native = ("openai-responses", "azure-openai-responses", "openai-codex-responses")
+
+    def can(self, case: GridCase) -> bool:
+        return not case.stop
+
     field_names = {"response_format": "text.format"}
     stops = {"stop": "completed", "tool_use": "completed", "length": "max_output_tokens", "refusal": "content_filter"}
 
@@ -15407,8 +15530,41 @@ class GridOllamaClient(GridChatClient):
         return {"prompt": usage["prompt_eval_count"], "output": usage["eval_count"]}
 
 
+class GridTextsClient(GridChatClient):
+    """Legacy Completions: one prompt, one text."""
+
+    name, path, history = "openai-texts", "/v1/completions", "prompt"
+    native = ()                             # no model of the grid has them
+    stops = {**GridChatClient.stops, "tool_use": "stop"}
+
+    def can(self, case: GridCase) -> bool:
+        return len(case.turns) == 1 and not (case.turns[0].image or case.system or case.tools or case.thinks or case.output)
+
+    def body(self, case: GridCase, model_id: str, stream: bool) -> Dict[str, Any]:
+        out: Dict[str, Any] = {"model": model_id, "prompt": case.turns[0].text, "max_tokens": 4000}
+        if stream:
+            out.update(stream=True, stream_options={"include_usage": True})
+        return {**out, "stop": list(case.stop)} if case.stop else out
+
+    def read(self, result: Result, stream: bool) -> Read:
+        if not stream or result.status != 200:
+            body = result.json
+            return Read(error=body["error"]) if "error" in body else Read(
+                body["choices"][0]["text"], stop=body["choices"][0]["finish_reason"], usage=body["usage"])
+        events = result.events
+        error = events.pop().get("error") if events[-1] != "[DONE]" else None
+        events = [event for event in events if event != "[DONE]"]
+        assert len({(event["id"], event["created"], event["model"]) for event in events}) == 1
+        usage = events.pop()["usage"] if not events[-1]["choices"] else None
+        choices = [choice for event in events for choice in event["choices"]]
+        assert not [choice for choice in choices[:-1] if choice["finish_reason"]]
+        return Read("".join(choice["text"] for choice in choices), stop=choices[-1]["finish_reason"] or "", usage=usage,
+                    error=error)
+
+
 GRID_CLIENTS: Dict[str, GridChatClient] = {client.name: client for client in (
-    GridChatClient(), GridMessagesClient(), GridResponsesClient(), GridGeminiClient(), GridOllamaClient())}
+    GridChatClient(), GridMessagesClient(), GridResponsesClient(), GridGeminiClient(), GridOllamaClient(),
+    GridTextsClient())}
 
 
 # --- The cells --------------------------------------------------------------------------------------------------------
@@ -15419,6 +15575,8 @@ def grid_call(world: GridWorld, client: GridChatClient, fake: GridFake, body: Di
     fake.faults.clear()
     result = client.send(world.url, body)
     assert fake.faults == [], f"{fake.protocol} refused the request"
+    if HAS_JSONSCHEMA:
+        fit_client(client.name, result, body.get("stream") is True)
     return result
 
 
@@ -15463,11 +15621,10 @@ def check_grid_request(case: GridCase, fake: GridFake, turns: Sequence[GridTurn]
     assert seen.limit is None or seen.limit >= 4000
 
 
-# Anthropic's API has no free-form JSON mode, and Responses no stop sequences, so that their clients cannot ask for it.
-GRID_CELLS = [(client, protocol, scenario) for client in GRID_CLIENTS for protocol in GRID_PROTOCOLS
-              for scenario, case in GRID_CASES.items()
-              if not (client == "anthropic-messages" and case.output == "object")
-              and not (client == "openai-responses" and case.stop)]
+# Anthropic's API has no free-form JSON mode, Responses no stop sequences, and a prompt of legacy Completions is all.
+GRID_CELLS = [(name, protocol, scenario) for name, client in GRID_CLIENTS.items() for protocol in GRID_PROTOCOLS
+              for scenario, case in GRID_CASES.items() if client.can(case)]
+HAS_JSONSCHEMA = importlib.util.find_spec("jsonschema") is not None
 
 
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
@@ -15565,7 +15722,7 @@ def grid_history(client: GridChatClient, fake: GridFake, is_tidy: bool) -> Tuple
 
 
 @pytest.mark.parametrize("protocol", GRID_PROTOCOLS)
-@pytest.mark.parametrize("client_name", GRID_CLIENTS)
+@pytest.mark.parametrize("client_name", [name for name in GRID_CLIENTS if name != "openai-texts"])
 def test_grid_long_conversation(grid: GridWorld, client_name: str, protocol: str) -> None:
     client, fake = GRID_CLIENTS[client_name], grid.fakes[protocol]
     # such a body goes out as it came, its faults included
