@@ -3918,7 +3918,7 @@ def read_riders(sealed: str) -> List[Tuple[Thinking, bool]]:
     riders = []
     for item in open_seal(sealed):
         if isinstance(item, list) and [type(field) for field in item[:5]] == [str, str, str, bool, str]:
-            riders.append((Thinking(item[4], item[1], item[3], item[0], item[2]), item[5:] == [True]))
+            riders.append((Thinking(item[4], item[1] or None, item[3], item[0], item[2]), item[5:] == [True]))
     return riders
 
 
@@ -3936,9 +3936,9 @@ def join_pieces(parts: Sequence[Part], riders: Iterable[Tuple[Thinking, bool]]) 
             place = len(groups) if riding[id(part)] else _before_words(groups)
             at = next((at for at, group in enumerate(groups) if part.signature == getattr(group[-1], "signature", None)), None)
             if part.signature not in kept:
-                kept.add(part.signature)
+                kept.update({part.signature} if part.signature else ())
                 groups.insert(place, [part])
-            elif at is not None and at > place:
+            elif part.signature and at is not None and at > place:
                 del groups[at]
                 groups.insert(place, [part])
         elif is_next or (isinstance(part, Text) and isinstance(last, Text)):
@@ -4287,8 +4287,9 @@ def gemini_usage(usage: Usage) -> Dict[str, Any]:
 class GeminiParts:
     """One answer's parts in Gemini's shape.
 
-    Clients give signatures on calls back but may drop thoughts, and not all ask to see them. So signed thinking of
-    other makers also rides on the first call behind it, in the seal that this call then has."""
+    Clients give signatures on calls back but may drop thoughts, and not all ask to see them. So thinking of other
+    makers, which some insist on having back unsigned too, also rides on the first call behind it, in the seal that this
+    call then has."""
 
     def __init__(self, request: Request) -> None:
         self.shows = shows_thoughts(request)
@@ -4307,8 +4308,8 @@ class GeminiParts:
     def thought(self, part: Thinking, text: str, is_behind: bool) -> List[Dict[str, Any]]:
         """The end of a thought, of which `text` has not been shown yet. `is_behind`: it began behind words that no call
         has followed."""
-        if part.signature and part.maker != GeminiClient.name:
-            self._riders.append([part.maker, part.signature, part.origin, part.redacted, part.text,
+        if (part.signature or part.text) and part.maker != GeminiClient.name:
+            self._riders.append([part.maker, part.signature or "", part.origin, part.redacted, part.text,
                                  *([True] if is_behind else [])])
         if part.redacted:                       # the way in which Gemini itself gives the signature of a text
             return [present(text="", thoughtSignature=gemini_seal(part))] if part.signature else []
@@ -4319,8 +4320,9 @@ class GeminiParts:
     def call(self, part: ToolCall) -> Dict[str, Any]:
         """A complete call."""
         signature = gemini_seal(part)
-        if signature is None and self._riders:
-            signature, self._riders = seal_in_base64(pack_seal(self._riders)), []
+        riders, self._riders = self._riders, []
+        if signature is None and riders:
+            signature = seal_in_base64(pack_seal(riders))
         arguments = loads(part.arguments or "{}")       # an object: see `SoundCalls`
         return present(functionCall={"id": part.id, "name": part.name, "args": arguments}, thoughtSignature=signature)
 

@@ -12981,6 +12981,19 @@ def test_gemini_pieces_of_a_stream_are_joined() -> None:
         pg.ToolCall("c", "wx", "{}")),), "what rides on the call is known already"
 
 
+@pytest.mark.parametrize("reply, expected", [
+    ([pg.Thinking("Why"), pg.Text("So"), pg.ToolCall("a", "wx", "{}"), pg.ToolCall("b", "wx", "{}")], None),
+    ([pg.Thinking("One"), pg.ToolCall("a", "wx", "{}"), pg.Thinking("Two"), pg.ToolCall("b", "wx", "{}")], None),
+    ([pg.Thinking("Why"), pg.ToolCall("a", "wx", "{}", "c2ln", "google-generative-ai"), pg.ToolCall("b", "wx", "{}")],
+     [pg.ToolCall("a", "wx", "{}", "c2ln", "google-generative-ai"), pg.ToolCall("b", "wx", "{}")])],
+    ids=["in front", "between", "of a model that signs calls"])
+def test_gemini_clients_that_drop_thoughts_give_them_back(reply: List[Any], expected: Any) -> None:
+    shape = pg.GeminiParts(gemini_client_request())
+    shown = [item for part in reply for item in shape.whole(part) if not item.get("thought")]
+    request = gemini_client_request(contents=[{"parts": [{"text": "Hi"}]}, {"role": "model", "parts": shown}])
+    assert list(request.messages[1].parts) == (expected or reply)
+
+
 @pytest.mark.parametrize("given, expected", [
     ({"type": "STRING", "format": "date-time"}, {"type": "string", "format": "date-time"}),
     ({"type": "INTEGER", "nullable": True}, {"type": ["integer", "null"]}),
