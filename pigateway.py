@@ -17995,22 +17995,56 @@ def gemini_variables(target: Target) -> Dict[str, str]:
             **({"GEMINI_MODEL": target.model} if target.model else {})}
 
 
-# Gemini CLI 0.61 refuses without a terminal the way to authorise that it derives from a base URL, and in one prefers
-# the log-in that its settings name. Settings of the system have the last word, and their place is a variable.
-GEMINI_SETTINGS = {"security": {"auth": {"selectedType": "gemini-api-key"}}}
-GEMINI_SETTINGS_VARIABLE = "GEMINI_CLI_SYSTEM_SETTINGS_PATH"
-GEMINI_SYSTEM_SETTINGS = ("/etc/gemini-cli/settings.json", "/Library/Application Support/GeminiCli/settings.json",
-                          r"C:\ProgramData\gemini-cli\settings.json")
+# Gemini CLI 0.61 refuses without a terminal the way to authorise that it derives from a base URL, and prefers the log-in
+# that its settings name. The user's own settings are not ours to change, and other files of settings count only when
+# they, and all folders above them, are root's. So it is given a home folder of ours, which shows what the user's has.
+GEMINI_AUTHORISATION = "gemini-api-key"
+GEMINI_HOME_VARIABLE = "GEMINI_CLI_HOME"
+GEMINI_FOLDER, GEMINI_SETTINGS = ".gemini", "settings.json"
 
 
-def gemini_settings(folder: str) -> Dict[str, str]:
-    """The variable that names a file with these settings, which is written there; none where an administrator has one.
-    Raises OSError."""
-    if any(os.path.exists(path) for path in GEMINI_SYSTEM_SETTINGS):
+def gemini_settings(folder: str, environ: Mapping[str, str]) -> Dict[str, str]:
+    """The variable that names such a home, made in this folder; none where the user's settings are right already. Raises
+    `ConfigError`, OSError."""
+    ours = os.path.join(folder, f"{NAME}-gemini")
+    theirs = environ.get(GEMINI_HOME_VARIABLE) or home(environ)
+    theirs = home(environ) if os.path.realpath(theirs) == os.path.realpath(ours) else theirs
+    settings, chosen = gemini_choice(theirs)
+    if chosen == GEMINI_AUTHORISATION:
         return {}
-    path = os.path.join(folder, f"{NAME}-gemini.json")
-    write_private_file(path, dumps(GEMINI_SETTINGS).encode("ascii"))
-    return {GEMINI_SETTINGS_VARIABLE: path}
+    security = as_dict(settings.get("security"))
+    settings["security"] = {**security, "auth": {**as_dict(security.get("auth")), "selectedType": GEMINI_AUTHORISATION}}
+    os.makedirs(os.path.join(theirs, GEMINI_FOLDER), exist_ok=True)
+    show_folder(os.path.join(theirs, GEMINI_FOLDER), os.path.join(ours, GEMINI_FOLDER), GEMINI_SETTINGS)
+    write_private_file(os.path.join(ours, GEMINI_FOLDER, GEMINI_SETTINGS), dumps(settings).encode("ascii"))
+    return {GEMINI_HOME_VARIABLE: ours}
+
+
+def gemini_choice(place: str) -> Tuple[Dict[str, Any], Any]:
+    """The settings of a home, or of a project, and the way to authorise that they choose, if any. Raises `ConfigError`."""
+    settings = as_dict(read_json_file(os.path.join(place, GEMINI_FOLDER, GEMINI_SETTINGS), False))
+    return settings, as_dict(as_dict(settings.get("security")).get("auth")).get("selectedType")
+
+
+def check_gemini_project(place: str) -> None:
+    """Raises `ConfigError` where a project's settings, which go before a home's, would lead past the gateway. The home
+    that is not in use now is a project, too."""
+    if gemini_choice(place)[1] not in (None, GEMINI_AUTHORISATION):
+        raise ConfigError(f"{os.path.join(place, GEMINI_FOLDER, GEMINI_SETTINGS)} chooses another log-in for what is "
+                          "started in this folder, which would not be the gateway; start it in another folder")
+
+
+def show_folder(source: str, target: str, but: str) -> None:
+    """Makes a folder show by links what another has, but for one name. What a program has put in the place of a link, or
+    beside them, moves to where it belongs; where that cannot be, or links cannot be made, it stays. Raises OSError."""
+    make_private_folder(target)
+    for name in set(os.listdir(target)) - {but}:
+        here, there = os.path.join(target, name), os.path.join(source, name)
+        with contextlib.suppress(OSError):
+            os.unlink(here) if os.path.islink(here) else os.replace(here, there)
+    for name in set(os.listdir(source)) - set(os.listdir(target)) - {but}:
+        with contextlib.suppress(OSError):
+            os.symlink(os.path.join(source, name), os.path.join(target, name))
 
 
 class Client(NamedTuple):
@@ -18025,7 +18059,9 @@ class Client(NamedTuple):
     prefix: str = ""                            # of those names
     own_key: Tuple[str, ...] = ()               # variables with a key of the user's, which is not to travel
     detours: Tuple[str, ...] = ()               # variables that would lead elsewhere
-    settings: Callable[[str], Dict[str, str]] = lambda folder: {}       # variables for files, written into a folder
+    # variables for files, written into a folder
+    settings: Callable[[str, Mapping[str, str]], Dict[str, str]] = lambda folder, environ: {}
+    check_project: Callable[[str], None] = lambda place: None           # raises ConfigError where it would go elsewhere
     model_variable: str = ""                    # where the user may have named a model
 
 
@@ -18043,7 +18079,7 @@ CLIENTS = {
         "Gemini CLI", gemini_variables, "gemini", "npm install -g @google/gemini-cli",
         homes=("google", "google-vertex", "google-gemini-cli"), prefix="gemini",
         own_key=("GEMINI_API_KEY", "GOOGLE_API_KEY"), detours=("GOOGLE_GENAI_USE_VERTEXAI", "GOOGLE_GENAI_USE_GCA"),
-        settings=gemini_settings, model_variable="GEMINI_MODEL"),
+        settings=gemini_settings, check_project=check_gemini_project, model_variable="GEMINI_MODEL"),
     "openai": Client("OpenAI clients", lambda target: {
         "OPENAI_BASE_URL": f"{target.url}/v1", **({"OPENAI_API_KEY": target.key} if target.key else {})}),
     "anthropic": Client("Anthropic clients", lambda target: {
@@ -18108,9 +18144,9 @@ def named_model(words: Sequence[str]) -> str:
 def client_environment(client: Client, target: Target, environ: Mapping[str, str]) -> Dict[str, Optional[str]]:
     """What a client's environment has that `environ` has not: None for a variable that must go. Ours is where it goes
     and the key; for the rest, what the user has set stands."""
-    ours = {**client.variables(target), **client.settings(os.path.join(home(environ), ".pi", "agent"))}
+    ours = {**client.variables(target), **client.settings(os.path.join(home(environ), ".pi", "agent"), environ)}
     gone = client.detours + (client.own_key if target.key else ())
-    fixed = {name for name in ours if name in client.own_key or name.endswith(("_BASE_URL", "_HOST"))}
+    fixed = {name for name in ours if name in client.own_key or name.endswith(("_BASE_URL", "_HOST", "_HOME"))}
     changes: Dict[str, Optional[str]] = {name: None for name in gone if environ.get(name) and name not in ours}
     changes.update({name: value for name, value in ours.items() if name in fixed or not environ.get(name)})
     if any(environ.get(name) or environ.get(name.upper()) for name in ("http_proxy", "https_proxy", "all_proxy")):
@@ -18174,6 +18210,7 @@ class Session:
                 signal.signal(number, handler)
 
     def _run_client(self, client: Client, program: str, url: str, words: Sequence[str]) -> int:
+        client.check_project(os.getcwd())
         named = named_model(words) or os.environ.get(client.model_variable, "")
         target = choose_target(client, self._config, url, self._models(url), named)
         changes = client_environment(client, target, os.environ)

@@ -21720,7 +21720,6 @@ def fakes(own_home: Any, monkeypatch: Any) -> Fakes:
                  or name in {key for row in pg.PROVIDERS.values() for key in row.env}]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setattr(pg, "GEMINI_SYSTEM_SETTINGS", ())
     return Fakes(own_home, seen)
 
 
@@ -21885,8 +21884,42 @@ def test_codex_and_gemini(fakes: Fakes) -> None:
         "env_key": "PIGATEWAY_API_KEY", "model": "demo/echo", "model_context_window": 100_000}
     assert (gemini["GOOGLE_GEMINI_BASE_URL"], gemini["GEMINI_API_KEY"], gemini["GEMINI_MODEL"]) == (
         handle.url, "pigateway", "demo/echo")
-    with open(gemini["GEMINI_CLI_SYSTEM_SETTINGS_PATH"], encoding="utf-8") as file:
+    with open(os.path.join(gemini["GEMINI_CLI_HOME"], ".gemini", "settings.json"), encoding="utf-8") as file:
         assert json.load(file) == {"security": {"auth": {"selectedType": "gemini-api-key"}}}
+
+
+def test_gemini_cli_has_its_own_home_but_for_the_log_in(fakes: Fakes, monkeypatch: Any) -> None:
+    own, ours = fakes.home / ".gemini", fakes.folder / "pigateway-gemini" / ".gemini"
+    (own / "tmp").mkdir(parents=True)
+    settings = '{"ui": {"a": 1}, "security": {"b": 2, "auth": {"c": 3, "selectedType": "oauth-personal"}}} // mine'
+    for name, text in (("settings.json", settings), ("GEMINI.md", "Be brief."), ("gone", "")):
+        (own / name).write_text(text)
+
+    def home_of_ours(environ: Mapping[str, str] = os.environ) -> Any:
+        return pg.gemini_settings(str(fakes.folder), environ).get("GEMINI_CLI_HOME")
+
+    assert home_of_ours() == str(ours.parent)
+    assert json.loads((ours / "settings.json").read_text()) == {
+        "ui": {"a": 1}, "security": {"b": 2, "auth": {"c": 3, "selectedType": "gemini-api-key"}}}
+    assert (ours / "GEMINI.md").read_text() == "Be brief." and (ours / "tmp").resolve() == (own / "tmp").resolve()
+    (ours / "GEMINI.md").unlink()
+    for name in ("GEMINI.md", "new"):           # a file that is replaced as a whole takes the place of a link
+        (ours / name).write_text("Be long.")
+    (own / "gone").unlink()
+    assert home_of_ours({**os.environ, "GEMINI_CLI_HOME": str(ours.parent)}) == str(ours.parent), "from `env`"
+    assert sorted(os.listdir(ours)) == sorted(os.listdir(own)) == ["GEMINI.md", "new", "settings.json", "tmp"]
+    assert [(folder / name).read_text() for folder in (own, ours) for name in ("GEMINI.md", "new")] == ["Be long."] * 4
+    assert (own / "settings.json").read_text() == settings and not (own / "GEMINI.md").is_symlink()
+    other = fakes.home / "other"
+    assert home_of_ours({**os.environ, "GEMINI_CLI_HOME": str(other)}) and os.listdir(ours) == ["settings.json"]
+    monkeypatch.chdir(fakes.home)
+    with found(fakes.home):
+        assert pg.main(["gemini", "-p", "Hi"]) == 2, "started here it would take the home's settings for a project's"
+        (own / "settings.json").write_text('{"security": {"auth": {"selectedType": "gemini-api-key"}}}')
+        assert pg.main(["gemini", "-p", "Hi"]) == 0 and "GEMINI_CLI_HOME" not in fakes.seen["environ"]
+    (own / "settings.json").write_text("{")
+    with pytest.raises(pg.ConfigError, match="settings.json: not valid JSON"):
+        home_of_ours()
 
 
 SOME_MODELS = {"openai/gpt-9": 400_000, "openai/gpt-9-mini": 0, "groq/llama": 131_072, "openrouter/a/b": 50_000}
