@@ -3427,7 +3427,7 @@ class ResponsesClient(OpenAIClient):
                 turns[-1][1].extend(turn.parts)
             else:
                 turns.append((turn.role, list(turn.parts)))
-        return [Message(role, tuple(parts)) for role, parts in turns]
+        return [Message(role, tuple(joined_results(parts) if role == "tool" else parts)) for role, parts in turns]
 
     def _item(self, item: Dict[str, Any], path: str, notes: Notes) -> Optional[Message]:
         kind = optional(item, "type", "a string", path)
@@ -3548,6 +3548,19 @@ class ResponsesClient(OpenAIClient):
         shape = ResponseShape(Request("", ()), Stamp(request_id[len("req_"):], 0))
         event = {"type": "response.failed", "sequence_number": 0, "response": shape.failed((), error)}
         return sse(event, "response.failed")
+
+
+def joined_results(parts: Iterable[Part]) -> List[Part]:
+    """The results of a turn, one for each call. Codex gives a call several outputs when it has had something to say on
+    its way; other APIs take one. An output that only repeats the one before is nothing new."""
+    out: Dict[str, ToolResult] = {}
+    for part in parts:
+        if isinstance(part, ToolResult):
+            known = out.setdefault(part.call_id, part)
+            if known.parts[-len(part.parts):] != part.parts:
+                out[part.call_id] = replace(known, parts=known.parts + part.parts,
+                                            is_error=known.is_error or part.is_error)
+    return list(out.values())
 
 
 def spaced_name(space: str, name: str) -> str:

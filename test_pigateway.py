@@ -1511,6 +1511,15 @@ SEALED_REDACTED = pg.seal_thinking(pg.Thinking("", "RU5D", True, "anthropic-mess
     ([{"type": "custom_tool_call", "call_id": "c", "name": "sh", "input": "ls\n"},
       {"type": "custom_tool_call_output", "call_id": "c", "output": "ok"}],
      [("assistant", [pg.ToolCall("c", "sh", '{"input":"ls\\n"}')]), ("tool", [pg.ToolResult("c", (pg.Text("ok"),))])]),
+    # several outputs of one call, and one that is repeated
+    ([{"type": "custom_tool_call_output", "call_id": "c", "output": [
+        {"type": "input_text", "text": "exit 3"}, {"type": "input_text", "text": "whoops"}]},
+      {"type": "function_call_output", "call_id": "d", "output": "x"},
+      {"type": "function_call_output", "call_id": "d", "output": "x"},
+      {"type": "custom_tool_call_output", "call_id": "c", "name": "exec", "output": "halfway"},
+      {"type": "shell_call_output", "call_id": "d", "status": "failed"}],
+     [("tool", [pg.ToolResult("c", (pg.Text("exit 3"), pg.Text("whoops"), pg.Text("halfway"))),
+                pg.ToolResult("d", (pg.Text("x"),), True)])]),
     ([{"type": "local_shell_call", "call_id": "c", "action": {"command": ["ls"]}},
       {"type": "local_shell_call_output", "id": "c", "output": "ok"}],
      [("assistant", [pg.ToolCall("c", "local_shell", '{"command":["ls"]}')]),
