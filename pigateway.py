@@ -597,7 +597,8 @@ class Message:
 class Tool:
     """A function that the model may call; `schema` is the JSON Schema of its arguments. A `custom` tool takes free text
     and travels as a function with the single string property `input`. `path` is what the client calls a tool that it
-    has put into a namespace: that namespace, and the tool's name there."""
+    has put into a namespace: that namespace, and the tool's name there. `item` is the type of its calls in the client's
+    API where they have one of their own."""
 
     name: str
     description: Optional[str] = None
@@ -605,6 +606,7 @@ class Tool:
     strict: Optional[bool] = None
     custom: bool = False
     path: Tuple[str, ...] = ()
+    item: str = ""
 
 
 class ToolChoice(NamedTuple):
@@ -3310,7 +3312,11 @@ RESPONSES_OWN_RESULTS = tuple(kind + "_output" for kind in RESPONSES_OWN_CALLS)
 RESPONSES_SERVER_ITEMS = frozenset({
     "web_search_call", "file_search_call", "computer_call", "computer_call_output", "image_generation_call",
     "code_interpreter_call", "mcp_call", "mcp_list_tools", "mcp_approval_request", "mcp_approval_response", "program",
-    "program_output", "tool_search_call", "tool_search_output", "additional_tools", "configuration_update"})
+    "program_output", "additional_tools", "configuration_update"})
+
+
+# A search for tools that the client runs itself: as a function to other models, with this name.
+RESPONSES_SEARCH, RESPONSES_SEARCH_CALL = "tool_search", "tool_search_call"
 
 
 class ResponsesClient(OpenAIClient):
@@ -3381,6 +3387,8 @@ class ResponsesClient(OpenAIClient):
                 yield function_tool(item, where)
             elif kind == "custom":
                 yield custom_tool(item, item.get("format"), where)
+            elif kind == RESPONSES_SEARCH and item.get("execution") == "client":
+                yield replace(function_tool({**item, "name": RESPONSES_SEARCH}, where), item=RESPONSES_SEARCH_CALL)
             elif kind == "namespace":
                 space = required(item, "name", "a string", where)
                 for tool in self._tools(item.get("tools"), f"{where}.tools", notes):
@@ -3496,9 +3504,25 @@ class ResponsesClient(OpenAIClient):
         call_id = optional(item, "call_id", "a string", path) or required(item, "id", "a string", path)
         return Message("tool", (ToolResult(call_id, (Text(text),) if text else (), item.get("status") == "failed"),))
 
-    items: Mapping[str, Callable[..., Message]] = {
+    def _search(self, item: Dict[str, Any], path: str, notes: Notes) -> Optional[Message]:
+        if item.get("execution") != "client":
+            notes.lose(path)
+            return None
+        return self._called({**item, "name": RESPONSES_SEARCH}, path, json_text(item.get("arguments") or {}))
+
+    def _found(self, item: Dict[str, Any], path: str, notes: Notes) -> Optional[Message]:
+        """What a search has found, by name: the model has the tools themselves from now on, see `_added_tools`."""
+        if item.get("execution") != "client":
+            notes.lose(path)
+            return None
+        found = [tool.name for tool in self._tools(item.get("tools"), f"{path}.tools", Notes())]
+        return Message("tool", (ToolResult(required(item, "call_id", "a string", path),
+                                           (Text(json_text({"tools": found})),)),))
+
+    items: Mapping[str, Callable[..., Optional[Message]]] = {
         "message": _message, "item_reference": _reference, "reasoning": _reasoning, "function_call": _call,
         "custom_tool_call": _custom_call, "function_call_output": _result, "custom_tool_call_output": _result,
+        RESPONSES_SEARCH_CALL: _search, "tool_search_output": _found,
         **dict.fromkeys(RESPONSES_OWN_CALLS, _own_call), **dict.fromkeys(RESPONSES_OWN_RESULTS, _own_result)}
 
     def _image_part(self, part: Dict[str, Any], path: str, notes: Notes) -> Optional[Image]:
@@ -3635,6 +3659,9 @@ class ResponseShape:
             return {"id": f"msg_{self._stamp.id}{place}", "type": "message", "status": "in_progress",
                     "role": "assistant", "content": []}
         tool = self._tools.get(part.name, Tool(part.name))
+        if tool.item == RESPONSES_SEARCH_CALL:
+            return {"id": f"tsc_{self._stamp.id}{place}", "type": tool.item, "status": "in_progress",
+                    "call_id": fit_id(part.id, RESPONSES_LIMIT), "execution": "client", "arguments": {}}
         space, name = tool.path or (None, tool.name)
         names = {"call_id": fit_id(part.id, RESPONSES_LIMIT), **present(namespace=space), "name": name}
         kind, prefix, field_name = (("custom_tool_call", "ctc", "input") if tool.custom else
@@ -3650,9 +3677,12 @@ class ResponseShape:
         item["status"] = "completed"
         if isinstance(part, Text):
             item["content"] = [output_text(part.text)]
+        elif item["type"] == "custom_tool_call":
+            item["input"] = custom_input(part)
+        elif item["type"] == RESPONSES_SEARCH_CALL:
+            item["arguments"] = repair_json_object(part.arguments) or {}
         elif isinstance(part, ToolCall):
-            item.update({"input": custom_input(part)} if item["type"] == "custom_tool_call" else
-                        {"arguments": part.arguments or "{}"})
+            item["arguments"] = part.arguments or "{}"
         return item
 
     def _thoughts(self, part: Thinking) -> Dict[str, Any]:
@@ -3716,7 +3746,7 @@ class ResponsesWriter(SerialWriter):
     _STEMS = {"message": ("response.output_text", {"content_index": 0}, ',"logprobs":[]'),
               "reasoning": ("response.reasoning_summary_text", {"summary_index": 0}, ""),
               "function_call": ("response.function_call_arguments", {}, ""),
-              "custom_tool_call": ("response.custom_tool_call_input", {}, "")}
+              "custom_tool_call": ("response.custom_tool_call_input", {}, ""), RESPONSES_SEARCH_CALL: ("", {}, "")}
 
     def __init__(self, request: Request, stamp: Stamp) -> None:
         super().__init__(request, stamp)
@@ -3754,7 +3784,7 @@ class ResponsesWriter(SerialWriter):
 
     def piece(self, text: str) -> bytes:
         """See `SerialWriter.piece`."""
-        if self._kind == "custom_tool_call":
+        if self._kind in ("custom_tool_call", RESPONSES_SEARCH_CALL):
             return b""
         return (b"" if self._has_piece else self._first_piece()) + self._delta(text)
 
@@ -3774,7 +3804,8 @@ class ResponsesWriter(SerialWriter):
     def finish(self, part: Part) -> bytes:
         """See `SerialWriter.finish`."""
         item = self._shape.item(part, len(self._output))
-        return self._closers[self._kind](self, item) + self._close(item)
+        close = self._closers.get(self._kind)
+        return (close(self, item) if close else b"") + self._close(item)
 
     def _close(self, item: Dict[str, Any]) -> bytes:
         self._output.append(item)

@@ -1412,6 +1412,8 @@ RWX = {"type": "function", **WEATHER["function"]}       # type: ignore[dict-item
 RNOW = {"type": "function", "name": "now"}
 LARK = {"type": "grammar", "syntax": "lark", "definition": "start: X"}
 SPACE = {"type": "namespace", "name": "files", "description": "d", "tools": [RNOW, {"type": "custom", "name": "patch"}]}
+SEARCH = {"type": "tool_search", "execution": "client"}
+INPUT_SCHEMA = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
 ENC_ITEM = {"type": "reasoning", "summary": [{"type": "summary_text", "text": "Hm"}], "encrypted_content": "ENC"}
 
 
@@ -1448,10 +1450,16 @@ ENC_ITEM = {"type": "reasoning", "summary": [{"type": "summary_text", "text": "H
      {"output": pg.OutputFormat({"type": "object"}, "n", True)}),
     ({"tools": [RWX, RNOW]}, {"tools": (WX, pg.Tool("now"))}),
     ({"tools": [SPACE]}, {"tools": (pg.Tool("files__now", path=("files", "now")), pg.Tool(
-        "files__patch", None, {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]},
-        custom=True, path=("files", "patch")))}),
+        "files__patch", None, INPUT_SCHEMA, custom=True, path=("files", "patch")))}),
     ({"tools": [{"type": "web_search"}, {"type": "image_generation"}, RNOW]},
      {"tools": (pg.Tool("now"),), "lost": ("tools[0]", "tools[1]"), "refused": ()}),
+    ({"tools": [{**SEARCH, "description": "d", "parameters": WX.schema}, {**SEARCH, "execution": "server"}],
+      "input": [{"role": "user", "content": "x"}, {"type": "tool_search_output", "execution": "server", "tools": [SPACE]},
+                {"type": "tool_search_output", "call_id": "c", "execution": "client", "tools": [RNOW]}]},
+     {"tools": (pg.Tool("tool_search", "d", WX.schema, item="tool_search_call"),
+                pg.Tool("files__now", path=("files", "now")), pg.Tool("files__patch", None, INPUT_SCHEMA, custom=True,
+                                                                      path=("files", "patch")), pg.Tool("now")),
+      "lost": ("input[1]", "tools[1]"), "refused": ()}),
     ({"tools": [{"type": "local_shell"}]},
      {"refused": (("tools[0]", "the tool type local_shell is for OpenAI's models only"),)}),
     ({"input": [{"type": "additional_tools", "role": "developer", "tools": [RNOW]}, {"role": "user", "content": "x"}],
@@ -1511,6 +1519,12 @@ SEALED_REDACTED = pg.seal_thinking(pg.Thinking("", "RU5D", True, "anthropic-mess
     ([{"type": "custom_tool_call", "call_id": "c", "name": "sh", "input": "ls\n"},
       {"type": "custom_tool_call_output", "call_id": "c", "output": "ok"}],
      [("assistant", [pg.ToolCall("c", "sh", '{"input":"ls\\n"}')]), ("tool", [pg.ToolResult("c", (pg.Text("ok"),))])]),
+    # a search of the client's own for tools, and one of the server's
+    ([{"type": "tool_search_call", "call_id": "c", "execution": "client", "arguments": {"query": "now"}},
+      {"type": "tool_search_output", "call_id": "c", "execution": "client", "tools": [SPACE, RNOW]},
+      {"type": "tool_search_call", "execution": "server", "arguments": {}}],
+     [("assistant", [pg.ToolCall("c", "tool_search", '{"query":"now"}')]),
+      ("tool", [pg.ToolResult("c", (pg.Text('{"tools":["files__now","files__patch","now"]}'),))])]),
     # several outputs of one call, and one that is repeated
     ([{"type": "custom_tool_call_output", "call_id": "c", "output": [
         {"type": "input_text", "text": "exit 3"}, {"type": "input_text", "text": "whoops"}]},
@@ -1699,6 +1713,8 @@ RESPONSES_SEED: Dict[str, Any] = {
         {"type": "custom_tool_call_output", "call_id": "c2", "output": "x"},
         {"type": "local_shell_call", "call_id": "c3", "action": {"command": ["ls"]}},
         {"type": "local_shell_call_output", "id": "c3", "output": "x"},
+        {"type": "tool_search_call", "call_id": "c4", "execution": "client", "arguments": {"query": "x"}},
+        {"type": "tool_search_output", "call_id": "c4", "execution": "client", "tools": [RNOW]},
         {"type": "additional_tools", "role": "developer", "tools": [RNOW]}, {"type": "web_search_call", "id": "w"}]}
 GEMINI_SEED: Dict[str, Any] = {
     "model": "p/m1", "stream": True, "system_instruction": {"parts": [{"text": "S"}]}, "labels": {"a": "b"},
@@ -2349,6 +2365,29 @@ def test_responses_writer_bytes() -> None:
         f'function_call_arguments.done",{fc},"name":"now","arguments":"{{}}"',
         f'output_item.done","output_index":3,"item":{{"id":"fc_{STAMP.id}3","type":"function_call",'
         '"status":"completed","call_id":"f","namespace":"files","name":"now","arguments":"{}"}']
+
+
+def test_searches_for_tools_come_back_as_such() -> None:
+    request = responses_request(stream=True, tools=[SEARCH, RNOW])
+    events: List[Any] = [pg.Start()]
+    for place, arguments in enumerate(('{"query": "a"}', "{")):
+        call = pg.ToolCall(f"c{place}", "tool_search")
+        events += [pg.PartStart(place, call), pg.PartDelta(place, arguments),
+                   pg.PartEnd(place, pg.replace(call, arguments=arguments))]
+    events.append(pg.Done("tool_use", USAGE))
+    wire = RESPONSES_CLIENT.writer(request, STAMP).write(events)
+    items = [{"id": f"tsc_{STAMP.id}{place}", "type": "tool_search_call", "status": "completed", "call_id": f"c{place}",
+              "execution": "client", "arguments": arguments} for place, arguments in enumerate(({"query": "a"}, {}))]
+    told = [json.loads(line[len("data: "):]) for line in wire.decode().split("\n") if line.startswith("data: ")]
+    assert [event["type"].partition(".")[2] for event in told] == [
+        "created", "in_progress", *["output_item.added", "output_item.done"] * 2, "completed"]
+    assert [event["item"] for event in told[3:-1:2]] == items and told[2]["item"]["arguments"] == {}
+    body = RESPONSES_CLIENT.render(request, pg.collect(events), STAMP)
+    assert body["output"] == items
+    if importlib.util.find_spec("jsonschema"):
+        fit("openai-response", body)
+        for event in told:
+            fit("openai-response-event", event)
 
 
 def test_response_object() -> None:
