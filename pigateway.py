@@ -10382,6 +10382,26 @@ NATIVE_LANES: Dict[Tuple[str, str], Type[NativeLane]] = {
 COUNT_LANES: Dict[Tuple[str, str], Type[NativeLane]] = {
     (AnthropicClient.name, AnthropicMessages.name): CountLane,
     **{(GeminiClient.name, kind.name): GeminiCountLane for kind in (GoogleGenerativeAI, GoogleVertex)}}
+
+# How servers that people run themselves count a chat request, the newest way first. `ask(path, body)` posts to the server
+# and gives its answer; a path with ".." begins beside the "/v1" of its base URL.
+Ask = Callable[[str, Mapping[str, Any]], Dict[str, Any]]
+PROMPT_FIELDS = ("model", "messages", "tools", "chat_template_kwargs", "reasoning_effort")
+SERVER_COUNTS: Tuple[Callable[[Ask, Mapping[str, Any]], Any], ...] = (
+    lambda ask, body: ask("/chat/completions/input_tokens", body)["input_tokens"],              # llama.cpp
+    lambda ask, body: ask("../tokenize", {name: body[name] for name in PROMPT_FIELDS if name in body})["count"],
+    lambda ask, body: len(ask("../tokenize", {"add_special": True, "parse_special": True,       # ^ vLLM, SGLang
+                                              "content": ask("../apply-template", body)["prompt"]})["tokens"]))
+
+
+def may_be_counted(request: Request, model: Model) -> bool:
+    """Whether the model's server is one of the user's own and might count the request. What pictures and files take, such
+    servers do not say."""
+    return (model.provider not in PROVIDERS and model.protocol == OpenAICompletions.name
+            and not any(isinstance(part, (Image, Document)) for message in request.messages
+                        for part in _flat_parts(message.parts)))
+
+
 # Client protocols whose requests are no conversation, so that there is nothing to translate.
 OWN_LANES: Dict[str, Type[Lane]] = {OpenAIEmbeddings.name: EmbeddingLane}
 
@@ -13714,7 +13734,7 @@ class PooledHandler(urllib.request.BaseHandler):
         message = request_message(request.get_method(), request.selector, host, headers, request.data)
 
         def connected() -> http.client.HTTPConnection:
-            opened = connect(request.host, timeout=self._limits.connect_s)
+            opened = connect(request.host, timeout=request.timeout)
             if not (tunnel or request.has_proxy()):         # the proxy's own address is none of the caller's choice
                 opened._create_connection = self._connect       # type: ignore[attr-defined]
             if tunnel:
@@ -13724,7 +13744,7 @@ class PooledHandler(urllib.request.BaseHandler):
 
         return self._send((request.type, request.host, tunnel), message, request.scope, connected)
 
-    def open_direct(self, split: urllib.parse.SplitResult, call: Call, scope: Scope) -> Response:
+    def open_direct(self, split: urllib.parse.SplitResult, call: Call, scope: Scope, connect_s: float) -> Response:
         """Sends a call that no proxy stands before, as `urllib.request` would: on the way through its request and its
         handlers it costs as much as all the rest of the transport."""
         selector = call.url.partition("//")[2][len(split.netloc):]
@@ -13733,7 +13753,7 @@ class PooledHandler(urllib.request.BaseHandler):
 
         def connected() -> http.client.HTTPConnection:
             context = {"context": self._tls()} if split.scheme == "https" else {}
-            opened = self._connections[split.scheme](split.netloc, timeout=self._limits.connect_s, **context)
+            opened = self._connections[split.scheme](split.netloc, timeout=connect_s, **context)
             opened._create_connection = self._connect           # type: ignore[attr-defined]
             opened.connect()
             return opened
@@ -13833,6 +13853,7 @@ class ScopedRequest(urllib.request.Request):
 
     scope: Scope
     call: Call
+    timeout: float                      # for the connection, in seconds
 
 
 class Opener(urllib.request.OpenerDirector):
@@ -13896,19 +13917,20 @@ class Transport:
         for handler in (urllib.request.ProxyHandler(self._proxies), self._handler, DemoHandler(demo_delay_s)):
             self._opener.add_handler(handler)
 
-    def open(self, call: Call, scope: Scope) -> Response:
+    def open(self, call: Call, scope: Scope, connect_s: Optional[float] = None) -> Response:
         """Sends `call`. Raises an `UpstreamError` when no answer comes."""
         split = urllib.parse.urlsplit(call.url)
         host = split.netloc.rpartition("@")[2]
         try:
             is_plain = split.path[:1] == "/" and not split.fragment and split.netloc.isascii() and not (
                 set("@% ") & set(split.netloc))
+            connect_s = connect_s or self._limits.connect_s
             if is_plain and split.scheme in ("http", "https") and split.scheme not in self._proxies:
-                return self._handler.open_direct(split, call, scope)
+                return self._handler.open_direct(split, call, scope, connect_s)
             request = ScopedRequest(call.url, data=call.body if call.method == "POST" else None,
                                     headers=dict(call.headers), method=call.method)
             request.scope, request.call = scope, call
-            response = self._opener.open(request, timeout=self._limits.connect_s)
+            response = self._opener.open(request, timeout=connect_s)
         except (GatewayError, ClientGone, PrivateAddress):
             raise
         except (socket.timeout, TimeoutError):
@@ -14230,6 +14252,56 @@ def without_parameters(body: bytes, quirks: Mapping[str, str]) -> Tuple[bytes, L
     return dumps(data).encode("ascii"), gone
 
 
+class ServerCounter:
+    """Asks servers of the user's own how many tokens a chat request has. Which way of `SERVER_COUNTS` a server knows, or
+    that it knows none or failed, is remembered by its base URL for some minutes."""
+
+    LIMIT_S = 2.0                       # for all that is asked, since a client waits
+    NONE = -1
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+        self._ways = Memory(256, 300.0)
+
+    def count(self, call: Call, base_url: str, scope: Scope, now: float) -> Optional[int]:
+        """The tokens of the prompt that `call` would send to a model; None when its server does not say."""
+        known = self._ways.get(base_url, now)
+        if known == self.NONE:
+            return None
+        ask, body = functools.partial(self._ask, call, base_url, scope), loads(call.body.decode("ascii"))
+        timer = threading.Timer(self.LIMIT_S, scope.cancel, [UpstreamTimeout("no count in time")])
+        timer.daemon = True
+        timer.start()
+        try:
+            for way in range(len(SERVER_COUNTS)) if known is None else (known,):
+                try:
+                    tokens = SERVER_COUNTS[way](ask, body)
+                    if type(tokens) is int and tokens > 0:
+                        self._ways.put(base_url, way, now)
+                        return tokens
+                except BadRequest:
+                    if known is not None:       # what is wrong is this one request
+                        return None
+                except (UpstreamError, KeyError, TypeError):
+                    continue
+        finally:
+            timer.cancel()
+        self._ways.put(base_url, self.NONE, now)
+        return None
+
+    def _ask(self, call: Call, base_url: str, scope: Scope, path: str, body: Mapping[str, Any]) -> Dict[str, Any]:
+        base = re.sub(r"/v\d+/*$", "", base_url) if path.startswith("..") else base_url
+        url = join_url(base, path.lstrip("."))
+        response = self._transport.open(call._replace(url=url, body=dumps(body).encode("ascii")), scope, self.LIMIT_S)
+        try:
+            answer = response.read(MAX_EVENT_BYTES)
+        finally:
+            response.close()
+        if response.status != 200:
+            raise (BadRequest if response.status in (400, 422) else UpstreamError)(f"the server answered {response.status}")
+        return parse_answer(answer)
+
+
 class Gateway:
     """Serves requests: finds model and credential, picks the lane, calls the provider, carries the answer back."""
 
@@ -14246,6 +14318,7 @@ class Gateway:
         self.journal = journal or Journal(LogSettings())
         self.media = MediaFetcher(config.ca_bundle)
         self.meter = TokenMeter(secrets.token_bytes(16))
+        self.server_counter = ServerCounter(transport)
         self.uncounted = Memory()               # models of hosts that speak Anthropic's protocol but do not count
         self.cooling = Memory()                 # models that failed not long ago
         self.load: Any = [0]                    # requests under way at providers, by worker process
@@ -14364,8 +14437,30 @@ class Gateway:
         exchange.log["lane"] = TranslatedLane.name
         headers = {"content-type": "application/json", "x-pigateway-lane": TranslatedLane.name,
                    "x-pigateway-model": header_text(model.full_id)}
-        answer = client.render_count(self.meter.estimate(model.full_id, request))
+        answer = client.render_count(self._count(request, model, credential, exchange))
         exchange.responder.send(200, headers, dumps(answer).encode("ascii"))
+
+    def _count(self, request: Request, model: Model, credential: Credential, exchange: Exchange) -> int:
+        """A prompt's tokens: from a server of the user's own that counts them, else by an estimate."""
+        counted = self._count_at_server(request, model, credential, exchange) if may_be_counted(request, model) else None
+        return counted or self.meter.estimate(model.full_id, request)
+
+    def _count_at_server(self, request: Request, model: Model, credential: Credential, exchange: Exchange,
+                         ) -> Optional[int]:
+        if model.level:
+            request = replace(request, reasoning=Reasoning(model.level))
+        lane = TranslatedLane(exchange.client, UPSTREAM_PROTOCOLS[model.protocol], request, model, exchange.stamp)
+        exchange.secrets.update(credential.secrets)
+        scope = Scope()
+        self._track(scope, True)
+        try:
+            call = lane.call(credential)[0]
+            call = call._replace(headers={**call.headers, **request_headers(request, model)})
+            return self.server_counter.count(call, model.base_url, scope, self.clock())
+        except BadRequest:                      # it could not be sent
+            return None
+        finally:
+            self._track(scope, False)
 
     def _with_model(self, data: Dict[str, Any]) -> Dict[str, Any]:
         """A body that names no model, with the default one, if there is one."""

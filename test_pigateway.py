@@ -5882,6 +5882,9 @@ def test_subscriptions_are_not_shown_to_others(tmp_path: Any, exposes: bool) -> 
         assert result.json["error"]["details"]["error_code"] == "subscription_exposure_disabled"
 
 
+SERVER_COUNT_PATHS = ["/v1/chat/completions/input_tokens", "/tokenize", "/apply-template"]
+
+
 @pytest.mark.parametrize("row, answer, expected, is_native", [
     ("anth", Answer(200, b'{"input_tokens": 42}'), 42, True),
     ("anth", Answer(404, b'{"type":"error","error":{"type":"not_found_error","message":"Not Found"}}'), 0, False),
@@ -5894,10 +5897,12 @@ def test_count_tokens(script: Given, row: str, answer: Answer, expected: int, is
     body = {"model": f"{row}/m1", "messages": [{"role": "user", "content": "word " * 100}],
             "tools": [{"name": "wx", "description": "d" * 350, "input_schema": {"type": "object"}}]}
     handle, fake = script(answer)
-    handle.server.gateway.meter = pg.TokenMeter(b"k")       # that has not seen what other tests made providers count
+    gateway = handle.server.gateway
+    gateway.meter = pg.TokenMeter(b"k")         # that has not seen what other tests made providers count
+    gateway.server_counter = pg.ServerCounter(gateway.transport)
     result = call(handle.url, "/v1/messages/count_tokens?beta=true", body)
     paths = [request.path.partition("?")[0] for request in fake.received]
-    assert paths == (["/v1/messages/count_tokens"] if row == "anth" else [])
+    assert paths == (["/v1/messages/count_tokens"] if row == "anth" else SERVER_COUNT_PATHS)
     assert result.status == 200 and set(result.json) == {"input_tokens"}
     count = result.json["input_tokens"]
     assert count == expected if is_native else 200 < count < 400
@@ -5922,7 +5927,76 @@ def test_count_tokens_learns_from_answers(tmp_path: Any, client: str, stream: bo
         longer = {**asked, "messages": [*asked["messages"], {"role": "assistant", "content": "Yes"},
                                         {"role": "user", "content": "word " * 50}]}
         assert known + 20 < call(handle.url, "/v1/messages/count_tokens", longer).json["input_tokens"] < known + 200
-        assert len(fake.received) == 1
+        assert [request.path for request in fake.received] == [*SERVER_COUNT_PATHS, "/v1/chat/completions"]
+
+
+# A server of the user's own: what it answers by path, all else with 404, and what it is asked for two counts
+TOKENS = b'{"tokens": [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17]}'
+REFUSED = Answer(400, b'{"error": {"message": "conversation roles must alternate"}}')
+COUNTING_SERVERS: Dict[str, Tuple[Dict[str, Answer], int, List[str]]] = {
+    "llama.cpp": ({"/v1/chat/completions/input_tokens": Answer(200, b'{"input_tokens": 17}')}, 17,
+                  SERVER_COUNT_PATHS[:1] * 2),
+    "vllm": ({"/tokenize": Answer(200, TOKENS[:-1] + b', "count": 17, "max_model_len": 4096}')}, 17,
+             [*SERVER_COUNT_PATHS[:2], "/tokenize"]),
+    "llama.cpp of before": ({"/apply-template": Answer(200, b'{"prompt": "<s>Hi"}'), "/tokenize": Answer(200, TOKENS)}, 17,
+                            [*SERVER_COUNT_PATHS, "/tokenize", "/apply-template", "/tokenize"]),
+    "none": ({}, 0, SERVER_COUNT_PATHS),
+    "no number": (dict.fromkeys(SERVER_COUNT_PATHS, Answer(200, b'{"input_tokens": true, "count": "17"}')), 0,
+                  SERVER_COUNT_PATHS),
+    "no JSON": (dict.fromkeys(SERVER_COUNT_PATHS, Answer(200, b"<html>", "text/html")), 0, SERVER_COUNT_PATHS),
+    "refusal": (dict.fromkeys(SERVER_COUNT_PATHS, REFUSED), 0, SERVER_COUNT_PATHS),
+    "redirect": (dict.fromkeys(SERVER_COUNT_PATHS, Answer(307, b"", headers={"location": "http://127.0.0.1:9/"})), 0,
+                 SERVER_COUNT_PATHS)}
+
+
+@pytest.mark.parametrize("server", COUNTING_SERVERS)
+def test_count_at_a_server_of_ones_own(tmp_path: Any, server: str) -> None:
+    """It is asked in the ways that such servers know, with its key, and not again in those that it does not know."""
+    answers, expected, asked = COUNTING_SERVERS[server]
+    with serving(tmp_path, lambda request: answers.get(request.path, Answer(404, b"{}"))) as (handle, fake):
+        for path, body in (("/v1/messages/count_tokens", question("chat")),
+                           ("/v1/responses/input_tokens", {"model": "chat/m1", "input": "Hi"})):
+            count = call(handle.url, path, body).json["input_tokens"]
+            assert count == expected if expected else 8 < count < 14
+    assert [request.path for request in fake.received] == asked
+    for request in fake.received:
+        assert request.headers["authorization"] == "Bearer sk-upstream-chat-key"
+        if "content" not in request.json:
+            assert request.json["model"] == "m1" and "stream" not in request.json
+            assert [message["content"] for message in request.json["messages"]] == ["Hi"]
+    assert [request.json["content"] for request in fake.received if "content" in request.json] == (
+        ["<s>Hi"] * 2 if server == "llama.cpp of before" else [])
+
+
+def test_count_at_a_server_that_fails(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One request that it refuses is estimated, and the next is counted; one that does not answer in time is left alone
+    for some minutes."""
+    monkeypatch.setattr(pg.ServerCounter, "LIMIT_S", 0.2)
+    image = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": PNG}}
+    answers = [Answer(200, b'{"input_tokens": 17}'), REFUSED, Answer(200, b'{"input_tokens": 18}'), Answer(200, [30.0])]
+    with serving(tmp_path, lambda request: answers.pop(0)) as (handle, fake):
+        def count(*content: Any) -> int:
+            body = question("chat", messages=[{"role": "user", "content": [*content, {"type": "text", "text": "Hi"}]}])
+            return call(handle.url, "/v1/messages/count_tokens", body).json["input_tokens"]
+
+        assert count(image) > 1000 and not fake.received        # such servers do not say what a picture takes
+        assert count() == 17 and 8 < count() < 14 and count() == 18
+        began = time.monotonic()
+        assert 8 < count() < 14 and 8 < count() < 14 and time.monotonic() - began < 2
+        fake.release.set()
+        assert len(fake.received) == 4
+        gateway, later = handle.server.gateway, time.time() + 400
+        gateway.clock = lambda: later
+        answers.append(Answer(200, b'{"input_tokens": 19}'))
+        assert count() == 19
+
+
+def test_count_does_not_ask_vendors(tmp_path: Any) -> None:
+    with fake_upstream(whole_answer("chat")) as fake:
+        write_agent_files(tmp_path, models={"providers": {"groq": {"baseUrl": fake.url, "apiKey": "k"}}})
+        with running(tmp_path) as handle:
+            assert call(handle.url, "/v1/messages/count_tokens", question("groq")).json["input_tokens"] > 8
+            assert not fake.received
 
 
 def test_count_tokens_does_not_learn_where_it_can_ask(tmp_path: Any) -> None:
@@ -12746,9 +12820,23 @@ def test_real_model_node(real_model: pg.ServerHandle, tmp_path: Any) -> None:
         assert row["lane"] == lane_of(row["client"], row["model"].partition("/")[0]), row
 
 
-def test_real_model_counts_are_learnt(real_model: pg.ServerHandle) -> None:
-    """A conversation that grows is counted on the high side, soon by at most a tenth, though the provider is never
+@pytest.mark.parametrize("way", [0, 2], ids=["new way", "old way"])
+def test_real_model_counts(real_model: pg.ServerHandle, monkeypatch: pytest.MonkeyPatch, way: int) -> None:
+    """The server says how many tokens a prompt has."""
+    monkeypatch.setattr(pg, "SERVER_COUNTS", pg.SERVER_COUNTS[way:])
+    chance = random.Random(6)
+    for kind in METER_KINDS:
+        body = {"model": "chat/small", **meter_body(chance, kind, most=40)}
+        counted = call(real_model.url, "/v1/messages/count_tokens", body).json["input_tokens"]
+        usage = call(real_model.url, PATHS[True], {**body, "max_tokens": 1, "temperature": 0}).json["usage"]
+        assert counted == usage["input_tokens"] + usage["cache_read_input_tokens"], kind
+
+
+def test_real_model_counts_are_learnt(real_model: pg.ServerHandle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A conversation that grows is counted on the high side, soon by at most a tenth, where the provider cannot be
     asked; a prompt that was answered is counted exactly."""
+    monkeypatch.setattr(pg.ServerCounter, "count", lambda *arguments: None)
+
     def prompt_tokens(body: Dict[str, Any]) -> int:
         usage = call(real_model.url, PATHS[True], {**body, "max_tokens": 1, "temperature": 0}).json["usage"]
         real_model.server._wait_idle(5.0)
