@@ -910,7 +910,7 @@ def meter_body(chance: random.Random, kind: str, turns: int = 0, most: int = 300
 
 
 def made_up_tokens(body: Dict[str, Any]) -> int:
-    """What a made-up provider counts: pieces of words, single digits, three for each character of other scripts, a
+    """What a made-up provider counts: pieces of words, single digits, two for each character of other scripts, a
     frame for each message, and tools as JSON."""
     texts = [body.get("system", ""), *(json.dumps(tool, separators=(",", ":")) for tool in body.get("tools", ()))]
     for message in body["messages"]:
@@ -920,7 +920,7 @@ def made_up_tokens(body: Dict[str, Any]) -> int:
     text = "\x00".join(texts)
     pieces = re.findall(r" ?[A-Za-z]{1,6}|[0-9]| ?[!-/:-@\[-`{-~]{1,2}|\n[ \n]*| +", text)
     wide = sum(character > "\x7f" for character in text)
-    return len(pieces) + 3 * wide + 5 * len(body["messages"]) + 31
+    return len(pieces) + 2 * wide + 5 * len(body["messages"]) + 31
 
 
 def test_meter_is_not_held_up_by_odd_texts() -> None:
@@ -944,7 +944,8 @@ def test_meter_learns_how_a_model_counts() -> None:
         meter.observe("p/m", messages_request(**body), made_up_tokens(body))
     assert 0 <= min(errors(others)) and max(errors(others)) <= 0.1
     assert set(errors(seen)) == {0.0}                           # known prompts are counted exactly
-    assert meter.estimate("p/other", messages_request(**seen[0])) == pg.estimate_tokens(messages_request(**seen[0]))
+    fresh = pg.TokenMeter(b"k").estimate("p/m", messages_request(**seen[0]))
+    assert meter.estimate("p/other", messages_request(**seen[0])) == fresh      # what one model does says nothing of others
 
 
 def test_meter_counts_a_conversation_that_grows() -> None:
@@ -5957,7 +5958,7 @@ def test_count_at_a_server_of_ones_own(tmp_path: Any, server: str) -> None:
         for path, body in (("/v1/messages/count_tokens", question("chat")),
                            ("/v1/responses/input_tokens", {"model": "chat/m1", "input": "Hi"})):
             count = call(handle.url, path, body).json["input_tokens"]
-            assert count == expected if expected else 8 < count < 14
+            assert count == expected if expected else 20 < count < 50
     assert [request.path for request in fake.received] == asked
     for request in fake.received:
         assert request.headers["authorization"] == "Bearer sk-upstream-chat-key"
@@ -5980,9 +5981,9 @@ def test_count_at_a_server_that_fails(tmp_path: Any, monkeypatch: pytest.MonkeyP
             return call(handle.url, "/v1/messages/count_tokens", body).json["input_tokens"]
 
         assert count(image) > 1000 and not fake.received        # such servers do not say what a picture takes
-        assert count() == 17 and 8 < count() < 14 and count() == 18
+        assert count() == 17 and 20 < count() < 50 and count() == 18
         began = time.monotonic()
-        assert 8 < count() < 14 and 8 < count() < 14 and time.monotonic() - began < 2
+        assert 20 < count() < 50 and 20 < count() < 50 and time.monotonic() - began < 2
         fake.release.set()
         assert len(fake.received) == 4
         gateway, later = handle.server.gateway, time.time() + 400
@@ -13537,7 +13538,7 @@ def test_gemini_model_pages(gemini_demo: str) -> None:
 
 
 def test_gemini_count_is_an_estimate(gemini_demo: str) -> None:
-    assert 8 < call(gemini_demo, "/v1beta/models/demo:countTokens", GEMINI_ASKS).json["totalTokens"] < 30
+    assert 8 < call(gemini_demo, "/v1beta/models/demo:countTokens", GEMINI_ASKS).json["totalTokens"] < 40
     answer = call(gemini_demo, "/v1beta/models/demo:countTokens", {})
     assert answer.status == 400 and answer.json["error"]["details"][1]["fieldViolations"][0]["field"] == "contents"
 
