@@ -86,8 +86,8 @@ import urllib.request
 import zlib
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import (Any, Callable, Dict, FrozenSet, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence,
-                    TextIO, Tuple, Type, TypeVar, Union)
+from typing import (Any, Callable, ContextManager, Dict, FrozenSet, Iterable, Iterator, List, Mapping, NamedTuple, Optional,
+                    Sequence, TextIO, Tuple, Type, TypeVar, Union)
 
 __all__ = [
     "main", "start_server", "stop_server", "Config", "Gateway", "Server", "ClientProtocol", "UpstreamProtocol",
@@ -13421,6 +13421,10 @@ class Scope:
         if self._cancelled is not None:
             raise self._cancelled
 
+    def waiting(self) -> ContextManager[None]:
+        """Goes around what waits for the provider elsewhere than in `wait`."""
+        return contextlib.nullcontext()
+
     def wait(self, upstream: Optional[socket.socket], limit_s: float) -> bool:
         """Waits until `upstream` can be read; False when that takes `limit_s`. Raises `ClientGone`, or what `cancel` was
         given."""
@@ -13456,6 +13460,43 @@ class Scope:
         except OSError:
             pass
         raise ClientGone
+
+
+class Stopwatch:
+    """The gateway's own time on one request, measured for clients that ask: it stands still while others are waited for.
+    `started` is a time of the monotonic clock."""
+
+    def __init__(self, started: float) -> None:
+        self._started = started
+        self._paused_at: Optional[float] = None
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Does not count what happens inside."""
+        self._paused_at = time.monotonic()
+        try:
+            yield
+        finally:
+            self._started += time.monotonic() - self._paused_at
+            self._paused_at = None
+
+    @property
+    def own_ms(self) -> float:
+        """Milliseconds until now, without the pauses; the one that lasts included."""
+        return ((self._paused_at or time.monotonic()) - self._started) * 1000
+
+
+class TimedScope(Scope):
+    """A scope whose waits pause a stopwatch."""
+
+    def __init__(self, stopwatch: Stopwatch, client: Optional[socket.socket], heartbeat_s: float) -> None:
+        super().__init__(client, heartbeat_s)
+        self.waiting = stopwatch.paused         # type: ignore[method-assign]
+
+    def wait(self, upstream: Optional[socket.socket], limit_s: float) -> bool:
+        """The same; a sign of life that begins the answer meanwhile tells the time without this wait."""
+        with self.waiting():
+            return super().wait(upstream, limit_s)
 
 
 class Poller:
@@ -13791,7 +13832,9 @@ class PooledHandler(urllib.request.BaseHandler):
                 return self._exchange(kept, message, scope)
             except (StaleConnection, ConnectionError):
                 scope.check()
-        connection = Connection(connected(), self.pool, key)
+        with scope.waiting():
+            opened = connected()
+        connection = Connection(opened, self.pool, key)
         try:
             return self._exchange(connection, message, scope)
         except StaleConnection:
@@ -13800,7 +13843,8 @@ class PooledHandler(urllib.request.BaseHandler):
     def _exchange(self, connection: Connection, message: bytes, scope: Scope) -> Response:
         try:
             scope.attach(connection.sock)
-            connection.send(message, self._limits.idle_s)
+            with scope.waiting():
+                connection.send(message, self._limits.idle_s)
             return self._read_head(connection, scope)
         except BaseException:
             connection.close()
@@ -15322,9 +15366,9 @@ _CORS_HEADERS = {"access-control-allow-methods": "GET, POST, HEAD, OPTIONS", "ac
                  "access-control-allow-headers": "authorization, content-type, accept, openai-beta, x-api-key, "
                  "x-goog-api-key, x-goog-api-client, anthropic-version, anthropic-beta, "
                  "anthropic-dangerous-direct-browser-access, "
-                 "x-pigateway-strict, x-stainless-arch, x-stainless-async, x-stainless-helper-method, x-stainless-lang, "
-                 "x-stainless-os, x-stainless-package-version, x-stainless-retry-count, x-stainless-runtime, "
-                 "x-stainless-runtime-version, x-stainless-timeout"}
+                 "x-pigateway-strict, x-pigateway-overhead, x-stainless-arch, x-stainless-async, "
+                 "x-stainless-helper-method, x-stainless-lang, x-stainless-os, x-stainless-package-version, "
+                 "x-stainless-retry-count, x-stainless-runtime, x-stainless-runtime-version, x-stainless-timeout"}
 
 
 def origin_form(target: str, headers: Dict[str, str]) -> Tuple[str, Dict[str, str]]:
@@ -15383,6 +15427,7 @@ class HttpResponder:
         self.status = 0
         self.is_over = False                        # the whole answer is out: another byte would belong to the next one
         self.capture: Optional[Capture] = None      # what keeps the answer, where it is logged
+        self.stopwatch: Optional[Stopwatch] = None  # where the client wants to know the gateway's own time
         self._scope: Optional[Scope] = None
 
     def _head(self, status: int, headers: Mapping[str, str]) -> bytes:
@@ -15393,6 +15438,8 @@ class HttpResponder:
             reason = "Overloaded" if status == 529 else "Error"
         lines = [f"HTTP/1.1 {status} {reason}"]
         lines.extend(f"{name}: {value}" for name, value in {**self._common, **headers}.items())
+        if self.stopwatch:
+            lines.append(f"x-pigateway-overhead-ms: {self.stopwatch.own_ms:.3f}")
         lines.append("connection: keep-alive" if self.keep_alive else "connection: close")
         return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace")
 
@@ -15454,7 +15501,8 @@ class HttpResponder:
 
     def scope(self) -> Scope:
         """A scope that watches this client."""
-        self._scope = Scope(self._sock, self._heartbeat_s)
+        self._scope = (TimedScope(self.stopwatch, self._sock, self._heartbeat_s) if self.stopwatch else
+                       Scope(self._sock, self._heartbeat_s))
         return self._scope
 
 
@@ -15467,6 +15515,7 @@ class Handler(socketserver.BaseRequestHandler):
     def handle(self) -> None:
         """Serves requests until the connection ends."""
         self._buffer = b""
+        self._waiting: Callable[[], ContextManager[None]] = contextlib.nullcontext      # goes around waits for the client
         self.server.track(self.request, True)
         try:
             self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -15512,12 +15561,15 @@ class Handler(socketserver.BaseRequestHandler):
             try:
                 return self.request.recv(RECEIVE_BYTES)
             except BlockingIOError:
-                if not self._poller.wait(deadline - time.monotonic()):
+                with self._waiting():
+                    is_ready = self._poller.wait(deadline - time.monotonic())
+                if not is_ready:
                     raise socket.timeout("the client sends nothing") from None
 
     def _read_head(self) -> Optional[Head]:
         """The next request's head, None when the client is done or idle for too long."""
-        deadline = time.monotonic() + (HEAD_TIMEOUT_S if self._buffer else KEEP_ALIVE_S)
+        self._seen_at = time.monotonic()        # the last of it
+        deadline = self._seen_at + (HEAD_TIMEOUT_S if self._buffer else KEEP_ALIVE_S)
         has_begun = bool(self._buffer)
         while True:
             self._buffer = self._buffer.lstrip(b"\r\n") if self._buffer[:1] in (b"\r", b"\n") else self._buffer
@@ -15533,8 +15585,9 @@ class Handler(socketserver.BaseRequestHandler):
                 return None
             if not data:
                 return None
+            self._seen_at = time.monotonic()
             if not has_begun:                   # once: line ends before a request do not make time
-                deadline, has_begun = time.monotonic() + HEAD_TIMEOUT_S, True
+                deadline, has_begun = self._seen_at + HEAD_TIMEOUT_S, True
             self._buffer += data
             if b"\r\n\r\n" not in self._buffer and _BARE_LF.search(self._buffer.lstrip(b"\r\n")):
                 raise BadRequest("malformed HTTP request: lines must end in CRLF", code="invalid_http")
@@ -15589,6 +15642,9 @@ class Handler(socketserver.BaseRequestHandler):
         responder = HttpResponder(self.request, head, common, server.config.heartbeat_interval_ms / 1000)
         exchange = Exchange(client, stamp, head.headers, responder, head.target.partition("?")[2],
                             named=path_fields(head))
+        if head.headers.get("x-pigateway-overhead") in ("1", "true"):
+            responder.stopwatch = Stopwatch(self._seen_at)
+            self._waiting = responder.stopwatch.paused
         try:
             self._dispatch(head, exchange)
         except (ClientGone, ConnectionError):
@@ -15606,6 +15662,7 @@ class Handler(socketserver.BaseRequestHandler):
         duration_ms = (time.monotonic() - started) * 1000
         self._log_access(head, exchange, status, duration_ms)
         self._log_to_files(head, exchange, status, duration_ms)
+        self._waiting = contextlib.nullcontext
         responder.forget()
         if exchange.size > LARGE_BODY_BYTES:
             server.trim_memory()
@@ -16189,7 +16246,7 @@ class Server(http.server.ThreadingHTTPServer):
             return {}
         return {"access-control-allow-origin": "*" if "*" in allowed else header_text(origin), "vary": "origin",
                 "access-control-expose-headers": "x-request-id, request-id, retry-after, x-pigateway-lane, "
-                "x-pigateway-dropped, x-pigateway-fallback, x-pigateway-model", **_CORS_HEADERS}
+                "x-pigateway-dropped, x-pigateway-fallback, x-pigateway-model, x-pigateway-overhead-ms", **_CORS_HEADERS}
 
     def check_key(self, head: Head) -> None:
         """The client's key, where one is demanded; compared in constant time."""

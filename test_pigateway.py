@@ -72,6 +72,7 @@ if __name__ == "__main__":
 import _thread
 import base64
 import binascii
+import concurrent.futures
 import contextlib
 import copy
 import datetime
@@ -102,7 +103,7 @@ import urllib.parse
 import urllib.request
 import warnings
 import zlib
-from typing import Any, Callable, Dict, FrozenSet, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, FrozenSet, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import pytest
 
@@ -6454,6 +6455,68 @@ def test_origins(script: Given, monkeypatch: Any, allowed: Tuple[str, ...], orig
         for name in ("authorization", "content-type", "x-api-key", "anthropic-version", "anthropic-beta"):
             assert name in preflight.headers["access-control-allow-headers"]
         assert result.headers["vary"] == "origin" or shown == "*"
+
+
+OWN_TIME = "x-pigateway-overhead-ms"
+
+
+def own_ms(headers: Mapping[str, str]) -> float:
+    """The gateway's own time as the head of an answer tells it, in milliseconds."""
+    assert re.fullmatch(r"\d+\.\d{3}", headers[OWN_TIME])
+    return float(headers[OWN_TIME])
+
+
+def test_own_time_is_told_when_asked_for(script: Given) -> None:
+    def late(request: Received) -> Answer:
+        time.sleep(0.3)
+        row = "anth" if request.path.endswith("/messages") else "chat"
+        if b"Refuse" in request.body:
+            return Answer(429, json.dumps(provider_error(row, 429, "Too many.")).encode())
+        return stream_answer(row) if request.json.get("stream") else whole_answer(row)
+
+    def ask(case: Tuple[str, str, bool, str]) -> Result:
+        client, row, stream, text = case
+        return call(handle.url, WAY_IN[client], question(row, stream, messages=[{"role": "user", "content": text}]),
+                    x_pigateway_overhead="1" if stream else "true")
+
+    handle, _ = script(late)
+    cases = [(*way, stream, text) for way in WAYS for stream in (False, True) for text in ("Hi", "Refuse")]
+    with concurrent.futures.ThreadPoolExecutor(len(cases)) as pool:
+        results = list(pool.map(ask, cases))
+    for case, result in zip(cases, results):
+        assert result.status == (429 if case[3] == "Refuse" else 200)
+        assert 0 < own_ms(result.headers) < 200, case               # and not the 300 of the provider
+    for path, body, status in (("/v1/models", None, 200), ("/nowhere", None, 404), (WAY_IN["chat"], ECHO, 200),
+                               (WAY_IN["messages"], {}, 400)):
+        told = call(handle.url, path, body, x_pigateway_overhead="1")
+        assert (told.status, own_ms(told.headers) > 0) == (status, True)
+        for headers in ({}, {"x_pigateway_overhead": "0"}):
+            assert OWN_TIME not in call(handle.url, path, body, **headers).headers
+
+
+def test_own_time_is_without_the_client_and_ends_at_the_head(tmp_path: Any) -> None:
+    def ask(body: bytes) -> Mapping[str, str]:
+        connection.putrequest("POST", WAY_IN["chat"])
+        connection.putheader("content-length", str(len(body)))
+        if asked:
+            connection.putheader("x-pigateway-overhead", "1")
+        connection.endheaders()
+        time.sleep(0.3 if asked else 0)         # the body is late
+        connection.send(body)
+        response = connection.getresponse()
+        assert response.status == 200 and response.read().endswith(b"data: [DONE]\n\n")
+        return response.headers
+
+    silent = stream_answer("chat")._replace(body=[0.4, *stream_answer("chat").body])
+    with fake_upstream(silent) as fake:
+        write_agent_files(tmp_path, models=two_providers(fake.url))
+        with running(tmp_path, heartbeat_interval_ms=250) as handle:        # the head goes out while it is silent
+            host = urllib.parse.urlsplit(handle.url)
+            connection = http.client.HTTPConnection(host.hostname or "", host.port, timeout=20)
+            with contextlib.closing(connection):
+                for asked in (True, False):     # on one connection: the next request is a new one
+                    headers = ask(json.dumps(question("chat", True)).encode())
+                    assert own_ms(headers) < 200 if asked else OWN_TIME not in headers
 
 
 GATEWAY_KEY = "gw-key-0123456789"
