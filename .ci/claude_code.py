@@ -106,7 +106,7 @@ class Place:
         try:
             expect("/" + path == wire.path, "the right path", path)
             turns, tools = wire.read(json.loads(raw))
-            check_request(wire, raw, turns, tools)
+            self.check(wire, raw, turns, tools)
             parts = self.play(wire, turns, tools)
         except Exception as reason:
             self.faults.append(f"{name}: {type(reason).__name__}: {reason}")
@@ -122,6 +122,9 @@ class Place:
                 handler.wfile.write(frame)
         except OSError:
             self.cuts.append(time.monotonic())
+
+    def check(self, wire: Any, raw: bytes, turns: List[Turn], tools: Dict[str, Any]) -> None:
+        check_request(wire, raw, turns, tools)
 
     def play(self, wire: Any, turns: List[Turn], tools: Dict[str, Any]) -> List[Any]:
         """The script's next lines; none: the prompt is too long."""
