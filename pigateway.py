@@ -2899,7 +2899,7 @@ class AnthropicClient(ClientProtocol):
         messages = self._messages(required(data, "messages", "an array"), notes)
         tools = self._tools(optional(data, "tools", "an array") or [], notes)
         tool_choice, parallel = self._tool_choice(optional(data, "tool_choice", "an object"), tools, notes)
-        config = optional(data, "output_config", "an object") or {}
+        config = {**(optional(data, "output_config", "an object") or {}), **self._later_effort(data["messages"])}
         metadata = optional(data, "metadata", "an object") or {}
         extra = self._extra(data, config, notes)
         return Request(
@@ -2999,21 +2999,32 @@ class AnthropicClient(ClientProtocol):
         blocks = self.content(value, "system", notes)
         return tuple(block for block in blocks if isinstance(block, Text) and not block.text.startswith(BILLING_LINE))
 
+    def _later_effort(self, items: Sequence[Dict[str, Any]]) -> Dict[str, Any]:
+        """The effort of the last system turn that changes it: so clients do in the midst of a conversation, often without
+        a text, and leave the request's own as it was for the cache's sake."""
+        efforts = [as_dict(item.get("output_config")).get("effort") for item in items if item["role"] == "system"]
+        return {"effort": next(filter(None, reversed(efforts)))} if any(efforts) else {}
+
     def _messages(self, items: Sequence[Any], notes: Notes) -> List[Message]:
         if not items:
             raise BadRequest("messages: at least one message is required", param="messages")
         messages: List[Message] = []
-        for path, item in objects(items, "messages"):
+        last_user = max((place for place, item in enumerate(items) if as_dict(item).get("role") == "user"), default=0)
+        for place, (path, item) in enumerate(objects(items, "messages")):
             role = required(item, "role", "a string", path)
             if role not in ("user", "assistant", "system"):
                 raise BadRequest(f"{path}.role: must be user, assistant or system, not {role[:40]!r}",
                                  param=f"{path}.role")
             content = item.get("content")
+            if content is None and role == "system" and item.get("output_config"):
+                content = []
             if content is None:
                 raise missing_field(f"{path}.content")
             parts = self.content(content, f"{path}.content", notes)
             results = tuple(part for part in parts if isinstance(part, ToolResult))
             rest = tuple(part for part in parts if not isinstance(part, ToolResult))
+            if role == "system" and item.get("clear_at") == "next_user_message" and place < last_user:
+                continue                        # it was for a turn that is over
             if results:
                 messages.append(Message("tool", results))
             if rest or not results:
@@ -9484,6 +9495,8 @@ class AnthropicLane(NativeLane):
             data.update(present(thinking=thinking, max_tokens=limit if request.max_tokens else None))
             if effort:
                 data["output_config"] = {**as_dict(data.get("output_config")), "effort": effort}
+                data["messages"] = [{**message, "output_config": {"effort": effort}} if message.get("output_config") else
+                                    message for message in data["messages"]]
         return data
 
     def _without_foreign(self, message: Dict[str, Any]) -> Dict[str, Any]:

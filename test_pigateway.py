@@ -1348,6 +1348,34 @@ def test_messages_blocks(block: Dict[str, Any], expected: List[Any]) -> None:
     assert blocks_of(block) == expected
 
 
+EFFORT_TURN = {"role": "system", "content": [], "output_config": {"effort": "low"}}
+LATER_TURNS = [{"role": "assistant", "content": "Hello"}, {"role": "user", "content": "Go on"}]
+
+
+@pytest.mark.parametrize("turns, level", [
+    ([], "high"), ([EFFORT_TURN], "low"), ([EFFORT_TURN, *LATER_TURNS], "low"),
+    ([EFFORT_TURN, *LATER_TURNS, {**EFFORT_TURN, "output_config": {"effort": "max"}}], "max"),
+    ([EFFORT_TURN, *LATER_TURNS, {**EFFORT_TURN, "content": "Mind.", "output_config": {}}], "low"),
+    ([{"role": "system", "output_config": {"effort": "low"}}], "low")],
+    ids=["none", "last", "before", "two", "empty", "no content"])
+def test_messages_effort_of_a_later_turn(turns: List[Dict[str, Any]], level: str) -> None:
+    """Claude Code leaves the request's own effort as it was, and says in the conversation that it changes."""
+    request = messages_request(messages=[{"role": "user", "content": "Hi"}, *turns], thinking={"type": "adaptive"},
+                               output_config={"effort": "high"})
+    assert request.reasoning == pg.Reasoning(level)
+    fitted = pg.fit_history(request, model(), pg.UPSTREAM_PROTOCOLS["openai-completions"])
+    assert all(message.parts for message in fitted.messages)
+
+
+def test_messages_passing_system_turn() -> None:
+    """A system turn that is for one user turn only is not shown after the next."""
+    passing = {"role": "system", "content": "now", "clear_at": "next_user_message"}
+    for turns, shown in (([passing], True), ([passing, *LATER_TURNS], False),
+                         ([{**passing, "clear_at": "never"}, *LATER_TURNS], True)):
+        request = messages_request(messages=[{"role": "user", "content": "Hi"}, *turns])
+        assert any(message.role == "system" for message in request.messages) is shown
+
+
 def test_messages_system_turns_are_kept() -> None:
     # Claude Code 2.1 puts turns with role system into messages, also as the last one
     request = messages_request(messages=[{"role": "user", "content": "Hi"}, {"role": "system", "content": "env"}])
@@ -6000,6 +6028,17 @@ def test_count_does_not_ask_vendors(tmp_path: Any) -> None:
         with running(tmp_path) as handle:
             assert call(handle.url, "/v1/messages/count_tokens", question("groq")).json["input_tokens"] > 8
             assert not fake.received
+
+
+@pytest.mark.parametrize("name, efforts", [("anth/m1", "low"), ("anth/m1:high", "high")])
+def test_effort_of_a_later_turn_natively(tmp_path: Any, name: str, efforts: str) -> None:
+    """It passes as it is, unless the model's name says how hard to think."""
+    with fake_upstream(whole_answer("anth")) as fake:
+        write_agent_files(tmp_path, models=two_providers(fake.url, compat={"forceAdaptiveThinking": True}))
+        with running(tmp_path) as handle:
+            body = question("anth", messages=[{"role": "user", "content": "Hi"}, EFFORT_TURN, *LATER_TURNS])
+            assert call(handle.url, WAY_IN["messages"], {**body, "model": name}).status == 200
+    assert fake.received[0].json["messages"][1] == {**EFFORT_TURN, "output_config": {"effort": efforts}}
 
 
 def test_count_tokens_does_not_learn_where_it_can_ask(tmp_path: Any) -> None:
