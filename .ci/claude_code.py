@@ -129,6 +129,7 @@ class Place:
     def play(self, wire: Any, turns: List[Turn], tools: Dict[str, Any]) -> List[Any]:
         """The script's next lines; none: the prompt is too long."""
         if "create a detailed summary" in turns[-1].text:
+            self.seen.append((wire, "summary", turns))
             return [("text", f"<summary>{SUMMARY}</summary>")]
         place, task = [(place, word) for place, turn in enumerate(turns) if turn.role == "user"
                        for word in re.findall(r"PLAY-(\w+)", turn.text)][-1]
@@ -157,6 +158,7 @@ class Place:
                       [read("hello.py")], [("call", ("Edit", {**hello, "old_string": "wrold", "new_string": "world"}))],
                       [("call", ("Bash", {"command": f"{sys.executable} hello.py", "description": "Run it"}))],
                       [read("hello.py"), read("other.txt")], [("text", f"{results[3:4]} {sorted(results[4:])}")]],
+            "wait": [[("call", ("Bash", {"command": "touch running; sleep 90", "description": "Wait"}))]],
             "image": [[read("red.png")], [("text", f"as it was: {images == [PNG]}")]],
             "agent": [[("call", ("Agent", errand))], [("text", f"told: {last}")]],
             "errand": [[read("other.txt")], [("text", "it says " + "".join(re.findall(r"m4rk3r-\d", last)))]],
@@ -236,49 +238,94 @@ def test_compaction(place: Place, wire: Any) -> None:
     expect(kinds.count("compact_boundary") == 1, "one compaction", kinds)
 
 
-def test_interruption(place: Place, wire: Any) -> None:
-    """Ctrl-C in the middle of an answer ends the provider's connection, and the session goes on."""
-    import pty
-    main, side = pty.openpty()
-    process = subprocess.Popen(place.command(), env={**place.environ, "COLUMNS": "140", "LINES": "40"}, cwd=place.work,
-                               stdin=side, stdout=side, stderr=side, start_new_session=True)
-    os.close(side)
-    screen: List[bytes] = []
+class Terminal:
+    """Claude Code on a terminal, ready to be typed at."""
 
-    def watch() -> None:
+    def __init__(self, place: Place) -> None:
+        import pty
+        self.main, side = pty.openpty()
+        self.screen: List[bytes] = []
+        self.process = subprocess.Popen(place.command(), env={**place.environ, "COLUMNS": "140", "LINES": "40"},
+                                        cwd=place.work, stdin=side, stdout=side, stderr=side, start_new_session=True)
+        os.close(side)
+        threading.Thread(target=self.watch, daemon=True).start()
+
+    def __enter__(self) -> "Terminal":
+        self.see("accept")
+        time.sleep(1)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        end_process(self.process)
+        os.close(self.main)
+
+    def watch(self) -> None:
         with contextlib.suppress(OSError):
             while True:
-                screen.append(os.read(main, 65536))
+                self.screen.append(os.read(self.main, 65536))
 
-    def see(word: str) -> None:
-        wait_for(f"{word!r} on the screen", lambda: word.encode() in b"".join(screen), lambda: screen)
-        screen.clear()
+    def see(self, word: str) -> None:
+        wait_for(f"{word!r} on the screen", lambda: word.encode() in b"".join(self.screen), lambda: self.screen)
+        self.screen.clear()
 
-    def tell(line: str) -> None:
-        os.write(main, line.encode())
+    def tell(self, line: str) -> None:
+        self.press(line.encode())
         time.sleep(0.5)                         # else Enter would be part of a paste
-        os.write(main, b"\r")
+        self.press(b"\r")
 
-    threading.Thread(target=watch, daemon=True).start()
-    try:
-        see("accept")
-        time.sleep(1)
-        tell("PLAY-endless please")
-        see("drop")
+    def press(self, keys: bytes) -> None:
+        os.write(self.main, keys)
+
+
+def test_interruption(place: Place, wire: Any) -> None:
+    """Ctrl-C in the middle of an answer ends the provider's connection, and the session goes on."""
+    with Terminal(place) as terminal:
+        terminal.tell("PLAY-endless please")
+        terminal.see("drop")
         before = time.monotonic()
-        os.write(main, b"\x03")
+        terminal.press(b"\x03")
         wait_for("end of the connection", lambda: place.cuts)
         expect(place.cuts[0] - before < 1, "it ends within a second", place.cuts[0] - before)
-        see("nterrupted")
-        tell("PLAY-next please")
-        wait_for("next request", lambda: place.seen[-1][1] == "next", lambda: place.faults or screen)
-        see("done")
-    finally:
-        end_process(process)
-        os.close(main)
+        terminal.see("nterrupted")
+        terminal.tell("PLAY-next please")
+        wait_for("next request", lambda: place.seen[-1][1] == "next", lambda: place.faults or terminal.screen)
+        terminal.see("done")
     expect(not place.faults, "the provider refuses nothing", place.faults[:1])
     said = "".join(turn.text for turn in place.seen[-1][2] if turn.role == "assistant")
     expect("drop" in said, "what was said stays", said)
+
+
+def test_interrupted_tool(place: Place, wire: Any) -> None:
+    """Ctrl-C while a tool runs: its call gets a result that says so, and the session goes on."""
+    with Terminal(place) as terminal:
+        terminal.tell("PLAY-wait please")
+        wait_for("tool that runs", lambda: os.path.exists(place.path("running")), lambda: place.faults or terminal.screen)
+        terminal.press(b"\x03")
+        terminal.see("nterrupted")
+        terminal.tell("PLAY-next please")
+        wait_for("next request", lambda: place.seen[-1][1] == "next", lambda: place.faults or terminal.screen)
+        terminal.see("done")
+    expect(not place.faults, "the provider refuses nothing", place.faults[:1])
+    turns = place.seen[-1][2]
+    expect(["Bash"] in [list(turn.calls.values()) for turn in turns], "the call stays", turns)
+    results = [text for turn in turns for text in turn.results.values()]
+    expect(len(results) == 1 and results[0], "and has its result", results)
+
+
+def test_compact(place: Place, wire: Any) -> None:
+    """/compact has the conversation summed up, and the session goes on with the summary; what it keeps of the last turn
+    begins with one that has no text but sets the effort."""
+    with Terminal(place) as terminal:
+        for line, task, sign in (("PLAY-files", "files", "m4rk3r"), ("/compact", "summary", "ompacted"),
+                                 ("PLAY-second", "second", "done")):
+            terminal.tell(line)
+            wait_for(f"request: {task}", lambda: [seen[1] for seen in place.seen[-1:]] == [task],
+                     lambda: place.faults or terminal.screen)
+            terminal.see(sign)
+    expect(not place.faults, "the provider refuses nothing", place.faults[:1])
+    turns = place.seen[-1][2]
+    expect(any(SUMMARY in turn.text for turn in turns), "the summary is sent", [turn.text for turn in turns])
+    expect(not any(turn.calls for turn in turns), "and not what it sums up", [turn.calls for turn in turns])
 
 
 def test_change(place: Place, wire: Any) -> None:
@@ -292,7 +339,8 @@ def test_change(place: Place, wire: Any) -> None:
     expect(sum(bool(turn.thoughts) for turn in place.seen[-1][2]) >= 5, "its thinking is back", place.seen[-1][2])
 
 
-TESTS = [test_files, test_image, test_agent, test_compaction, test_interruption, test_change]
+TESTS = [test_files, test_image, test_agent, test_compaction, test_interruption, test_interrupted_tool, test_compact,
+         test_change]
 
 
 def main() -> int:

@@ -248,6 +248,9 @@ class Anthropic(Wire):
     def read(self, body: Dict[str, Any]) -> Tuple[List[Turn], Dict[str, Any]]:
         turns: List[Turn] = []
         for message in body["messages"]:
+            # a system turn may change no more than the effort (Messages API, output_config of system turns)
+            expect(message["content"] or (message["role"] == "system" and message["output_config"]["effort"]),
+                   "a turn says something", message)
             for block in inner_parts(message["content"]):
                 kind = block["type"]
                 turn = turn_of(turns, "tool" if kind == "tool_result" else message["role"])
