@@ -11889,9 +11889,26 @@ def expiry_of(entry: Mapping[str, Any]) -> float:
         return math.inf
 
 
-def log_in_advice(provider: str) -> str:
+PYTHON = "py" if os.name == "nt" else "python3"
+USUAL_COMMAND = f"{PYTHON} {NAME}.py"
+
+
+def own_command() -> str:
+    """What runs this program again where it was started, as it was started: by Python, or as a program on the PATH; the
+    README's way where another program has imported it."""
+    started = sys.argv[0] if sys.argv else ""
+    stem, ending = os.path.splitext(os.path.basename(started))
+    if not (stem.lower() == NAME or os.path.exists(started) and os.path.samefile(started, __file__)):
+        return USUAL_COMMAND
+    if ending.lower() != ".py" and shutil.which(stem):
+        return stem
+    quote = subprocess.list2cmdline if os.name == "nt" else shlex.join
+    return f"{PYTHON} {quote([started])}"
+
+
+def log_in_advice(provider: str, command: str = USUAL_COMMAND) -> str:
     """What to type."""
-    return f"run: {'python' if os.name == 'nt' else 'python3'} {NAME}.py login {provider}"
+    return f"run: {command} login {provider}"
 
 
 def number_of(value: Any) -> float:
@@ -12124,7 +12141,7 @@ SUBSCRIPTIONS: Dict[str, Subscription] = {row.provider: row for row in (
         "http://localhost:53692/callback", "org:create_api_key user:profile user:inference user:sessions:claude_code "
         "user:mcp_servers user:file_upload", {"code": "true"}, as_json=True,
         terms="Anthropic's terms allow a Claude subscription in Claude Code and claude.ai only; other use can end it.",
-        accepted=f"Claude Code's own log-in, passed through untouched ({NAME}.py --pass-through anthropic)"),
+        accepted=f"Claude Code's own log-in, passed through untouched ({USUAL_COMMAND} --pass-through anthropic)"),
     CodexSubscription(
         "openai-codex", "ChatGPT Plus/Pro (Codex)", "app_EMoamEEZ73f0CkXaXp7hrann", "https://auth.openai.com/oauth/token",
         "https://auth.openai.com/oauth/authorize", CODEX_REDIRECT, "openid profile email offline_access",
@@ -16673,7 +16690,10 @@ def run_account_command(arguments: argparse.Namespace, config: Config) -> int:
     file, terminal = AuthFile(path), Terminal()
     try:
         if arguments.command == "accounts":
-            return print_accounts(file, arguments.json)
+            rows = account_rows(file)
+            for name, path in log_in_files(config):
+                rows += [row for row in account_rows(AuthFile(path)) if row["provider"] == name and row not in rows]
+            return print_accounts(rows, arguments.json)
         if arguments.provider:
             path = log_in_path(config, arguments.provider, path)
             file = AuthFile(path)
@@ -16689,12 +16709,15 @@ def run_account_command(arguments: argparse.Namespace, config: Config) -> int:
         return EXIT_INTERRUPTED
 
 
+def log_in_files(config: Config) -> List[Tuple[str, str]]:
+    """(name of a log-in, the file it is in) where the configuration names one: piai-router's `authFile`."""
+    return [(entry.get("oauthProvider") or name, str(entry["authFile"])) for name, entry in config.providers.items()
+            if entry.get("authMode") == "oauth" and entry.get("authFile")]
+
+
 def log_in_path(config: Config, provider: str, default: str) -> str:
-    """The file that a log-in is looked for in: piai-router's `authFile`, where the configuration names one."""
-    for name, entry in config.providers.items():
-        if entry.get("authMode") == "oauth" and entry.get("authFile") and (entry.get("oauthProvider") or name) == provider:
-            return str(entry["authFile"])
-    return default
+    """The file that a log-in is looked for in."""
+    return next((path for name, path in log_in_files(config) if name == provider), default)
 
 
 def log_in(file: AuthFile, terminal: Terminal, arguments: argparse.Namespace, config: Config) -> int:
@@ -16708,7 +16731,7 @@ def log_in(file: AuthFile, terminal: Terminal, arguments: argparse.Namespace, co
             raise LogInFailed("not logged in")
     entry = obtain_log_in(row, terminal, arguments, config)
     file.change(row.provider, lambda old: entry)
-    terminal.say(f"Logged in to {row.title}. Its models are {row.provider}/...; {NAME}.py models lists them.")
+    terminal.say(f"Logged in to {row.title}. Its models are {row.provider}/...\nThey are listed by: {own_command()} models")
     return EXIT_OK
 
 
@@ -16731,7 +16754,7 @@ def pick_subscription(terminal: Terminal, arguments: argparse.Namespace) -> Subs
     name = arguments.provider
     if not name:
         if not terminal.is_interactive:
-            raise ConfigError(f"which one? {log_in_advice('PROVIDER')}, with one of {', '.join(LOG_INS)}")
+            raise ConfigError(f"which one? {log_in_advice('PROVIDER', own_command())}, with one of {', '.join(LOG_INS)}")
         numbered = {str(number): known for number, known in enumerate(LOG_INS, 1)}
         for number, known in numbered.items():
             terminal.say(f"  {number:>2}  {SUBSCRIPTIONS[known].title:<26}{known}")
@@ -16751,7 +16774,7 @@ def log_out(file: AuthFile, terminal: Terminal, provider: Optional[str]) -> int:
         terminal.say("There is no log-in.")
         return EXIT_OK
     if not provider:
-        raise ConfigError(f"which one? {NAME}.py logout {' | '.join(known)}")
+        raise ConfigError(f"which one? {own_command()} logout {' | '.join(known)}")
     if provider not in known:
         raise ConfigError(f'there is no log-in for "{redact(provider)[:60]}"'
                           + (f"; there is {', '.join(known)}" if known else ""))
@@ -16760,8 +16783,8 @@ def log_out(file: AuthFile, terminal: Terminal, provider: Optional[str]) -> int:
     return EXIT_OK
 
 
-def print_accounts(file: AuthFile, as_json: bool) -> int:
-    """The command accounts: which log-ins there are and how long their tokens are good; no token, no address."""
+def account_rows(file: AuthFile) -> List[Dict[str, Any]]:
+    """Which log-ins a file has and how long their tokens are good; no token, no address."""
     rows = []
     for name, entry in file.read().items():
         entry = as_dict(entry)
@@ -16769,14 +16792,22 @@ def print_accounts(file: AuthFile, as_json: bool) -> int:
             expires, name = expiry_of(entry), header_text(name)
             rows.append({"provider": name, "title": SUBSCRIPTIONS[name].title if name in SUBSCRIPTIONS else name,
                          "expiresAt": int(expires) if expires < math.inf else None,
-                         "renewable": bool(name in SUBSCRIPTIONS and entry.get("refresh"))})
+                         "renewable": bool(name in SUBSCRIPTIONS and entry.get("refresh")), "file": file.path})
+    return rows
+
+
+def print_accounts(rows: Sequence[Mapping[str, Any]], as_json: bool) -> int:
+    """The command accounts; names the file where there is more than one."""
     if as_json:
         print(json.dumps(rows, indent=2))
         return EXIT_OK
+    has_files = len({row["file"] for row in rows}) > 1
     for row in rows:
         print(f"{row['provider']:<20}{row['title']:<28}{describe_validity(row, time.time())}")
+        if has_files:
+            print(f"  in {row['file']}")
     if not rows:
-        print(f"There is no log-in. {NAME}.py login makes one.")
+        print(f"There is no log-in. To make one: {own_command()} login")
     return EXIT_OK
 
 
@@ -17566,7 +17597,7 @@ class _Parser(argparse.ArgumentParser):
         options = [(f"{option.flag} {METAVARS.get(option.flag, 'N')}" if option.kind != "boolean" else option.flag,
                     option.help) for option in OPTIONS if option.flag]
         return "\n".join([
-            f"usage: {NAME}.py [command] [options]", "",
+            f"usage: {own_command()} [command] [options]", "",
             "Serve every model you have access to, to any client, on this machine.", "",
             "commands:", *two_columns(COMMAND_HELP, 15), "",
             "options:", *two_columns((*options, *FLAG_HELP), 27),
@@ -17620,10 +17651,13 @@ def refuse_key_flag(argv: Sequence[str]) -> None:
 
 
 def check_words(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
-    """A misspelt flag named as such; argparse would take what follows it for a command."""
+    """A misspelt flag or command named as such; argparse would take what follows a flag for a command."""
     known = [flag for action in parser._actions for flag in action.option_strings]
-    for argument in argv:
+    for place, argument in enumerate(argv):
         flag = argument.partition("=")[0]
+        if place == command_place(argv) and argument not in COMMANDS:
+            near = difflib.get_close_matches(argument, COMMANDS, 1, 0.0)
+            raise ConfigError(f"unknown command {redact(argument)[:60]!r}; the nearest is {near[0]} (see --help)")
         if flag.startswith("--") and flag != "--" and flag not in known:
             near = difflib.get_close_matches(flag, known, 1, 0.0)
             raise ConfigError(f"unknown flag {redact(flag)[:60]}; the nearest is {near[0]} (see --help)")
@@ -17633,7 +17667,7 @@ def check_command(arguments: argparse.Namespace) -> None:
     """Raises `ConfigError` for flags and words that the command does not take."""
     command = arguments.command
     if arguments.json and command not in JSON_COMMANDS:
-        raise ConfigError(f"--json goes with the commands {', '.join(JSON_COMMANDS)}: {NAME}.py models --json")
+        raise ConfigError(f"--json goes with the commands {', '.join(JSON_COMMANDS)}: {own_command()} models --json")
     for flag, owners in COMMAND_FLAGS.items():
         if getattr(arguments, flag[2:].replace("-", "_")) and command not in owners:
             raise ConfigError(f"{flag} goes with the {owners[0]} command")
@@ -18356,7 +18390,8 @@ def default_model(client: Client, config: Config, models: Mapping[str, int]) -> 
         return offered[0]
     some = f": {', '.join(offered[:3])} ..." if offered else ""
     raise NoModel(f"which model? {client.title}'s own names mean nothing to what there is here{some} Name one: "
-                  f"{NAME}.py --default-model MODEL ..., or keep one with {NAME}.py init; {NAME}.py models lists them")
+                  f"{own_command()} --default-model MODEL ..., or keep one with the command init; the command models lists "
+                  "them")
 
 
 def named_model(words: Sequence[str]) -> str:
@@ -18384,11 +18419,17 @@ def client_environment(client: Client, target: Target, environ: Mapping[str, str
     return changes
 
 
-def split_launch(argv: Sequence[str]) -> Tuple[List[str], List[str]]:
-    """Our own arguments, with the client's name last, and the client's: all that stands behind its name, as it is."""
+def command_place(argv: Sequence[str]) -> int:
+    """Where the command stands among the arguments."""
     place = 0
     while place < len(argv) and argv[place].startswith("-"):
         place += 2 if argv[place] in VALUE_FLAGS else 1
+    return place
+
+
+def split_launch(argv: Sequence[str]) -> Tuple[List[str], List[str]]:
+    """Our own arguments, with the client's name last, and the client's: all that stands behind its name, as it is."""
+    place = command_place(argv)
     end = place + 1 if place < len(argv) and argv[place] in LAUNCH_COMMANDS else len(argv)
     return list(argv[:end]), list(argv[end:])
 
@@ -18623,11 +18664,11 @@ def print_environment(config: Config, arguments: argparse.Namespace) -> int:
     client, shell = CLIENTS[name], SHELLS[arguments.shell or guess_shell(os.environ)]
     pid, url = Lifecycle(config, []).find()
     target, notes = guess_target(client, config, url)
-    notes += [] if pid else [f"No gateway is running yet: {NAME}.py start"]
+    notes += [] if pid else [f"No gateway is running yet: {own_command()} start"]
     words = client.arguments(target)
     notes += [f"{client.program} also needs these arguments: {shlex.join(words)}"] if words else []
     is_hidden = sys.stdout.isatty() and bool(target.key) and target.key == config.api_key
-    command = " ".join([f"{NAME}.py", "env", *([arguments.provider] if arguments.provider else [])])
+    command = " ".join([own_command(), "env", *([arguments.provider] if arguments.provider else [])])
     notes += ["The key is not shown on a terminal. To use this:", shell.use.format(command)] if is_hidden else []
     changes = client_environment(client, target, os.environ)
     print("\n".join(shell_lines(shell, changes, notes, target.key if is_hidden else "")))
@@ -18960,16 +19001,16 @@ class SetUp:
                                                       if self._entry is not None else ""))
         if self._entry is None and not self._gateway.is_usable(provider):
             say(f"Still missing: a credential for {provider.name}. " + (
-                f"Set {provider.env[-1]}." if provider.env else log_in_advice(provider.name)))
+                f"Set {provider.env[-1]}." if provider.env else log_in_advice(provider.name, own_command())))
         config = f" --config {shlex.quote(self.path)}" if self._arguments.config else ""
         command = client if client in CLIENTS else "start"
-        say(f"Next: {NAME}.py{config} {command}")
+        say(f"Next: {own_command()}{config} {command}")
 
 
 def render_config(provider: str, model: str, port: int = 0) -> str:
     """A configuration file with comments, which only files of our own may have. `port` 0: the usual one."""
     lines = [f"// Written by {NAME}.py init. Comments are allowed here. README.md has all keys;",
-             f"// {NAME}.py show prints those in force.",
+             f"// Those in force: {USUAL_COMMAND} show",
              "{", *([f'  "port": {port},'] if port else []),
              "  // Where names go that do not say a provider.", f'  "provider": {json.dumps(provider)},',
              "  // The model for requests that name none.",
@@ -19021,7 +19062,7 @@ def extension_mark(body: bytes) -> bytes:
 def run_pi_extension(config: Config, arguments: argparse.Namespace) -> int:
     """The command pi-extension."""
     if not arguments.install:
-        raise ConfigError(f"{NAME}.py pi-extension --install writes the extension into pi's folder")
+        raise ConfigError(f"{own_command()} pi-extension --install writes the extension into pi's folder")
     path = install_extension(os.path.join(agent_dir(config, os.environ), "extensions"), arguments.force)
     print(f"Written: {path}\nRestart pi, or type /reload there. /gateway:start, /gateway:stop and /gateway:status are its "
           "commands.")

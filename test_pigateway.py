@@ -12395,11 +12395,37 @@ def test_periods_beyond_reason(tmp_path: Any, capsys: Any, monkeypatch: Any, opt
 
 @pytest.mark.parametrize("argv, words", [
     (["--prot", "4000"], "unknown flag --prot; the nearest is --port"), (["--json"], "--json goes with the commands status, models"),
-    (["--secret=sk-abcdefghijklmnop1234"], "unknown flag --secret")])
+    (["--secret=sk-abcdefghijklmnop1234"], "unknown flag --secret"),
+    (["cdoe"], "unknown command 'cdoe'; the nearest is code (see --help)"),
+    (["--port", "4000", "modles"], "the nearest is models"),
+    (["cluade", "--resume", "-p", "hi"], "the nearest is code"), (["sk-abcdefghijklmnop1234"], "unknown command"),
+    (["login", "--yse"], "unknown flag --yse; the nearest is --yes")])
 def test_slips_on_the_command_line(argv: List[str], words: str, capsys: Any) -> None:
     assert pg.main(argv) == 2
     shown = capsys.readouterr().err
     assert words in shown and "abcdefghijklmnop" not in shown
+
+
+def test_commands_are_named_as_this_one_was_started(tmp_path: Any, monkeypatch: Any) -> None:
+    folder = tmp_path / "my files"
+    folder.mkdir()
+    (folder / "gateway.py").write_text("")
+    (folder / "pigateway").write_text("#!/bin/sh\n")
+    (folder / "pigateway").chmod(0o755)
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.chdir(os.path.dirname(os.path.abspath(pg.__file__)))
+    usual = pg.USUAL_COMMAND
+    for started, path, command in (
+            ("pigateway.py", "", usual), ("/usr/bin/pytest", "", usual), ("", "", usual),
+            (str(folder / "gateway.py"), "", usual),
+            ("../x/pigateway.py", "", f"{pg.PYTHON} ../x/pigateway.py"),
+            (str(folder / "pigateway"), str(folder), "pigateway")):
+        monkeypatch.setattr(sys, "argv", [started])
+        monkeypatch.setenv("PATH", path or "/nowhere")
+        assert pg.own_command() == command
+    if os.name == "posix":
+        monkeypatch.setattr(sys, "argv", [str(folder / "pigateway.py")])
+        assert pg.own_command() == f"python3 '{folder / 'pigateway.py'}'"
 
 
 def test_slips_in_models_json_are_named() -> None:
@@ -17979,6 +18005,22 @@ def test_router_log_in_goes_to_its_file(tmp_path: Any) -> None:
     assert pg.log_in_path(config, "openai-codex", "x") == path and pg.log_in_path(config, "anthropic", "x") == "x"
 
 
+def test_router_log_in_is_among_the_accounts(tmp_path: Any, capsys: Any, monkeypatch: Any) -> None:
+    """Its file is looked into as well, for the log-in that the configuration means."""
+    folder = tmp_path / ".pirouter"
+    routed_config(tmp_path, {"provider": "work", "providers": {"work": {**CODEX_ENTRY, "authFile": "a.json"}}})
+    (folder / "a.json").write_text(json.dumps({"openai-codex": log_in_entry(7200), "meta": log_in_entry(7200)}))
+    write_agent_files(tmp_path, auth={"xai": log_in_entry(7200)})
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert pg.main(["accounts", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["provider"], row["file"]) for row in rows] == [
+        ("xai", str(tmp_path / ".pi" / "agent" / "auth.json")), ("openai-codex", str(folder / "a.json"))]
+    assert pg.main(["accounts"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[::2]] == ["xai", "openai-codex"] and lines[3] == f"  in {folder / 'a.json'}"
+
+
 def test_router_log_in_file(tmp_path: Any) -> None:
     config = routed_config(tmp_path, {"provider": "work", "providers": {"work": {**CODEX_ENTRY, "authFile": "sub/a.json"}}})
     path = tmp_path / ".pirouter" / "sub" / "a.json"
@@ -19272,12 +19314,12 @@ def test_accounts_in_words(tmp_path: Any, capsys: Any) -> None:
     entries = {"anthropic": log_in_entry(5.2 * hour), "xai": log_in_entry(-1), "openrouter": {
         "type": "oauth", "access": "k", "refresh": "", "expires": pg.NEVER_MS}, "radius": log_in_entry(-1),
         "groq": {"type": "api_key", "key": "k"}, "meta": log_in_entry(90.4), "kimi-coding": {**log_in_entry(), "expires": 10 ** 400}}
-    assert pg.print_accounts(auth_file(tmp_path, entries), False) == 0
+    assert pg.print_accounts(pg.account_rows(auth_file(tmp_path, entries)), False) == 0
     told = {line.split()[0]: line.split("  ")[-1].strip() for line in capsys.readouterr().out.splitlines()}
     assert told == {"anthropic": "token good for 5 hours, then renewed", "xai": "is renewed at the next request",
                     "openrouter": "does not expire", "radius": "has expired; log in again", "kimi-coding": "does not expire",
                     "meta": "token good for 90 seconds, then renewed"}
-    assert pg.print_accounts(auth_file(tmp_path), True) == 0
+    assert pg.print_accounts(pg.account_rows(auth_file(tmp_path)), True) == 0
     rows = {row["provider"]: row for row in json.loads(capsys.readouterr().out)}
     assert abs(rows["anthropic"]["expiresAt"] - time.time() - 5.2 * hour) < 5 and rows["openrouter"]["expiresAt"] is None
 
@@ -22362,7 +22404,7 @@ def test_env_for_each_client(fakes: Fakes, capsys: Any, client: str, shell: str,
     assert pg.main(["env", client, "--shell", shell]) == 0
     out = capsys.readouterr().out.splitlines()
     assert expected in out and max(len(line) for line in out if not line.startswith("export GEMINI_CLI")) <= 80
-    assert ("rem" if shell == "cmd" else "#") + " No gateway is running yet: pigateway.py start" in out
+    assert ("rem" if shell == "cmd" else "#") + f" No gateway is running yet: {pg.USUAL_COMMAND} start" in out
 
 
 def test_env_says_what_it_does_not_know(fakes: Fakes, capsys: Any, monkeypatch: Any) -> None:
@@ -22380,7 +22422,7 @@ def test_env_shows_no_key_on_a_terminal(fakes: Fakes, forker: LoginForker, monke
     with set_up_terminal(forker, fakes.home, "env", "--shell", "bash") as terminal:
         text = terminal.end(0, ())
     check_written("env", text)
-    assert '# eval "$(pigateway.py env)"' in text and "export ANTHROPIC_AUTH_TOKEN='***'" in text
+    assert '# eval "$(python3 pigateway.py env)"' in text and "export ANTHROPIC_AUTH_TOKEN='***'" in text
     assert max(map(len, text.splitlines())) <= 80
 
 
@@ -22399,7 +22441,7 @@ def test_init_by_flags(fakes: Fakes, capsys: Any, monkeypatch: Any) -> None:
     path = fakes.folder / "pigateway.json"
     assert pg.main(["init", "--yes", "--provider", "openai", "--default-model", "gpt-9", "--client", "codex"]) == 0
     out = capsys.readouterr().out
-    assert "Still missing" in out and "OPENAI_API_KEY" in out and "Next: pigateway.py codex" in out
+    assert "Still missing" in out and "OPENAI_API_KEY" in out and "Next: python3 pigateway.py codex" in out
     assert path.stat().st_mode & 0o777 == 0o600 and fakes.folder.stat().st_mode & 0o777 == 0o700
     config = load(fakes.home)
     assert (config.provider, config.default_model) == ("openai", "openai/gpt-9")
@@ -22407,7 +22449,7 @@ def test_init_by_flags(fakes: Fakes, capsys: Any, monkeypatch: Any) -> None:
     assert pg.main(["ui", "--yes"]) == 1 and path.read_bytes() == before and "--force" in capsys.readouterr().err
     path.write_text("{ broken")
     assert pg.main(["init", "--yes", "--force", "--client", "none"]) == 0 and load(fakes.home).provider == "groq"
-    assert "Next: pigateway.py start" in capsys.readouterr().out
+    assert "Next: python3 pigateway.py start" in capsys.readouterr().out
     other = fakes.home / "new" / "mine.json"
     assert pg.main(["init", "--yes", "--client", "claude", "--config", str(other)]) == 0
     assert load(fakes.home, extra=str(other)).provider == "groq" and other.parent.stat().st_mode & 0o777 == 0o700
@@ -22445,7 +22487,7 @@ def test_init_asks(fakes: Fakes, forker: LoginForker, monkeypatch: Any) -> None:
         terminal.type(number + "\n")
         text = terminal.end(0, ("auth.json", "pigateway.json"))
     check_written("init", text)
-    assert max(map(len, text.splitlines())) <= 80 and "Next: pigateway.py code" in text
+    assert max(map(len, text.splitlines())) <= 80 and "Next: python3 pigateway.py code" in text
     auth = fakes.folder / "auth.json"
     assert json.loads(auth.read_text()) == {"mistral": {"type": "api_key", "key": PLANTED[1]}}
     assert auth.stat().st_mode & 0o777 == 0o600
