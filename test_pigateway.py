@@ -2,15 +2,58 @@
 """Tests of pigateway.py. `python3 test_pigateway.py` runs them, and gets pytest first where it is missing.
 
 Sections follow the module's. Tests that need an optional package, a program or a real model skip where it is absent;
-`.ci/run` brings all of them.
+`.ci/run` brings all of them. `python3 test_pigateway.py --bench` measures how fast the gateway is.
 """
 from __future__ import annotations
 
+import _thread
+import argparse
+import asyncio
+import base64
+import binascii
+import collections
+import concurrent.futures
+import contextlib
+import copy
+import datetime
+import errno
+import functools
+import glob
+import hashlib
+import hmac
+import http.client
+import http.server
+import importlib.util
+import io
+import itertools
+import json
+import logging
 import os
+import platform
+import queue
+import random
+import re
+import select
+import shutil
+import signal
+import socket
+import ssl
+import statistics
+import struct
 import subprocess
 import sys
 import tempfile
+import threading
+import time
+import types
+import urllib.parse
+import urllib.request
+import warnings
+import zlib
+from typing import Any, Callable, Dict, FrozenSet, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
+HERE = os.path.dirname(os.path.abspath(__file__))
+MODULE = os.path.join(HERE, "pigateway.py")
 HALF = "--half"                     # `test_pigateway.py --half 0` and `--half 1` are all the tests together
 
 
@@ -66,51 +109,482 @@ def bootstrap() -> int:
     return subprocess.call(command, cwd=here, env=environ)
 
 
-if __name__ == "__main__":
-    sys.exit(run_half(int(sys.argv[2])) if sys.argv[1:2] == [HALF] else bootstrap())
+# ======================================================================================================================
+# Benchmark
+# ======================================================================================================================
+#
+# `python3 test_pigateway.py --bench` measures what the gateway adds to a provider that is on this machine and knows its
+# answers beforehand. Provider, gateway and load are a process each; the load's is this one. Every figure is taken from
+# all targets in turn, round by round, and a ratio is that of two figures of one round: what else the machine does meets
+# all of them alike. Nothing here judges a time. Standard library only: this stands before pytest is imported.
 
-import _thread
-import base64
-import binascii
-import concurrent.futures
-import contextlib
-import copy
-import datetime
-import errno
-import functools
-import hashlib
-import hmac
-import http.client
-import http.server
-import importlib.util
-import io
-import itertools
-import json
-import logging
-import queue
-import random
-import re
-import select
-import shutil
-import signal
-import socket
-import ssl
-import struct
-import threading
-import time
-import types
-import urllib.parse
-import urllib.request
-import warnings
-import zlib
-from typing import Any, Callable, Dict, FrozenSet, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+BENCH_PROVIDER = "--bench-provider"             # `test_pigateway.py --bench-provider PORT` is the provider's process
+BENCH_MODEL = "mock-model"
+
+
+class BenchTarget(NamedTuple):
+    """What is measured: a base URL for OpenAI clients, and the processes behind it where they can be known."""
+
+    name: str
+    url: str
+    model: str = BENCH_MODEL
+    key: str = "sk-bench"
+    pids: Sequence[int] = ()
+
+
+class BenchLoad(NamedTuple):
+    """`clients` ask again and again for `seconds`, at least once, the first time spread over `ramp` seconds. An answer
+    has `pieces` of 20 bytes, in a stream `pause` seconds apart."""
+
+    clients: int
+    seconds: float
+    stream: bool = False
+    pieces: int = 50
+    pause: float = 0.0
+    ramp: float = 0.0
+
+
+BENCH_LOADS = {
+    "one": BenchLoad(1, 0.7),
+    "many": BenchLoad(16, 1.0),
+    "chunks": BenchLoad(16, 1.0, True, 400),
+    "paced": BenchLoad(100, 0.7, True, 30, 0.02, 0.3),
+    "held": BenchLoad(1000, 0, True, 8, 0.3, 1.5)}      # or as many as there may be descriptors for
+
+# title, load, figure (with + the difference to `direct`), decimal places
+BENCH_ROWS = (
+    ("latency of a 1 KB answer, p50, ms", "one", "p50", 2),
+    ("- added", "one", "p50+", 2),
+    ("requests/s, 16 clients", "many", "rate", 0),
+    ("- CPU s per 1,000 requests", "many", "cpu", 2),
+    ("chunks/s, 16 streams without pauses", "chunks", "rate", 0),
+    ("- CPU s per 100,000 chunks", "chunks", "cpu", 2),
+    ("first chunk of 100 streams, p50, ms", "paced", "first50", 1),
+    ("- added", "paced", "first50+", 1),
+    ("first chunk of 100 streams, p99, ms", "paced", "first99", 1),
+    ("- added", "paced", "first99+", 1),
+    ("{streams:,} streams at a time: failed", "held", "failed", 0),
+    ("- first chunk, p99, ms", "held", "first99", 0),
+    ("- memory meanwhile, MiB", "held", "memory", 0),
+    ("memory before all this, MiB", "before", "memory", 0),
+    ("memory after all this, MiB", "after", "memory", 0),
+    ("start to the first answer, s", "start", "health", 2),
+    ("--help, s", "start", "help", 2))
+
+
+# --- The provider ---
+
+
+@functools.lru_cache(maxsize=None)
+def bench_text(pieces: int) -> bytes:
+    """The text of an answer."""
+    return b"".join(b"piece %05d of all. " % number for number in range(pieces))
+
+
+@functools.lru_cache(maxsize=None)
+def bench_answer(pieces: int, stream: bool, usage: bool, paced: bool) -> Tuple[bytes, ...]:
+    """An answer as it goes out: one send for each piece of a paced stream, else 16 KiB at a time."""
+    text = bench_text(pieces).decode()
+    facts = {"id": "chatcmpl-bench", "created": 1700000000, "model": BENCH_MODEL}
+    counts = {"prompt_tokens": 12, "completion_tokens": pieces, "total_tokens": pieces + 12}
+    if not stream:
+        message = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+        body = json.dumps({**facts, "object": "chat.completion", "choices": [message], "usage": counts}).encode()
+        return (b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body) + body,)
+
+    def event(delta: Optional[Dict[str, str]], finish: Optional[str] = None, **more: Any) -> bytes:
+        choices = [] if delta is None else [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}]
+        data = b"data: %b\n\n" % json.dumps({**facts, "object": "chat.completion.chunk", "choices": choices, **more},
+                                            separators=(",", ":")).encode()
+        return b"%x\r\n%b\r\n" % (len(data), data)
+
+    sends = [event({"content": text[place:place + 20]}) for place in range(0, len(text), 20)]
+    sends[0] = (b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+                + event({"role": "assistant", "content": ""}) + sends[0])
+    sends[-1] += event({}, "stop") + (event(None, usage=counts) if usage else b"")
+    sends[-1] += b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n"
+    if paced:
+        return tuple(sends)
+    out = b"".join(sends)
+    return tuple(out[place:place + 16384] for place in range(0, len(out), 16384))
+
+
+class BenchProvider(asyncio.Protocol):
+    """One connection to a provider of Chat Completions that answers as the prompt tells it to."""
+
+    def connection_made(self, transport: Any) -> None:
+        self._transport, self._buffer, self._timer = transport, b"", None
+
+    def connection_lost(self, error: Optional[Exception]) -> None:
+        if self._timer:
+            self._timer.cancel()
+
+    def data_received(self, data: bytes) -> None:
+        self._buffer += data
+        head, end, rest = self._buffer.partition(b"\r\n\r\n")
+        length = re.search(rb"(?i)\r\ncontent-length: *(\d+)", head)
+        size = int(length.group(1)) if length else 0
+        if not end or len(rest) < size:
+            return
+        body, self._buffer = rest[:size], rest[size:]
+        wanted = re.search(rb"(\d+) pieces, ([\d.]+) s apart", body)
+        if not wanted:                          # somebody asks for models, or for health
+            models = b'{"object":"list","data":[{"id":"%b","object":"model"}]}' % BENCH_MODEL.encode()
+            self._transport.write(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b"
+                                  % (len(models), models))
+            return
+        stream, pause = bool(re.search(rb'"stream": *true', body)), float(wanted.group(2))
+        sends = bench_answer(int(wanted.group(1)), stream, b"include_usage" in body, bool(pause))
+        if stream and pause:
+            self._say(asyncio.get_running_loop(), sends, 0, 0.0, pause)
+        else:
+            for piece in sends:
+                self._transport.write(piece)
+
+    def _say(self, loop: Any, sends: Tuple[bytes, ...], number: int, due: float, pause: float) -> None:
+        self._transport.write(sends[number])
+        if number + 1 < len(sends):
+            due = (due or loop.time()) + pause
+            self._timer = loop.call_at(due, self._say, loop, sends, number + 1, due, pause)
+
+
+async def provide(port: int, until: Callable[[int], Any]) -> None:
+    """Runs the provider for as long as `until`, which is given its port, takes in a thread."""
+    loop = asyncio.get_running_loop()
+    try:
+        server = await loop.create_server(BenchProvider, "127.0.0.1", port, backlog=4096)
+    except OSError as error:
+        raise SystemExit(f"the provider cannot listen: {error}") from None
+    await loop.run_in_executor(None, until, server.sockets[0].getsockname()[1])
+    server.close()
+
+
+# --- The load ---
+
+
+class BenchConnection(asyncio.Protocol):
+    """A client's connection, on which it asks again and again until a time. Each answer is read to its exact end and
+    its text compared. `times` gets two numbers of seconds for each: to the first piece, and to the end."""
+
+    def __init__(self, request: bytes, wanted: bytes, until: float, times: List[Tuple[float, float]]) -> None:
+        self._request, self._wanted, self._until, self._times = request, wanted, until, times
+        self.over = asyncio.get_running_loop().create_future()
+        self._begin()
+
+    def _begin(self) -> None:
+        self._begun, self._first, self._pieces = time.perf_counter(), 0.0, []
+        self._data, self._place, self._size = bytearray(), 0, -2        # of the body; -1 chunked, -2 not known
+
+    def connection_made(self, transport: Any) -> None:
+        self._transport = transport
+        transport.write(self._request)
+
+    def connection_lost(self, error: Optional[Exception]) -> None:
+        if not self.over.done():
+            self.over.set_exception(ValueError("the connection ended in the middle of an answer"))
+
+    def data_received(self, data: bytes) -> None:
+        now = time.perf_counter()
+        if not self._first and b"piece 00000" in data:
+            self._first = now
+        self._data += data
+        try:
+            if not self._is_complete():
+                return
+            self._check(b"".join(self._pieces))
+        except (ValueError, LookupError, TypeError) as error:
+            self.over.set_exception(error)
+            self._transport.abort()
+            return
+        self._times.append(((self._first or now) - self._begun, now - self._begun))
+        if now < self._until and not self._is_last:
+            self._begin()
+            self._transport.write(self._request)
+        else:
+            self.over.set_result(None)
+            self._transport.close()
+
+    def _is_complete(self) -> bool:
+        data = self._data
+        if self._size == -2:
+            head, end, _ = bytes(data[:8192]).lower().partition(b"\r\n\r\n")
+            length = re.search(rb"\r\ncontent-length: *(\d+)", head)
+            if not end:
+                return False
+            if head[9:12] != b"200" or not (length or b"\r\ntransfer-encoding: chunked" in head):
+                raise ValueError(f"an answer that begins {bytes(data[:200])!r}")
+            self._place, self._size = len(head) + 4, int(length.group(1)) if length else -1
+            self._is_last = b"\r\nconnection: close" in head
+        if self._size >= 0:
+            self._pieces = [data[self._place:]]
+            return len(data) - self._place >= self._size
+        while True:
+            line = data.find(b"\r\n", self._place)
+            size = int(data[self._place:line].partition(b";")[0], 16) if line >= 0 else 0
+            if line < 0 or len(data) < line + size + 4:
+                return False
+            self._pieces.append(data[line + 2:line + 2 + size])
+            self._place = line + size + 4
+            if not size:
+                return True
+
+    def _check(self, body: bytes) -> None:
+        if b'"stream": true' in self._request:
+            text = b"".join(re.findall(rb'"content": ?"([^"]*)"', body)) if b"data: [DONE]" in body else b""
+        else:
+            text = json.loads(body)["choices"][0]["message"]["content"].encode()
+        if text != self._wanted:
+            raise ValueError(f"not the text of the provider: {body[:200]!r}")
+
+
+async def put_load(target: BenchTarget, load: BenchLoad) -> Tuple[Dict[str, Optional[float]], str]:
+    """Puts a load on a target: (its figures, what first went wrong). Times are in ms: "p50" of the answers, "first50"
+    and "first99" of their first pieces. "rate" is in answers or pieces a second, "cpu" in seconds for 1,000 answers or
+    100,000 pieces, "memory" in MiB at the most; "failed" counts answers."""
+    url = urllib.parse.urlsplit(target.url)
+    body = json.dumps({"model": target.model, "stream": load.stream, "messages": [
+        {"role": "user", "content": f"{load.pieces} pieces, {load.pause} s apart"}]})
+    request = (f"POST {url.path}/chat/completions HTTP/1.1\r\nhost: {url.netloc}\r\ncontent-type: application/json\r\n"
+               f"authorization: Bearer {target.key}\r\ncontent-length: {len(body)}\r\n\r\n{body}").encode()
+    times: List[Tuple[float, float]] = []
+    errors: List[str] = []
+    waiting = set(range(load.clients))
+    cpu_before, memory = processes_use(target.pids)
+    started = time.perf_counter()
+    until = started + load.seconds
+
+    async def ask(number: int) -> None:
+        await asyncio.sleep(load.ramp * number / load.clients)
+        is_more = True
+        while is_more:                          # once for each connection
+            connection = BenchConnection(request, bench_text(load.pieces), until, times)
+            try:
+                await asyncio.get_running_loop().create_connection(lambda: connection, url.hostname, url.port or 80)
+                await connection.over
+            except (OSError, ValueError, LookupError, TypeError) as error:
+                errors.append(f"{type(error).__name__}: {error}")
+            is_more = time.perf_counter() < until and len(errors) < 100
+        waiting.remove(number)
+
+    asking = asyncio.gather(*map(ask, sorted(waiting)))
+    limit = until + load.ramp + load.pieces * load.pause + 15
+    while not asking.done() and time.perf_counter() < limit:
+        await asyncio.wait([asking], timeout=0.1)
+        memory = max(memory or 0, processes_use(target.pids)[1] or 0) or None
+    errors += ["no answer in time"] * len(waiting)
+    seconds, cpu_after = time.perf_counter() - started, processes_use(target.pids)[0]
+    count, unit = (len(times) * load.pieces, 100000) if load.stream else (len(times), 1000)
+    figures = {"failed": len(errors), "memory": memory, "rate": count / seconds if count else None, "cpu": None}
+    if count and cpu_before is not None and cpu_after is not None:
+        figures["cpu"] = (cpu_after - cpu_before) / count * unit
+    for name, place, share in (("p50", 1, 0.5), ("first50", 0, 0.5), ("first99", 0, 0.99)):
+        figures[name] = sorted(pair[place] for pair in times)[int(len(times) * share)] * 1000 if times else None
+    return figures, errors[0] if errors else ""
+
+
+# --- What the system knows of processes; nothing where there is no /proc ---
+
+
+def process_facts(pid: int) -> List[str]:
+    """The fields of /proc/PID/stat from the third on."""
+    with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+        return file.read().rpartition(")")[2].split()
+
+
+def processes_behind(url: str) -> List[int]:
+    """The processes on this machine that listen on the port of a URL."""
+    split, found, listening = urllib.parse.urlsplit(url), [], set()
+    for name in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with contextlib.suppress(OSError), open(name, encoding="ascii") as file:
+            listening |= {f"socket:[{row[9]}]" for row in map(str.split, file)
+                          if row[3] == "0A" and row[1].endswith(f":{split.port or 80:04X}")
+                          and split.hostname in ("127.0.0.1", "::1", "localhost")}
+    for path in glob.iglob("/proc/[0-9]*/fd/*") if listening else ():
+        with contextlib.suppress(OSError):
+            if os.readlink(path) in listening:
+                found.append(int(path.split("/")[2]))
+    return sorted(set(found))
+
+
+def processes_use(pids: Sequence[int]) -> Tuple[Optional[float], Optional[float]]:
+    """(seconds of CPU so far, MiB of memory)."""
+    try:
+        facts = [process_facts(pid) for pid in pids]
+    except OSError:                             # one has ended
+        facts = []
+    return (sum(int(row[11]) + int(row[12]) for row in facts) / os.sysconf("SC_CLK_TCK") if facts else None,
+            sum(int(row[21]) for row in facts) * os.sysconf("SC_PAGE_SIZE") / 2**20 if facts else None)
+
+
+def descriptor_limit(wanted: int) -> int:
+    """How many files this process and those that it starts may have open, after asking for more."""
+    try:
+        import resource
+    except ImportError:
+        return wanted                           # Windows, which has no such limit
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= soft < wanted:                      # below 0: no limit
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard < 0 else min(wanted, hard), hard))
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return soft if soft >= 0 else wanted
+
+
+# --- The run ---
+
+BenchFound = Dict[Tuple[str, str], List[Optional[float]]]       # the value of each round, by load and figure
+
+
+@contextlib.contextmanager
+def bench_provider(port: int) -> Iterator[str]:
+    """The provider in a process of its own: its base URL."""
+    with subprocess.Popen([sys.executable, os.path.abspath(__file__), BENCH_PROVIDER, str(port)], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as process:       # whose input ends with this `with`, and so does it
+        port = int(process.stdout.readline() or sys.exit(1))
+        yield f"http://127.0.0.1:{port}/v1"
+
+
+@contextlib.contextmanager
+def bench_gateway(home: str, provider: str) -> Iterator[Tuple[str, float]]:
+    """This gateway as its users have it, in a home folder of its own: (its URL, seconds to its first answer)."""
+    row = {"baseUrl": provider, "apiKey": "sk-bench", "models": [{"id": BENCH_MODEL}]}
+    os.makedirs(os.path.join(home, ".pi", "agent"), exist_ok=True)
+    with open(os.path.join(home, ".pi", "agent", "models.json"), "w", encoding="utf-8") as file:
+        json.dump({"providers": {"bench": row}}, file)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    kept = {name: os.environ[name] for name in ("PATH", "SYSTEMROOT", "TEMP") if name in os.environ}
+    began = time.perf_counter()
+    with open(os.path.join(home, "log"), "w+", encoding="utf-8") as output, subprocess.Popen(
+            [sys.executable, MODULE, "--port", str(port)], env={**kept, "HOME": home, "USERPROFILE": home},
+            stdin=subprocess.DEVNULL, stdout=output, stderr=output) as process:
+        try:
+            answer = b""
+            while b" 200 " not in answer:
+                time.sleep(0.005)
+                if process.poll() is not None or time.perf_counter() - began > 30:
+                    output.seek(0)
+                    raise SystemExit("pigateway does not start:\n" + output.read())
+                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 5) as sock:
+                    sock.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
+                    answer = sock.recv(4096)
+            yield f"http://127.0.0.1:{port}/v1", time.perf_counter() - began
+        finally:
+            process.terminate()
+
+
+def bench_once(target: BenchTarget, name: str, load: BenchLoad, found: BenchFound) -> str:
+    """Puts a load on a target and adds its figures to `found`; what went wrong, if anything."""
+    figures, error = asyncio.run(put_load(target, load))
+    for figure, value in figures.items():
+        found.setdefault((name, figure), []).append(value)
+    return f"{target.name}, {name}: {figures['failed']} failed; {error}" if error else ""
+
+
+def bench_table(ours: BenchFound, name: str, theirs: BenchFound, streams: int) -> str:
+    """The medians of this gateway and another target, and of their ratio in each round, in Markdown."""
+    def shown(values: Sequence[Optional[float]], digits: int) -> str:
+        known = [value for value in values if value is not None]
+        return f"{statistics.median(known):,.{digits}f}" if known else ""
+
+    rows = [["", "pigateway", name, "ratio"]]
+    for title, load, figure, digits in BENCH_ROWS:
+        mine, others = ours.get((load, figure), []), theirs.get((load, figure), [])
+        ratios = [one / other for one, other in zip(mine, others) if one is not None and other]
+        if shown(mine, digits):
+            rows.append([title.format(streams=streams), shown(mine, digits), shown(others, digits), shown(ratios, 2)])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    rows.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+    return "\n".join("| " + " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + " |"
+                     for row in rows)
+
+
+def bench_rounds(targets: Sequence[BenchTarget], loads: Dict[str, BenchLoad], rounds: int,
+                 found: Dict[str, BenchFound]) -> List[str]:
+    """Puts every load on every target in each round; the first target is `direct`. What went wrong."""
+    for target in targets:
+        found[target.name]["before", "memory"] = [processes_use(target.pids)[1]]
+        for _ in range(20):                     # one that looks for models first may take a moment
+            errors = [bench_once(target, name, loads[name], {}) for name in ("chunks", "many")]
+            if not any(errors):
+                break
+            time.sleep(1)
+        else:
+            raise SystemExit(f"{max(errors)}\n{target.name} has to ask {targets[0].url} for {BENCH_MODEL}")
+    for number in range(rounds):
+        print(f"round {number + 1} of {rounds}", file=sys.stderr)
+        for name, load in loads.items():
+            errors += [bench_once(target, name, load, found[target.name])
+                       for target in targets[::-1 if number % 2 else 1]]
+    for target in targets[1:]:
+        values = found[target.name]
+        values["after", "memory"] = [processes_use(target.pids)[1]]
+        for (name, figure), limits in found[targets[0].name].items():
+            values[name, figure + "+"] = [one - limit for one, limit in zip(values[name, figure], limits)
+                                          if one is not None and limit is not None]
+    return list(filter(None, errors))
+
+
+def bench(arguments: Sequence[str]) -> int:
+    """Runs the benchmark and prints its tables. Not zero if this gateway gave a wrong answer."""
+    parser = argparse.ArgumentParser("test_pigateway.py", allow_abbrev=False, description=(
+        "Measures pigateway against a client that asks the provider itself, and against other gateways."))
+    parser.add_argument("--bench", action="store_true", help="do that, instead of running the tests")
+    parser.add_argument("others", nargs="*", metavar="NAME=URL[,MODEL[,KEY]]", help=(
+        "another gateway: its base URL for OpenAI clients, its name for the model, and its key; it has to be running, "
+        "and to ask the provider of --bench-up. The word quick: one short round"))
+    parser.add_argument("--bench-rounds", type=int, metavar="N", help="how often everything is measured (3)")
+    parser.add_argument("--bench-up", type=int, default=0, metavar="PORT", help=(
+        f"where the provider listens: Chat Completions at http://127.0.0.1:PORT/v1, model {BENCH_MODEL}, any key"))
+    options = parser.parse_intermixed_args(arguments)
+    is_quick = "quick" in options.others
+    rounds = options.bench_rounds or (1 if is_quick else 3)
+    others = [(name, *facts.split(",", 2)) for name, _, facts in
+              [other.partition("=") for other in options.others if other != "quick"]]
+    if not all(url.startswith("http://") for _, url, *_ in others) or (others and not options.bench_up):
+        parser.error("another gateway is given as NAME=http://HOST:PORT/v1, together with --bench-up PORT")
+    if len({"direct", "pigateway", *(name for name, *_ in others)}) < 2 + len(others):
+        parser.error("every gateway needs a name of its own")
+    streams = min(BENCH_LOADS["held"].clients, (descriptor_limit(2300) - 150) // 2)
+    loads = {name: load._replace(seconds=load.seconds * (0.4 if is_quick else 1))
+             for name, load in BENCH_LOADS.items()}
+    loads["held"] = loads["held"]._replace(clients=streams)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))     # so that what is started here ends as well
+    with contextlib.ExitStack() as stack:
+        direct = BenchTarget("direct", stack.enter_context(bench_provider(options.bench_up)))
+        home = stack.enter_context(tempfile.TemporaryDirectory())
+        ours: BenchFound = {("start", "help"): [], ("start", "health"): []}
+        for _ in range(rounds):
+            began = time.perf_counter()
+            subprocess.run([sys.executable, MODULE, "--help"], stdout=subprocess.DEVNULL, check=True)
+            ours["start", "help"].append(time.perf_counter() - began)
+            with bench_gateway(home, direct.url) as (_, start_s):
+                ours["start", "health"].append(start_s)
+        url, _ = stack.enter_context(bench_gateway(home, direct.url))
+        targets = [direct, *(BenchTarget(*facts)._replace(pids=processes_behind(facts[1]))
+                             for facts in [("pigateway", url, f"bench/{BENCH_MODEL}"), *others])]
+        found: Dict[str, BenchFound] = {**{target.name: {} for target in targets}, "pigateway": ours}
+        errors = bench_rounds(targets, loads, rounds, found)
+    print(f"Python {platform.python_version()}, {platform.system()}, {os.cpu_count()} cores, medians of {rounds} rounds"
+          + (f"; only {streams} streams: ulimit -n" if streams < BENCH_LOADS["held"].clients else ""))
+    for target in [targets[0], *targets[2:]]:
+        print("", bench_table(ours, target.name, found[target.name], streams), sep="\n")
+    for error in errors:
+        print(error, file=sys.stderr)
+    return int(any(error.startswith("pigateway") for error in errors))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == [HALF]:
+        sys.exit(run_half(int(sys.argv[2])))
+    if sys.argv[1:2] == [BENCH_PROVIDER]:
+        sys.exit(asyncio.run(provide(int(sys.argv[2]), lambda port: (print(port, flush=True), sys.stdin.read()))))
+    sys.exit(bench(sys.argv[1:]) if "--bench" in sys.argv else bootstrap())
 
 import pytest
 
 import pigateway as pg
-
-HERE = os.path.dirname(os.path.abspath(__file__))
-MODULE = os.path.join(HERE, "pigateway.py")
 
 # ======================================================================================================================
 # Helpers
@@ -22605,3 +23079,80 @@ def test_check_of_one_more_file_and_of_modes(own_home: Any, capsys: Any) -> None
     status, text = checked(capsys, "--config", "no/such.json")
     assert status == 2 and "no such file" in text
     assert os.name != "posix" or "others can read it (mode 0644): chmod 600 ~/.pi/agent/auth.json" in text
+
+
+# ======================================================================================================================
+# The benchmark
+# ======================================================================================================================
+
+@contextlib.contextmanager
+def bench_provider_here() -> Iterator[BenchTarget]:
+    """The benchmark's provider in this process."""
+    opened: queue.Queue[int] = queue.Queue()
+    over = threading.Event()
+
+    def until_over(port: int) -> None:
+        opened.put(port)
+        over.wait(60)
+
+    thread = threading.Thread(target=asyncio.run, args=(provide(0, until_over),), daemon=True)
+    thread.start()
+    try:
+        yield BenchTarget("direct", f"http://127.0.0.1:{opened.get(timeout=20)}/v1")
+    finally:
+        over.set()
+        thread.join(20)
+
+
+FEW_LOADS = {"whole": BenchLoad(2, 0.05), "streams": BenchLoad(2, 0.05, True, 400),
+             "paced": BenchLoad(5, 0, True, 4, 0.01, 0.02)}
+
+
+def test_benchmark_measures_a_provider_and_a_gateway(tmp_path: Any) -> None:
+    with bench_provider_here() as direct:
+        row = {"baseUrl": direct.url, "apiKey": "sk-bench", "models": [{"id": BENCH_MODEL}]}
+        write_agent_files(tmp_path, models={"providers": {"bench": row}})
+        with running(tmp_path) as handle:
+            url = handle.url + "/v1"
+            pids = processes_behind(url)
+            assert pids == ([os.getpid()] if os.path.exists("/proc/net/tcp") else [])
+            for target in (direct, BenchTarget("pigateway", url, f"bench/{BENCH_MODEL}", pids=pids)):
+                for name, load in FEW_LOADS.items():
+                    figures, error = asyncio.run(put_load(target, load))
+                    assert (error, figures["failed"]) == ("", 0)
+                    assert (figures["cpu"] is None, figures["memory"] is None) == (not target.pids, not target.pids)
+                    assert 0 < figures["first50"] <= figures["p50"] and figures["first50"] <= figures["first99"]
+                    if name == "paced":         # three pauses of 10 ms
+                        assert figures["p50"] > 29 and 0 < figures["rate"] < 5 * 4 / 0.029
+
+
+@pytest.mark.parametrize("is_stream, answer, error", [
+    (False, Answer(500, b"{}"), "an answer that begins"),
+    (False, Answer(200, b'{"choices": [{"message": {"content": "piece 00000 of"}}]}'), "not the text"),
+    (False, Answer(200, b'{"choices": []}'), "IndexError"),
+    (True, Answer(200, [bench_answer(2, False, False, False)[0].partition(b"\r\n\r\n")[2]]), "not the text"),
+    (True, Answer(200, [sse([{"content": bench_text(2).decode()}])]), "not the text"),
+    (True, Answer(200, [sse([{"content": bench_text(1).decode()}], end="[DONE]")]), "not the text"),
+    (True, Answer(200, [sse([{"content": bench_text(1).decode()}]), b""]), "in the middle of an answer")])
+def test_benchmark_counts_wrong_answers(is_stream: bool, answer: Answer, error: str) -> None:
+    with fake_upstream(answer) as fake:
+        figures, said = asyncio.run(put_load(BenchTarget("x", fake.url), BenchLoad(2, 0, is_stream, 2)))
+    assert error in said and figures["failed"] == 2 and figures["rate"] is None
+
+
+def test_benchmark_table() -> None:
+    ours: BenchFound = {("one", "p50"): [2.0, 4.0, 9.0], ("one", "p50+"): [1.0, None, 3.0], ("many", "rate"): [1234.4],
+                        ("held", "failed"): [0, 0], ("after", "memory"): [None]}
+    theirs: BenchFound = {("one", "p50"): [1.0, 1.0, 1.0], ("many", "rate"): [4937.6], ("held", "failed"): [0, 0]}
+    assert bench_table(ours, "direct", theirs, 900).splitlines() == [
+        "|                                   | pigateway | direct | ratio |",
+        "| --------------------------------- | --------: | -----: | ----: |",
+        "| latency of a 1 KB answer, p50, ms |      4.00 |   1.00 |  4.00 |",
+        "| - added                           |      2.00 |        |       |",
+        "| requests/s, 16 clients            |     1,234 |  4,938 |  0.25 |",
+        "| 900 streams at a time: failed     |         0 |      0 |       |"]
+    known = {(name, figure) for name in BENCH_LOADS for figure in ("failed", "rate", "cpu", "memory", "p50", "first50",
+                                                                   "first99")}
+    known |= {("before", "memory"), ("after", "memory"), ("start", "health"), ("start", "help")}
+    assert {(name, figure.rstrip("+")) for _, name, figure, _ in BENCH_ROWS} <= known
+    assert len(bench_text(50)) == 1000
