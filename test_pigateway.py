@@ -11,7 +11,6 @@ import argparse
 import asyncio
 import base64
 import binascii
-import collections
 import concurrent.futures
 import contextlib
 import copy
@@ -19369,11 +19368,11 @@ def test_log_files_are_private(tmp_path: Any) -> None:
 def test_failures_are_logged(tmp_path: Any) -> None:
     with serving(tmp_path, Answer(400, json.dumps({"error": {"message": "Not sk-upstream-chat-key."}}).encode()),
                  logging=LOGGED) as (handle, _):
-        assert call(handle.url, WAY_IN["chat"], question("chat")).status == 400
-        assert call(handle.url, WAY_IN["chat"], question("nobody")).status == 404
-        assert call(handle.url, WAY_IN["chat"], b'{"token": "abc').status == 400
-        assert call(handle.url, "/nowhere").status == 404
-        with RawClient(handle.url) as client:
+        with RawClient(handle.url) as client:           # one connection: the log has them in this order
+            asked = [("POST", WAY_IN["chat"], json.dumps(question("chat")).encode()),
+                     ("POST", WAY_IN["chat"], json.dumps(question("nobody")).encode()),
+                     ("POST", WAY_IN["chat"], b'{"token": "abc'), ("GET", "/nowhere", b"")]
+            assert [client.ask(*request).status for request in asked] == [400, 404, 400, 404]
             client.sock.sendall(b"GET / HTTP/1.1\r\n\r\n")
             until(lambda: client.sock.recv(100))
     records = log_records(tmp_path, "conversation")
