@@ -1060,6 +1060,7 @@ class Dechunker:
     chunk, `rest` then holds what follows it. Raises ValueError when the coding is broken."""
 
     _SIZE = re.compile(rb"([0-9A-Fa-f]{1,12})[ \t]*(?:;[^\r\n\0]*)?")
+    _SIZE_LINE = re.compile(rb"([0-9A-Fa-f]{1,12})\r\n")
     _LONGEST_LINE = 4096
 
     def __init__(self) -> None:
@@ -1072,8 +1073,23 @@ class Dechunker:
 
     def feed(self, data: bytes) -> bytes:
         """The body bytes that `data` completes."""
-        data, position, out = self._pending + data, 0, []
+        if self._pending:
+            data = self._pending + data
+        position, out = 0, []
         while not self.done:
+            if self._expect == "size":          # chunks that are all here, as most are: a third of the steps below
+                match = self._SIZE_LINE.match(data, position)
+                while match:
+                    start = match.end()
+                    end = start + int(match.group(1), 16)
+                    if end == start or not data.startswith(b"\r\n", end):
+                        break
+                    out.append(data[start:end])
+                    position = end + 2
+                    if position == len(data):
+                        self._pending = b""
+                        return out[0] if len(out) == 1 else b"".join(out)
+                    match = self._SIZE_LINE.match(data, position)
             if self._left:
                 piece = data[position:position + self._left]
                 out.append(piece)
@@ -1127,8 +1143,12 @@ class EventSplitter:
 
     def feed(self, data: bytes) -> bytes:
         """The events that `data` completes, b"" if none."""
+        if not self._pieces and data.endswith(b"\n\n"):      # most often; the same as below, without a search
+            self._edge = b""
+            return data
         window = self._edge + data
-        cut = max(window.rfind(mark) + len(mark) if mark in window else 0 for mark in self._BLANK_LINES)
+        marks = self._BLANK_LINES if b"\r" in window else self._BLANK_LINES[:1]
+        cut = max(window.rfind(mark) + len(mark) if mark in window else 0 for mark in marks)
         if not cut:
             self._hold(data, window)
             return b""
@@ -1152,23 +1172,33 @@ class EventSplitter:
         return rest
 
 
-def parse_events(block: bytes) -> Iterator[Tuple[str, str]]:
-    """Whole server-sent events as (event name, data) pairs; comments and events without data are left out.
-    Raises UnicodeDecodeError, a ValueError, at the first that is not UTF-8."""
-    name, data = "", []
+def split_events(block: bytes) -> List[bytes]:
+    """Whole server-sent events, each without its blank line, with LF as line end; some may be empty."""
     if block.startswith(b"\xef\xbb\xbf"):
         block = block[3:]
-    for line in block.splitlines():
+    if b"\r" in block:
+        block = block.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    return block.split(b"\n\n")
+
+
+def parse_event(event: bytes) -> Optional[Tuple[str, str]]:
+    """The (name, data) of an event that `split_events` gave, None for a comment or one without data. Raises
+    UnicodeDecodeError, a ValueError."""
+    if event.startswith(b"data: ") and b"\n" not in event:      # most often
+        return "", event[6:].decode("utf-8")
+    name, data = "", []
+    for line in event.split(b"\n"):
         if line.startswith(b"data:"):
             data.append(line[6:] if line[5:6] == b" " else line[5:])
         elif line.startswith(b"event:"):
             name = line[6:].strip().decode("utf-8")
-        elif not line:
-            if data:
-                yield name, b"\n".join(data).decode("utf-8")
-            name, data = "", []
-    if data:
-        yield name, b"\n".join(data).decode("utf-8")
+    return (name, b"\n".join(data).decode("utf-8")) if data else None
+
+
+def parse_events(block: bytes) -> Iterator[Tuple[str, str]]:
+    """Whole server-sent events as (event name, data) pairs; comments and events without data are left out.
+    Raises UnicodeDecodeError, a ValueError, at the first that is not UTF-8."""
+    return filter(None, map(parse_event, split_events(block)))
 
 
 def sse(data: Mapping[str, Any], name: str = "") -> bytes:
