@@ -1207,6 +1207,73 @@ def sse(data: Mapping[str, Any], name: str = "") -> bytes:
     return text.encode("ascii")
 
 
+class TextMemo:
+    """Spares events of text their way through JSON, which is most of what a stream costs. When two in a row, and what
+    became of them, differ in nothing but their text, it is known what stands around it on both sides; of those that follow
+    only the string is decoded and encoded, of a whole run at once. Whatever does not fit goes the long way, and the next two
+    are compared anew.
+
+    `is_raw`: the texts go out in the spelling in which they came."""
+
+    is_used = True
+    _PLAIN = re.compile(rb"[ !#-\[\]-~]+")
+    _SEAM = "\ud800"                    # between texts that are decoded together: a character that UTF-8 cannot hold
+    _SEAM_BYTES = _SEAM.encode("utf-8", "surrogatepass")
+
+    def __init__(self, is_raw: bool = False) -> None:
+        self._is_raw = is_raw
+        self._is_known = False
+        self._text: Any = None
+        # what stands around the last event's text, and around it in the answer; with the quotation marks
+        self._around: Optional[Tuple[bytes, bytes, bytes, bytes]] = None
+
+    def note(self, event: bytes, text: Any, out: bytes) -> None:
+        """Takes an event that went the long way, the text if that is all it said, and the answer."""
+        around = self._find(event, text, out) if isinstance(text, str) and text and self.is_used else None
+        self._is_known = around is not None and around == self._around and text != self._text
+        self._around, self._text = around, text
+
+    def _find(self, event: bytes, text: str, out: bytes) -> Optional[Tuple[bytes, bytes, bytes, bytes]]:
+        for spelling in (dumps(text), json_text(text)):
+            came = spelling.encode("utf-8", "surrogatepass")
+            went = came if self._is_raw else dumps(text).encode("ascii")
+            if event.count(came) == 1 == out.count(went):
+                before, _, after = event.partition(came)
+                out_before, _, out_after = out.partition(went)
+                return before + b'"', b'"' + after, out_before + b'"', b'"' + out_after
+        return None
+
+    def answer(self, events: Sequence[bytes], place: int) -> Tuple[int, str, bytes]:
+        """How many of the events from `place` on are text, all of it, and the answer to them; 0 for the long way."""
+        if not self._is_known or self._around is None:
+            return 0, "", b""
+        before, after, out_before, out_after = self._around
+        middles = []
+        for index in range(place, len(events)):
+            event = events[index]
+            if not (event.startswith(before) and event.endswith(after)):
+                break
+            middles.append(event[len(before):-len(after)])
+        if len(middles) == 1 and self._PLAIN.fullmatch(middles[0]):     # most of a stream that comes at its own pace
+            return 1, middles[0].decode("ascii"), out_before + middles[0] + out_after
+        while middles:
+            try:
+                text, spellings = self._spell(middles)
+                return len(middles), text, out_before + (out_after + out_before).join(spellings) + out_after
+            except ValueError:
+                del middles[len(middles) // 2:]
+        return 0, "", b""
+
+    def _spell(self, middles: Sequence[bytes]) -> Tuple[str, Sequence[bytes]]:
+        """The text, and how each piece is written. Raises ValueError where one of them needs care."""
+        together = loads('"%s"' % self._SEAM_BYTES.join(middles).decode("utf-8", "surrogatepass"))
+        pieces = together.split(self._SEAM)
+        text = "".join(pieces)
+        if len(pieces) != len(middles) or "" in pieces or not (text.isascii() or not _SURROGATE.search(text)):
+            raise ValueError("a seam, half a character, or nothing at all")
+        return text, middles if self._is_raw else [dumps(piece)[1:-1].encode("ascii") for piece in pieces]
+
+
 class JsonArray:
     """Whole server-sent events made a JSON array that grows; signs of life become white space."""
 
@@ -1867,6 +1934,8 @@ class ClientProtocol:
 
 class Writer:
     """Events in, bytes for the client out; one per streamed answer."""
+
+    repeats = False         # a piece of a part is written like the one before it and changes nothing, see `TextMemo`
 
     def write(self, events: Iterable[Event]) -> bytes:
         """The bytes that these events become, all of them together."""
@@ -2635,6 +2704,8 @@ def reasoning_detail(part: Thinking, place: int) -> Dict[str, Any]:
 class ChatWriter(Writer):
     """Events → chat.completion.chunk frames. All but the delta is the same in every chunk and encoded once."""
 
+    repeats = True
+
     def __init__(self, request: Request, stamp: Stamp) -> None:
         self._request = request
         self._stamp = stamp
@@ -2817,6 +2888,8 @@ def text_choice(text: str, finish_reason: Optional[str] = None) -> Dict[str, Any
 
 class TextWriter(Writer):
     """Events → text_completion frames. Only visible text has a place in them."""
+
+    repeats = True
 
     def __init__(self, request: Request, stamp: Stamp) -> None:
         self._request = request
@@ -3253,6 +3326,8 @@ def stop_fields(request: Request, stop_reason: str, detail: Optional[str]) -> Di
 
 class MessagesWriter(SerialWriter):
     """Events → Anthropic's server-sent events. Blocks are numbered in the order they are opened."""
+
+    repeats = True
 
     def __init__(self, request: Request, stamp: Stamp) -> None:
         super().__init__(request, stamp)
@@ -4777,13 +4852,29 @@ class Reader:
     """One provider answer: bytes in, events out. `feed` and `end` for a stream, `whole` for a JSON answer. They are
     iterators, so that what came before a fault is not lost with it."""
 
+    tells_text = False          # it sets `said`, for `TextMemo`
+
     def __init__(self) -> None:
         self._splitter = EventSplitter()
         self._parts = Assembler()
+        self.said: Optional[str] = None     # the text that was all the last server-sent event said
 
     def feed(self, data: bytes) -> Iterator[Event]:
         """The events that `data` completes."""
         return self._read(self._splitter.feed(data))
+
+    def cut(self, data: bytes) -> bytes:
+        """The server-sent events that `data` completes, for `read`."""
+        return self._splitter.feed(data)
+
+    def read(self, event: bytes) -> Iterator[Event]:
+        """The events that one of `split_events` amounts to."""
+        self.said = None
+        return self._read(event)
+
+    def grow(self, index: int, text: str) -> bool:
+        """Adds to a part without an event; False when it will not take that much."""
+        return self._parts.grow(index, text)
 
     def end(self) -> Iterator[Event]:
         """The events at the regular end of the stream."""
@@ -4833,6 +4924,14 @@ class Assembler:
         pieces.append(text)
         return PartDelta(index, text)
 
+    def grow(self, index: int, text: str) -> bool:
+        """Adds to a part by its number; False when the answer would get too long."""
+        if self._size + len(text) > MAX_EVENT_BYTES:
+            return False
+        self._size += len(text)
+        next(pieces for place, _, pieces in self._open.values() if place == index).append(text)
+        return True
+
     def end(self, key: Any, signature: Optional[str] = None) -> PartEnd:
         """Ends a part."""
         index, part, pieces = self._open.pop(key)
@@ -4880,22 +4979,26 @@ class Settled:
     tool calls is a tool_use; text has no halves of surrogate pairs, even when a pair is split between two events."""
 
     def __init__(self, reader: Reader) -> None:
-        self._reader = reader
+        self.reader = reader
         self._has_call = self._has_part = False
         self._mender = Mender()
         self.finished = False
 
     def feed(self, data: bytes) -> List[Event]:
         """See `Reader.feed`."""
-        return self._settle(lambda: self._reader.feed(data))
+        return self._settle(lambda: self.reader.feed(data))
+
+    def read(self, event: bytes) -> List[Event]:
+        """See `Reader.read`."""
+        return self._settle(lambda: self.reader.read(event))
 
     def end(self) -> List[Event]:
         """See `Reader.end`."""
-        return self._last(self._settle(self._reader.end))
+        return self._last(self._settle(self.reader.end))
 
     def whole(self, body: Dict[str, Any]) -> List[Event]:
         """See `Reader.whole`."""
-        return self._last(self._settle(lambda: self._reader.whole(body)))
+        return self._last(self._settle(lambda: self.reader.whole(body)))
 
     def _last(self, events: List[Event]) -> List[Event]:
         return events + self.fail(UpstreamProtocolError("the provider's answer ended early"))
@@ -5573,6 +5676,8 @@ class ChatReader(Reader):
     """chat.completion.chunk events → events. Tool calls stay open until the finish reason, because their fragments may
     take turns; text and thinking end when something else begins."""
 
+    tells_text = True
+
     def __init__(self, model: Model, stamp: Stamp) -> None:
         super().__init__()
         self._model = model
@@ -5642,9 +5747,10 @@ class ChatReader(Reader):
             self._started = True
             yield Start(chunk.get("id") or "", chunk.get("model") or "")
         delta = choice["delta"] if "delta" in choice else {"content": choice.get("text")}   # legacy Completions
-        if isinstance(delta, dict):
-            yield from self._delta(delta)
         reason = choice.get("finish_reason")
+        if isinstance(delta, dict):
+            self.said = None if reason else only_text(delta)
+            yield from self._delta(delta)
         if reason in CHAT_FAILURES:
             raise UpstreamError(f"the provider stopped: {reason}")
         if reason and self._stop is None:
@@ -6074,6 +6180,8 @@ def has_repeated_keys(body: bytes) -> bool:
 class AnthropicReader(Reader):
     """Anthropic's server-sent events → events."""
 
+    tells_text = True
+
     def __init__(self) -> None:
         super().__init__()
         self._started = False
@@ -6148,7 +6256,8 @@ class AnthropicReader(Reader):
             self._signatures[key] = self._signatures.get(key, "") + delta["signature"]
         field_name = ANTHROPIC_DELTAS.get(delta["type"])
         if field_name and delta[field_name]:
-            yield self._parts.delta(key, delta[field_name])
+            self.said = delta[field_name]
+            yield self._parts.delta(key, self.said)
 
     def _block_stop(self, data: Dict[str, Any]) -> Iterator[Event]:
         key = data["index"]
@@ -9291,6 +9400,7 @@ class Lane:
         self.tool_names: Mapping[str, str] = {}     # as sent → the client's own, where they differ
         self.signed_calls: List[ToolCall] = []  # calls whose seal the client's protocol may have no place for
         self.issued: List[str] = []             # signatures that the client is given
+        self._memo: Optional[TextMemo] = None   # where events of text can do without JSON
 
     def call(self, credential: Credential) -> Tuple[Call, List[str]]:
         """The call, and the client's names of what it leaves out."""
@@ -9306,6 +9416,32 @@ class Lane:
 
     def whole(self, body: bytes) -> bytes:
         """Takes a whole JSON answer."""
+        raise NotImplementedError
+
+    def _relay(self, block: bytes) -> bytes:
+        """Whole events for the client, up to the first that ends the stream."""
+        out: List[bytes] = []
+        events, place = split_events(block), 0
+        while place < len(events) and not self.finished:
+            if not events[place]:               # behind the last blank line, or between two
+                place += 1
+                continue
+            count, text, answer = self._memo.answer(events, place) if self._memo else (0, "", b"")
+            if count and self._keep(text):
+                out.append(answer)
+                self.heard += count
+                place += count
+            else:
+                out.append(self._translate(events[place]))
+                place += 1
+        return b"".join(out)
+
+    def _keep(self, text: str) -> bool:
+        """Keeps text of which no events are made; False when that needs more care."""
+        return True
+
+    def _translate(self, event: bytes) -> bytes:
+        """One event of `split_events` for the client."""
         raise NotImplementedError
 
     def again(self, kind: Optional[Type[Lane]] = None, request: Optional[Request] = None) -> Lane:
@@ -9332,6 +9468,9 @@ class TranslatedLane(Lane):
         super().__init__(*args)
         self._reader = Settled(self.upstream.reader(self.model, self.stamp))
         self._writer = self.client.writer(self.request, self.stamp)
+        if self.request.stream and self._reader.reader.tells_text and self._writer.repeats:
+            self._memo = TextMemo()
+        self._growing = 0                       # the part to which the last text belongs
         self._events: List[Event] = []
         # Where servers see to it that arguments are sound, a client that streams may have them as they grow.
         grows = self.request.stream and self.client.streams_arguments and not self.upstream.is_lax
@@ -9350,7 +9489,24 @@ class TranslatedLane(Lane):
 
     def feed(self, data: bytes) -> bytes:
         """See `Lane.feed`."""
-        return self._take(self._reader.feed(data))
+        if not self._memo:
+            return self._take(self._reader.feed(data))
+        try:
+            return self._relay(self._reader.reader.cut(data))
+        except UpstreamProtocolError as error:
+            return self.fail(error)
+
+    def _translate(self, event: bytes) -> bytes:
+        events, said = self._reader.read(event), None
+        if len(events) == 1 and isinstance(events[0], PartDelta):
+            self._growing, said = events[0].index, self._reader.reader.said
+        out = self._take(events)
+        if self._memo:
+            self._memo.note(event, said, out)
+        return out
+
+    def _keep(self, text: str) -> bool:
+        return self._reader.reader.grow(self._growing, text)
 
     def end(self) -> bytes:
         """See `Lane.end`."""
@@ -9430,6 +9586,7 @@ class NativeLane(Lane):
         super().__init__(*args)
         self._splitter = EventSplitter()
         self._opened = False
+        self._said: Optional[str] = None        # the text that was all the last event said, see `TextMemo`
 
     def feed(self, data: bytes) -> bytes:
         """See `Lane.feed`."""
@@ -9446,23 +9603,21 @@ class NativeLane(Lane):
     def _ended(self) -> bytes:
         return self.fail(UpstreamProtocolError("the provider's stream ended without its last event"))
 
-    def _relay(self, block: bytes) -> bytes:
-        """The block's events for the client, up to the first that ends the stream."""
-        out: List[bytes] = []
-        if not block or self.finished:
-            return b""
+    def _translate(self, event: bytes) -> bytes:
+        self._said, out = None, b""
         try:
-            for name, text in parse_events(block):
-                self.heard += name != "ping"
-                out.append(self.relay_event(name, text))
-                if self.finished:
-                    break
+            parsed = parse_event(event)
+            if parsed:
+                self.heard += parsed[0] != "ping"
+                out = self.relay_event(*parsed)
         except GatewayError as error:
-            out.append(self.fail(error))
+            return self.fail(error)
         except MALFORMED as error:
             log.debug("malformed provider event", exc_info=True)
-            out.append(self.fail(UpstreamProtocolError(f"the provider's stream is malformed ({type(error).__name__})")))
-        return b"".join(out)
+            return self.fail(UpstreamProtocolError(f"the provider's stream is malformed ({type(error).__name__})"))
+        if self._memo:
+            self._memo.note(event, self._said, out)
+        return out
 
     def relay_event(self, name: str, text: str) -> bytes:
         """One event for the client."""
@@ -9485,6 +9640,10 @@ class AnthropicLane(NativeLane):
     """Anthropic to Anthropic: every event's data as it came; only the model's name is put back."""
 
     path = "/v1/messages"
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._memo = TextMemo(is_raw=True)
 
     def call(self, credential: Credential) -> Tuple[Call, List[str]]:
         """The client's own bytes with the model's name put in and nothing else touched, unless the conversation holds
@@ -9542,6 +9701,7 @@ class AnthropicLane(NativeLane):
         """Takes signatures from an event, and gives a tool its own name back; whether that changed the event."""
         if name == "content_block_delta":
             delta = as_dict(data.get("delta"))
+            self._said = delta.get(ANTHROPIC_DELTAS.get(str(delta.get("type")), ""))
             if delta.get("type") == "signature_delta" and isinstance(delta.get("signature"), str):
                 self.issued.append(delta["signature"])
             return False
@@ -9673,6 +9833,7 @@ class ChatLane(NativeLane):
         self._newest: Dict[Tuple[int, Any], int] = {}
         self._call_ids = CallIds(self.stamp)
         self._mender = Mender()
+        self._memo = TextMemo()
         self._finished_choices: set[int] = set()
         self._raw_usage: Optional[Dict[str, Any]] = None
 
@@ -9711,6 +9872,8 @@ class ChatLane(NativeLane):
         kept = [choice for choice in choices if self._mend_choice(choice)]
         if not kept:
             return b""
+        if len(choices) == 1 and not kept[0]["finish_reason"]:
+            self._said = only_text(as_dict(kept[0].get("delta")))
         return self._event({**chunk, **self._envelope, "choices": kept}, None)
 
     def _event(self, chunk: Dict[str, Any], usage: Optional[Dict[str, Any]]) -> bytes:
@@ -9906,6 +10069,12 @@ def drop_nulls(message: Dict[str, Any]) -> None:
     two texts only."""
     for name in [name for name, value in message.items() if value is None and name not in ("content", "refusal")]:
         del message[name]
+
+
+def only_text(delta: Mapping[str, Any]) -> Optional[str]:
+    """The text that is all a chat delta says beside its role, None when there is more to it or less."""
+    words = [value for name, value in delta.items() if value not in (None, "", []) and name != "role"]
+    return words[0] if len(words) == 1 and isinstance(words[0], str) else None
 
 
 def rename_reasoning(delta: Dict[str, Any]) -> None:

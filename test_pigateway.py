@@ -3906,6 +3906,101 @@ def test_anthropic_lane_failures(name: str) -> None:
     assert lane.error is not None and (type(lane.error) is kind or name == "delta before start") and b"event: error" in out
 
 
+# What a string may be spelled with inside an event, and what makes the event malformed.
+SPELLINGS = ([" lorem", "a", "9", " ", "ipsum, dolor", "c"] * 4 + ["\\u00e9", "é", "漢字", "😀", "\\ud83d\\ude00", "\\n", "\\\\", '\\"',
+             "\\/", "\u2028", "\x7f", "\\u0000", "\\ud83d", "\\ude00", "\\ud800", "\\\\ud800", "ud800", '\\"},'])
+FAULTS = ['"', "\\", "\\x", "\x01", "\n", "\r", "\ud800", '","content":"', '"}}\n\ndata: {"x":"']
+CHAT_SHAPES = ('{"content":%s}', '{"content":%s}', '{"reasoning_content":%s}', '{"reasoning":%s,"content":null}',
+               '{"role":"assistant","content":%s}', '{"content":%s,"refusal":"a"}', '{"content":[{"type":"text","text":%s}]}',
+               '{"tool_calls":[{"index":0,"id":"a","function":{"name":"f","arguments":%s}}]}', '{"refusal":%s}',
+               '{"tool_calls":[{"index":0,"function":{"arguments":%s}}]}', '{"content":"%%s","reasoning":%s}',
+               '{"content":%s,"reasoning_details":[{"type":"reasoning.text","text":"a","signature":"s"}]}')
+CHAT_TAILS = ("", "", ',"usage":null', ',"usage":{"prompt_tokens":3,"completion_tokens":2}', ',"odd":1')
+ANTHROPIC_SHAPES = (("text", "text_delta", "text"), ("text", "text_delta", "text"), ("thinking", "thinking_delta", "thinking"),
+                    ("tool_use", "input_json_delta", "partial_json"), ("thinking", "signature_delta", "signature"))
+
+
+def spelled(rng: random.Random) -> str:
+    """A JSON string, now and then one that is none."""
+    pieces = [rng.choice(SPELLINGS) for _ in range(rng.choice((0, 1, 1, 1, 2, 2, 4)))]
+    if rng.random() < 0.004:
+        pieces.insert(rng.randrange(len(pieces) + 1), rng.choice(FAULTS))
+    return '"' + "".join(pieces) + '"'
+
+
+def chat_stream(rng: random.Random) -> List[str]:
+    """The events of a chat stream whose chunks change their shape now and then."""
+    events, shape, tail, index, other, finish = [], CHAT_SHAPES[0], "", 0, "", "null"
+    for _ in range(rng.randrange(4, 28)):
+        if rng.random() < 0.08:
+            shape, tail, index = rng.choice(CHAT_SHAPES), rng.choice(CHAT_TAILS), rng.choice((0, 0, 0, 1))
+            other = rng.choice(("",) * 9 + (',{"index":1,"delta":{"content":"b"}}',))
+            finish = rng.choice(("null",) * 9 + ('"stop"', '"length"'))
+        events.append('data: {"id":"c","model":"m1","choices":[{"index":%d,"delta":%s,"finish_reason":%s}%s]%s}'
+                      % (index, shape.replace("%s", spelled(rng)), finish, other, tail))
+        events.extend([rng.choice((": ping", 'data: {"id":"c","choices":[]}'))] * (rng.random() < 0.03))
+    return events + ['data: {"id":"c","choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}', "data: [DONE]"]
+
+
+def anthropic_stream(rng: random.Random) -> List[str]:
+    """The events of an Anthropic stream with blocks of all kinds."""
+    payloads = ['{"type":"message_start","message":{"id":"m","model":"m1","usage":{"input_tokens":1}}}']
+    for index in range(rng.randrange(1, 5)):
+        kind, delta, name = rng.choice(ANTHROPIC_SHAPES)
+        payloads.append('{"type":"content_block_start","index":%d,"content_block":{"type":"%s","id":"t","name":"f"}}' % (index, kind))
+        for _ in range(rng.randrange(1, 12)):
+            payloads.append('{"type":"content_block_delta","index":%d,"delta":{"type":"%s","%s":%s}}'
+                            % (index, delta, name, spelled(rng)))
+            payloads.extend(['{"type":"ping"}'] * (rng.random() < 0.05))
+        payloads.append('{"type":"content_block_stop","index":%d}' % index)
+    payloads += ['{"type":"message_delta","delta":{"stop_reason":"end_turn"},"usage":{"output_tokens":2}}', '{"type":"message_stop"}']
+    return [f"event: {json.loads(text[:text.index(',')] + '}' if ',' in text else text)['type']}\ndata: {text}" for text in payloads]
+
+
+def relayed(make: Callable[[], Any], pieces: Sequence[bytes]) -> Tuple[Any, ...]:
+    """What comes out of a fresh lane for each piece of a stream, and what is known of the answer."""
+    lane = make()
+    out = [lane.feed(piece) for piece in pieces] + [lane.end()]
+    error = lane.error and (type(lane.error), lane.error.message)
+    return out, lane.started, lane.finished, lane.heard, lane.usage, lane.stop_reason, error, lane.issued
+
+
+def lanes_for(upstream: Any) -> List[Callable[[], Any]]:
+    """Makers of the lanes on which texts are answered from memory."""
+    target = model(upstream.name)
+    native = (pg.ChatLane, CHAT) if upstream is COMPLETIONS else (pg.AnthropicLane, MESSAGES)
+    pairs = [native, *((pg.TranslatedLane, client) for client in (CHAT, MESSAGES, pg.TEXTS))]
+    return [functools.partial(kind, client, upstream, client_request(client), target, STAMP) for kind, client in pairs]
+
+
+def test_texts_from_memory_are_those_of_the_long_way(monkeypatch: Any) -> None:
+    rng = random.Random(20261122)
+    counts: List[int] = []
+    answer = pg.TextMemo.answer
+
+    def counted(memo: Any, events: Any, place: int) -> Any:
+        found = answer(memo, events, place)
+        counts.append(found[0])
+        return found
+
+    monkeypatch.setattr(pg.TextMemo, "answer", counted)
+    wires = [(row[0], row[1]) for row in (*TRANSCRIPTS.values(), *FAILURES.values()) if row[0] in (COMPLETIONS, ANTHROPIC)]
+    for _ in range(800):
+        for upstream, make in ((COMPLETIONS, chat_stream), (ANTHROPIC, anthropic_stream)):
+            ending = rng.choice(("\n\n",) * 4 + ("\r\n\r\n",))
+            wires.append((upstream, (ending.join(make(rng)) + ending).encode("utf-8", "surrogatepass")))
+    makers = {upstream.name: lanes_for(upstream) for upstream in (COMPLETIONS, ANTHROPIC)}
+    for number, (upstream, wire) in enumerate(wires):
+        cuts = sorted(rng.randrange(len(wire) + 1) for _ in range(rng.choice((0, 0, 1, 3, 20))))
+        pieces = [wire[start:end] for start, end in zip([0, *cuts], [*cuts, len(wire)])]
+        make = makers[upstream.name][number // 2 % 4]
+        monkeypatch.setattr(pg.TextMemo, "is_used", True)
+        fast = relayed(make, pieces)
+        monkeypatch.setattr(pg.TextMemo, "is_used", False)
+        assert fast == relayed(make, pieces), (number, wire)
+    assert sum(counts) > 3000 and max(counts) > 10 and counts.count(1) > 500      # it has been used, for one and for many
+
+
 def test_anthropic_lane_whole_is_spliced() -> None:
     body = (b' {"type":"message","model" : "claude-m", "id":"msg_1","content":[{"type":"text","text":"\xc3\xa9"}],'
             b'"usage":{"input_tokens":3}}\n')
