@@ -13619,12 +13619,11 @@ class Scope:
         self._upstream_lock = threading.Lock()
         self._poller: Optional[Poller] = None
         self._client_spoke = False
-        self._beat_at = 0.0
-        self.put_off_beat()
+        self._beat_at = time.monotonic() + heartbeat_s
 
     def put_off_beat(self) -> None:
-        """The client has just heard something."""
-        self._beat_at = time.monotonic() + self._heartbeat_s
+        """The client has just heard something; the next wait counts from its own beginning."""
+        self._beat_at = math.inf
 
     def attach(self, upstream: Optional[socket.socket]) -> None:
         """Names the socket that `cancel` is to cut off."""
@@ -13659,22 +13658,27 @@ class Scope:
         given."""
         if self._poller is None or self._poller.first is not upstream:
             self._poller = Poller(upstream, self._client, self._client_spoke)
-        now = time.monotonic()
+        poller, now = self._poller, time.monotonic()
         deadline = now + limit_s
         while True:
             if self._cancelled is not None:
                 raise self._cancelled
-            ready = self._poller.wait(min(deadline, self._beat_at) - now)
-            if ready and (upstream not in ready or len(ready) > 1):     # a busy provider must not hide a client's end
-                self._check_client()
-                self._poller = Poller(upstream, self._client, self._client_spoke)
-            now = time.monotonic()
             if now >= self._beat_at:            # also beside a provider that sends comments, which nobody sees
                 self.put_off_beat()
                 self.on_beat()
-            if upstream in ready and upstream is not None:
+            if self._beat_at == math.inf:
+                self._beat_at = now + self._heartbeat_s
+            is_ready = False
+            for fd, _ in poller.wait(min(deadline, self._beat_at) - now):
+                if fd == poller.first_fd:
+                    is_ready = True
+                else:                           # a busy provider must not hide a client's end
+                    self._check_client()
+                    poller = self._poller = Poller(upstream, self._client, self._client_spoke)
+            if is_ready:
                 self.check()
                 return True
+            now = time.monotonic()
             if now >= deadline:
                 return False
 
@@ -13737,31 +13741,33 @@ class Poller:
         self.first = first
         if end_only and not hasattr(select, "POLLRDHUP"):
             second = None
+        self.first_fd = -1 if first is None else first.fileno()
         self._socks = [sock for sock in (first, second) if sock is not None]
         self._poll = select.poll() if hasattr(select, "poll") else None
         if self._poll:
             for sock in self._socks:
                 self._poll.register(sock, select.POLLRDHUP if sock is second and end_only else select.POLLIN)
 
-    def wait(self, timeout_s: float) -> List[socket.socket]:
-        """The sockets that have data or an end to read, after at most `timeout_s`."""
-        timeout_s = max(0.0, timeout_s)
+    def wait(self, timeout_s: float) -> List[Tuple[int, int]]:
+        """The sockets that have data or an end to read, after at most `timeout_s`: pairs of descriptor and something."""
         if self._poll:
-            ready = [fd for fd, _ in self._poll.poll(timeout_s * 1000)]
-            return [sock for sock in self._socks if sock.fileno() in ready] if ready else []
+            return self._poll.poll(timeout_s * 1000 if timeout_s > 0 else 0)
         if not self._socks:                     # Windows cannot select nothing
-            time.sleep(timeout_s)
+            time.sleep(max(0.0, timeout_s))
             return []
-        return list(select.select(self._socks, [], [], timeout_s)[0])
+        return [(sock.fileno(), 0) for sock in select.select(self._socks, [], [], max(0.0, timeout_s))[0]]
 
 
 def send_all(sock: socket.socket, data: bytes, timeout_s: float) -> None:
     """Sends everything on a non-blocking socket; raises OSError, `socket.timeout` when the other side takes nothing for
     that long. A socket with a timeout of its own would ask the system twice for every send."""
-    view = memoryview(data)
-    while view:
+    rest: Union[bytes, memoryview] = data
+    while True:
         try:
-            view = view[sock.send(view):]
+            sent = sock.send(rest)
+            if sent == len(rest):
+                return
+            rest = memoryview(rest)[sent:]
         except BlockingIOError:
             if hasattr(select, "poll"):
                 poll = select.poll()
@@ -15024,15 +15030,17 @@ class Gateway:
 
     def _carry(self, lane: Lane, response: Response, is_stream: bool, exchange: Exchange) -> None:
         """Brings the answer to the client, streamed as it comes or whole at its end."""
-        held = b""
+        held, responder, streams = b"", exchange.responder, lane.request.stream
         for out in self._outputs(lane, response, is_stream):
             held += out
-            self._remember(lane)
-            if lane.error and not exchange.responder.has_begun and not lane.started:
+            if lane.signed_calls or lane.issued:
+                self._remember(lane)
+            if lane.error and not responder.has_begun and not lane.started:
                 raise lane.error                # nothing was shown yet: it can still be an HTTP status
-            if lane.request.stream and held and (lane.started or exchange.responder.has_begun):
-                self._begin(exchange)
-                exchange.responder.write(held)
+            if streams and held and (lane.started or responder.has_begun):
+                if not responder.has_begun:
+                    self._begin(exchange)
+                responder.write(held)
                 held = b""
             if lane.finished:
                 break
