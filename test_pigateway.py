@@ -23249,4 +23249,5 @@ def test_benchmark_table() -> None:
                                                                    "first99")}
     known |= {("before", "memory"), ("after", "memory"), ("start", "health"), ("start", "help")}
     assert {(name, figure.rstrip("+")) for _, name, figure, _ in BENCH_ROWS} <= known
+    assert [row[0] for row in readme_rows("speed")] == [title.format(streams=1000) for title, *_ in BENCH_ROWS]
     assert len(bench_text(50)) == 1000
