@@ -288,7 +288,7 @@ class BenchConnection(asyncio.Protocol):
             self._first = now
         self._data += data
         try:
-            if not self._is_complete():
+            if self.over.done() or not self._is_complete():     # given up, or not yet
                 return
             self._check(b"".join(self._pieces))
         except (ValueError, LookupError, TypeError) as error:
@@ -365,7 +365,7 @@ async def put_load(target: BenchTarget, load: BenchLoad) -> Tuple[Dict[str, Opti
             is_more = time.perf_counter() < until and len(errors) < 100
         waiting.remove(number)
 
-    asking = asyncio.gather(*map(ask, sorted(waiting)))
+    asking = asyncio.ensure_future(asyncio.wait([asyncio.ensure_future(ask(number)) for number in sorted(waiting)]))
     limit = until + load.ramp + load.pieces * load.pause + 15
     while not asking.done() and time.perf_counter() < limit:
         await asyncio.wait([asking], timeout=0.1)
@@ -549,7 +549,8 @@ def bench(arguments: Sequence[str]) -> int:
     loads = {name: load._replace(seconds=load.seconds * (0.4 if is_quick else 1))
              for name, load in BENCH_LOADS.items()}
     loads["held"] = loads["held"]._replace(clients=streams)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))     # so that what is started here ends as well
+    for number in (signal.SIGINT, signal.SIGTERM):              # so that what is started here ends as well
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     with contextlib.ExitStack() as stack:
         direct = BenchTarget("direct", stack.enter_context(bench_provider(options.bench_up)))
         home = stack.enter_context(tempfile.TemporaryDirectory())
@@ -578,6 +579,7 @@ if __name__ == "__main__":
     if sys.argv[1:2] == [HALF]:
         sys.exit(run_half(int(sys.argv[2])))
     if sys.argv[1:2] == [BENCH_PROVIDER]:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)            # it ends with its input
         sys.exit(asyncio.run(provide(int(sys.argv[2]), lambda port: (print(port, flush=True), sys.stdin.read()))))
     sys.exit(bench(sys.argv[1:]) if "--bench" in sys.argv else bootstrap())
 
