@@ -7119,7 +7119,7 @@ def bare_id(model_id: str) -> str:
 
 def gemini_name(model_id: str) -> str:
     """The model as a resource of the API."""
-    return model_id if model_id.startswith("tunedModels/") else "models/" + bare_id(model_id)
+    return ("tunedModels/" if model_id.startswith("tunedModels/") else "models/") + bare_id(model_id)
 
 
 def gemini_major(model_id: str) -> Optional[int]:
@@ -8047,7 +8047,7 @@ def vertex_url(model: Model, credential: Credential, method: str) -> str:
     """The URL of a model's method. A key without project and location is one of express mode, which needs neither."""
     publisher, _, name = model.id.rpartition("/")
     publisher = publisher or ("anthropic" if hosts_claude(model) else "google")
-    place = f"/publishers/{publisher}/models/{urllib.parse.quote(name, safe='@:')}{method}"
+    place = f"/publishers/{urllib.parse.quote(publisher, safe='')}/models/{urllib.parse.quote(name, safe='@:')}{method}"
     project, location = credential.parts.get("project"), credential.parts.get("location")
     if credential.kind != "oauth" and not (project and location):
         return vertex_base(model, credential) + place

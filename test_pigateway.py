@@ -10845,6 +10845,17 @@ def test_vertex_urls(credential: pg.Credential, model_id: str, base: str, url: s
     assert VERTEX.build(gemini_request(user_turn("x")), gemini_model(model_id, base_url=base), credential).url == url
 
 
+@pytest.mark.parametrize("model_id", ["a b\r\nEvil: 1/y", "x?y=1/z", "x#y/z", "../../x", "tunedModels/../../x", "\0/\0",
+                                      "\u00e9/\u00e9", "//evil.test/x", "@evil.test/x", "evil.test:80/x"])
+def test_no_name_of_a_model_leaves_its_place_in_the_url(model_id: str) -> None:
+    for name, upstream in pg.UPSTREAM_PROTOCOLS.items():
+        credential = pg.Credential("oauth", GRID_JWT, parts={"project": "p"})
+        target = model(name, id=model_id, base_url="https://base.test/v1")
+        url = upstream.build(CHAT.parse({"model": "m", "messages": [{"role": "user", "content": "x"}]}), target, credential).url
+        assert re.fullmatch(r"https://base\.test/v1[\w./:@%-]*(\?(alt=sse|api-version=\w+))?", url, re.ASCII), url
+        assert "/../" not in url
+
+
 def test_vertex_headers_and_refusals() -> None:
     headers = VERTEX.headers(gemini_model(), google_oauth(project="p", quota_project="q"))
     assert headers["authorization"] == "Bearer token-token" and headers["x-goog-user-project"] == "q"
