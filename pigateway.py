@@ -925,6 +925,11 @@ def clean_text(text: str) -> str:
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "ignore")
 
 
+def said_text(value: Any) -> str:
+    """What a provider wrote where a text belongs, fit to be passed on; "" when it is none."""
+    return clean_text(value) if isinstance(value, str) else ""
+
+
 def clean_strings(value: Any) -> Any:
     """`clean_text` for every string inside a JSON value."""
     if isinstance(value, str):
@@ -4910,7 +4915,13 @@ class Assembler:
         return key in self._open
 
     def start(self, key: Any, part: Part) -> PartStart:
-        """Begins a part."""
+        """Begins a part. Raises `UpstreamProtocolError` when what names or seals it is no text."""
+        if isinstance(part, ToolCall):
+            part = replace(part, id=said_text(part.id), name=said_text(part.name))
+            if not (part.id and part.name):
+                raise UpstreamProtocolError("the provider's answer has a tool call without an id or a name")
+        if isinstance(part, (Thinking, ToolCall)) and not isinstance(part.signature or "", str):
+            raise UpstreamProtocolError("the provider's answer has a signature that is no text")
         self._open[key] = (self._count, part, [])
         self._count += 1
         return PartStart(self._count - 1, part)
@@ -4966,8 +4977,9 @@ class Mender:
 
 def is_empty(stop_reason: str, usage: Usage, has_content: bool) -> bool:
     """Whether an answer that claims success holds nothing. A model may have nothing to add, and that counts tokens; an
-    answer without any is a fault of the host's."""
-    return not has_content and not usage.output and stop_reason in ("stop", "end_turn", "")
+    answer without any, or one that stops for a tool and calls none, is a fault of the host's."""
+    return not has_content and (stop_reason in ("tool_use", "tool_calls") or
+                                not usage.output and stop_reason in ("stop", "end_turn", ""))
 
 
 # What code that walks JSON of the wrong shape raises.
@@ -4975,8 +4987,9 @@ MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError, Overfl
 
 
 class Settled:
-    """Keeps a reader's promises for it: exactly one `Done` or `Failed`, last; nothing malformed gets through; a stop with
-    tool calls is a tool_use; text has no halves of surrogate pairs, even when a pair is split between two events."""
+    """Keeps a reader's promises for it: exactly one `Done` or `Failed`, last; nothing malformed gets through; ids and
+    details are texts; a stop with tool calls is a tool_use; text has no halves of surrogate pairs, even when a pair is
+    split between two events."""
 
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
@@ -5031,7 +5044,9 @@ class Settled:
                         raise EmptyAnswer("the provider's answer is empty")
                     if event.stop_reason in ("stop", "stop_sequence", "pause") and self._has_call:
                         event = event._replace(stop_reason="tool_use", detail=None)
-                    return out + self._finish(event)
+                    return out + self._finish(event._replace(detail=said_text(event.detail) or None))
+                elif kind is Start:
+                    event = event._replace(id=said_text(event.id))
                 out.append(event)
         except GatewayError as error:
             return out + self._finish(Failed(error))
@@ -5767,8 +5782,8 @@ class ChatReader(Reader):
         content = delta.get("content")
         if isinstance(content, list):           # Mistral's shape
             content = join_text_parts(content)
-        if content:
-            yield from self._write(Text, content + "")      # a TypeError, if it is no text
+        if content is not None and content + "":            # a TypeError, if it is no text
+            yield from self._write(Text, content)
         if delta.get("refusal"):
             self._refused = True
             yield from self._write(Text, delta["refusal"])
@@ -7491,8 +7506,8 @@ class GeminiReader(Reader):
         signature = read_signature(part.get("thoughtSignature"))
         if part.get("functionCall") is not None:
             yield from self._call(part["functionCall"], signature)
-        elif isinstance(part.get("text"), str):
-            yield from self._text(Thinking if part.get("thought") else Text, part["text"], signature)
+        elif part.get("text") is not None:      # below a TypeError, if it is no text
+            yield from self._text(Thinking if part.get("thought") else Text, part["text"] + "", signature)
         elif signature:
             self._signatures[Text] = signature
         else:                                   # code that Google ran, a picture: our clients have no words for it

@@ -16750,6 +16750,58 @@ def test_grid_rules_of_calls(said: str, is_unique: bool, fault: Optional[str]) -
         seen.check(r"[a-z]+", is_unique)
 
 
+# --- Providers that answer nonsense -----------------------------------------------------------------------------------
+
+
+def with_value(data: Any, path: Tuple[Any, ...], value: Any) -> Any:
+    """A copy of `data` with the value at that path."""
+    if not path:
+        return value
+    inner = copy.copy(data)
+    inner[path[0]] = with_value(data[path[0]], path[1:], value)
+    return inner
+
+
+@pytest.mark.parametrize("fake", [kind() for kind in GRID_FAKES], ids=GRID_PROTOCOLS)
+def test_ids_and_names_of_an_answer_are_texts(fake: GridFake) -> None:
+    upstream, body = pg.UPSTREAM_PROTOCOLS[fake.protocol], fake.whole(GRID_FACTS["thinking"])
+    faults = []
+    for path in places(body):
+        for value in (5, None, [[]], {"a": 1}, "\ud800"):
+            events = pg.Settled(upstream.reader(model(fake.protocol), STAMP)).whole(with_value(body, path, value))
+            if isinstance(events[-1], pg.Failed):
+                continue
+            reply = pg.collect(events)
+            calls = [part for part in reply.parts if isinstance(part, pg.ToolCall)]
+            said = [reply.id, reply.detail or "", *(text for call in calls for text in (call.id, call.name))]
+            if not all(isinstance(text, str) and text.isprintable() for text in said) or not all(said[2:]):
+                faults.append((path, value, said))
+            for client in (CHAT, MESSAGES, RESPONSES_CLIENT, GEMINI_CLIENT, OLLAMA):
+                assert client.render(client.parse(GRID_CLIENTS[client.name].body(GRID_CASES["text"], "m", False)), reply, STAMP)
+    assert not faults
+
+
+@pytest.mark.parametrize("protocol, path, value", [
+    *(("openai-completions", ("choices", 0, "message"), {"content": value}) for value in (0, False, {}, 5)),
+    ("openai-completions", ("choices", 0, "message", "tool_calls"), None),
+    ("openai-completions", ("choices", 0, "message", "tool_calls"), [{"function": {"arguments": "{}"}}]),
+    ("google-generative-ai", ("candidates", 0, "content", "parts"), [{"text": 5}]),
+    ("anthropic-messages", ("content",), []), ("anthropic-messages", ("content", 0, "name"), ""),
+    ("anthropic-messages", ("content", 0, "id"), 5), ("bedrock-converse-stream", ("output", "message", "content"), [])])
+def test_nonsense_is_no_empty_success(tmp_path: Any, protocol: str, path: Tuple[Any, ...], value: Any) -> None:
+    fake = next(kind for kind in GRID_FAKES if kind.protocol == protocol)()
+    body = with_value(fake.whole(GRID_FACTS["parallel tools"]), path, value)
+    with fake_upstream(Answer(200, json.dumps(body).encode())) as upstream:
+        write_agent_files(tmp_path, models={"providers": {"p": {
+            "baseUrl": upstream.url, "api": protocol, "apiKey": "key-key-key", "models": [{"id": "m1"}]}}})
+        with running(tmp_path) as handle:
+            for client in (CHAT, MESSAGES, RESPONSES_CLIENT, GEMINI_CLIENT, OLLAMA):
+                asks = GRID_CLIENTS[client.name]
+                if protocol not in asks.native or value in (None, []):      # what is odd passes there as it came
+                    result = asks.send(handle.url, asks.body(GRID_CASES["parallel tools"], "p/m1", False))
+                    assert result.status == 502 and result.json["error"], client.name
+
+
 # --- The table --------------------------------------------------------------------------------------------------------
 
 
