@@ -4107,29 +4107,44 @@ def read_riders(sealed: str) -> List[Tuple[Thinking, bool]]:
 
 def join_pieces(parts: Sequence[Part], riders: Iterable[Tuple[Thinking, bool]]) -> List[Part]:
     """A model's turn as it was before it was streamed: pieces of text joined, and pieces of a thought up to the signed
-    one. Thinking that rides on a call goes to where it was, in front of the words that lead to the call or behind them.
-    Where the client has kept the thought itself that stays, unless it came late, behind words to which it led."""
+    one. Thinking that rides on a call goes to where it was, in front of the words that lead to the call or behind them;
+    what of it the client has kept as well, at times behind words to which it led, takes its place in that order."""
     groups: List[List[Any]] = []
     riding = {id(rider): is_behind for rider, is_behind in riders}      # not by value: the thought itself may be the same
-    kept = {part.signature for part in parts if isinstance(part, Thinking) and id(part) not in riding}
+    boarding: List[Thinking] = []
+    known: set[str] = set()
     for part in parts:
+        if isinstance(part, Thinking) and id(part) in riding:
+            boarding.extend([] if _mark_of([part]) in known else [part])
+            known.add(_mark_of([part]))
+            continue
+        if boarding:
+            _seat(groups, boarding, riding)
+            boarding = []
         last = groups[-1][-1] if groups else None
         is_next = isinstance(part, Thinking) and isinstance(last, Thinking) and not last.signature and not part.redacted
-        if isinstance(part, Thinking) and id(part) in riding:
-            place = len(groups) if riding[id(part)] else _before_words(groups)
-            at = next((at for at, group in enumerate(groups) if part.signature == getattr(group[-1], "signature", None)), None)
-            if part.signature not in kept:
-                kept.update({part.signature} if part.signature else ())
-                groups.insert(place, [part])
-            elif part.signature and at is not None and at > place:
-                del groups[at]
-                groups.insert(place, [part])
-        elif is_next or (isinstance(part, Text) and isinstance(last, Text)):
+        if is_next or (isinstance(part, Text) and isinstance(last, Text)):
             groups[-1].append(part)
         else:
             groups.append([part])
     return [group[0] if len(group) == 1 else replace(group[-1], text="".join(part.text for part in group))
             for group in groups]
+
+
+def _seat(groups: List[List[Any]], riders: Sequence[Thinking], riding: Mapping[int, bool]) -> None:
+    """Puts the thinking that rides on a call into the turn that leads to it."""
+    marks = {_mark_of([rider]) for rider in riders}
+    kept = [place for place, group in enumerate(groups) if isinstance(group[-1], Thinking) and _mark_of(group) in marks]
+    place = min([*kept, _before_words(groups)])
+    for spare in reversed(kept):
+        del groups[spare]
+    groups[place:place] = [[rider] for rider in riders if not riding[id(rider)]]
+    groups.extend([rider] for rider in riders if riding[id(rider)])
+
+
+def _mark_of(pieces: Sequence[Thinking]) -> str:
+    """What tells a thought from others: its signature, or what it says."""
+    return pieces[-1].signature or "".join(piece.text for piece in pieces)
 
 
 def _before_words(groups: Sequence[Sequence[Part]]) -> int:
@@ -5043,7 +5058,7 @@ class Settled:
                     if is_empty(event.stop_reason, event.usage, self._has_part):
                         raise EmptyAnswer("the provider's answer is empty")
                     if event.stop_reason in ("stop", "stop_sequence", "pause") and self._has_call:
-                        event = event._replace(stop_reason="tool_use", detail=None)
+                        event = Done("tool_use", event.usage)
                     return out + self._finish(event._replace(detail=said_text(event.detail) or None))
                 elif kind is Start:
                     event = event._replace(id=said_text(event.id))
@@ -10316,7 +10331,7 @@ class ResponsesLane(NativeLane):
 
     def _full_item(self, item: Any, place: int) -> Any:
         """An output item with all that one must have; the very same where nothing is missing."""
-        prefix = self._PREFIXES.get(as_dict(item).get("type"))
+        prefix = self._PREFIXES.get(str(as_dict(item).get("type")))
         if prefix is None:
             return item
         item = {**self._full_part(item), "id": item.get("id") or f"{prefix}_{self.stamp.id}{place}"}
@@ -10327,7 +10342,7 @@ class ResponsesLane(NativeLane):
     _PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc", "custom_tool_call": "ctc"}
 
     def _full_part(self, part: Any) -> Any:
-        defaults = self._DEFAULTS.get(as_dict(part).get("type"), {})
+        defaults = self._DEFAULTS.get(str(as_dict(part).get("type")), {})
         return {**part, **{name: value for name, value in defaults.items() if part.get(name) is None}} if defaults else part
 
     def _note_item(self, kind: str, data: Dict[str, Any]) -> None:
