@@ -16370,6 +16370,11 @@ class Server(http.server.ThreadingHTTPServer):
 
     def server_bind(self) -> None:
         """Binds without the reverse DNS look-up of the stock server, which may take seconds."""
+        if self.config.workers > 1 and REUSES_PORTS:
+            with socket.socket(self.address_family) as probe:       # a port that others share would be shared with us
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(self.server_address)
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = self.server_address[:2]
 
@@ -18255,9 +18260,14 @@ def serve_until(is_over: Callable[[float], bool], server: Server, reload: Option
     stop_server(handle)
 
 
+# Linux gives each connection to one of the sockets that listen on a port; elsewhere the last or the first has them all.
+REUSES_PORTS = sys.platform == "linux" and hasattr(socket, "SO_REUSEPORT")
+
+
 class Workers:
-    """Several processes on one listening socket, started and watched by this one. Each has memory of its own; what they
-    share are the files, and the count of requests under way."""
+    """Several processes on one port, started and watched by this one, which holds their listening sockets: who waits for
+    a process that has ended is answered by the next. Each has memory of its own; what they share are the files, and the
+    count of requests under way."""
 
     RESTARTS, RESTART_S = 5, 10.0               # so many ends in so many seconds are not chance
 
@@ -18269,8 +18279,20 @@ class Workers:
         self._reload = reload
         self._parent = server.gateway.owner_pid = os.getpid()
         server.gateway.load = memoryview(mmap.mmap(-1, 8 * count)).cast("q")
-        server.socket.setblocking(False)        # woken together, one is first
+        server.socket.setblocking(False)        # those who share it are woken together, and one is first
+        self._listeners = [server.socket] * count
+        if REUSES_PORTS:
+            self._listeners[1:] = [self._listener_beside(server) for _ in range(count - 1)]
         self._children: Dict[int, int] = {}     # pid → number
+
+    def _listener_beside(self, server: Server) -> socket.socket:
+        listener = socket.socket(server.address_family)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        listener.bind(server.server_address)
+        listener.listen(BACKLOG)
+        listener.setblocking(False)
+        return listener
 
     def run(self, stop_asked: threading.Event) -> int:
         """Keeps the workers running until asked to stop. Returns the exit status."""
@@ -18294,6 +18316,12 @@ class Workers:
         self._stop()
         return EXIT_OK
 
+    def _close_others(self, own: Optional[socket.socket]) -> None:
+        """Closes the listening sockets of other workers, which would keep them open when they stop."""
+        for listener in self._listeners:
+            if listener is not own:
+                listener.close()
+
     def kill(self) -> None:
         """Ends the workers at once."""
         for pid in self._children:
@@ -18302,7 +18330,7 @@ class Workers:
 
     def _stop(self) -> None:
         """Lets the workers finish; they keep to the grace time themselves."""
-        self._server.server_close()
+        self._close_others(None)
         for pid in self._children:
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGTERM)
@@ -18333,6 +18361,8 @@ class Workers:
                 signal.signal(getattr(signal, name), signal.SIG_IGN)
         signal.signal(signal.SIGTERM, lambda number, frame: stop_asked.set())
         self._server.gateway.worker = number
+        self._server.socket = self._listeners[number]
+        self._close_others(self._server.socket)
         serve_until(lambda limit_s: stop_asked.wait(limit_s) or os.getppid() != self._parent, self._server, self._reload)
 
 

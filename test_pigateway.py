@@ -384,7 +384,7 @@ async def put_load(target: BenchTarget, load: BenchLoad) -> Tuple[Dict[str, Opti
 # --- What the system knows of processes; nothing where there is no /proc ---
 
 
-def process_facts(pid: int) -> List[str]:
+def process_facts(pid: Any) -> List[str]:
     """The fields of /proc/PID/stat from the third on."""
     with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
         return file.read().rpartition(")")[2].split()
@@ -19816,6 +19816,31 @@ def test_processes_share_the_log_files(tmp_path: Any) -> None:
     for child in range(4):
         numbers = [record["number"] for record in records if record["child"] == child]
         assert numbers == sorted(numbers)
+
+
+@pytest.mark.skipif(not pg.REUSES_PORTS, reason="the system does not spread connections over sockets")
+def test_workers_share_connections(tmp_path: Any) -> None:
+    def connections(pid: int) -> int:
+        names = (f"/proc/{pid}/fd/{name}" for name in os.listdir(f"/proc/{pid}/fd"))
+        return sum(os.path.exists(name) and os.readlink(name).startswith("socket:") for name in names)
+
+    with launched(tmp_path, "--workers", "2") as made, contextlib.ExitStack() as stack:
+        first, second = until(lambda: worker_pids(made.process.pid)[1:] and worker_pids(made.process.pid))
+        idle = {pid: connections(pid) for pid in (first, second)}
+        clients = [stack.enter_context(RawClient(made.url)) for _ in range(64)]
+        until(lambda: all(connections(pid) > idle[pid] + 8 for pid in idle))
+        assert [client.ask("GET", "/health").status for client in clients] == [200] * 64
+        port = made.url.rpartition(":")[2]
+        for workers in ("1", "2"):              # who may share the port is this process's to say
+            other = Program(tmp_path / workers, "--port", port, "--workers", workers)
+            assert other.process.wait(20) == 1 and "cannot listen" in other.text("err")
+            other.close()
+        os.kill(first, signal.SIGSTOP)          # who comes now waits for one of them, or for its heir
+        until(lambda: all(process_facts(f"{first}/task/{thread}")[0] == "T" for thread in os.listdir(f"/proc/{first}/task")))
+        waiting = [stack.enter_context(RawClient(made.url)) for _ in range(32)]
+        os.kill(first, signal.SIGKILL)
+        assert [client.ask("GET", "/health").status for client in waiting] == [200] * 32
+        assert made.stop()[0] == 0
 
 
 @POSIX
