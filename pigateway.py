@@ -113,6 +113,7 @@ MAX_VECTORS_BYTES = 128 * MIB     # one provider answer of embeddings: 2048 of 3
 MAX_ERROR_BYTES = 64 * KIB        # a provider's error body; more is cut
 MAX_MESSAGE_CHARS = 4000          # a provider's error text as shown to a client
 BACKLOG = 1024                    # the default of 5 drops connections when a few hundred clients start at once
+MAX_CONNECTIONS = 4096            # of clients, each with a thread; one more is told 503
 
 FRESH_S = 1.0                     # a connection made just before the end has so long to send its request
 KEEP_ALIVE_S = 75.0               # an idle client connection is closed after this
@@ -16339,9 +16340,20 @@ def find_trim() -> Optional[Callable[[int], Any]]:
 TRIM: Optional[Callable[[int], Any]] = None     # set when a server runs: importing this file changes nothing
 
 
-class Server(http.server.ThreadingHTTPServer):
-    """Listens and gives each connection a thread; `begin` and `end` count the requests under way."""
+def connection_limit() -> int:
+    """How many clients may be connected at once: each may need a descriptor towards a provider, too."""
+    try:
+        import resource                         # not on Windows
+    except ImportError:
+        return MAX_CONNECTIONS
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MAX_CONNECTIONS if soft == resource.RLIM_INFINITY else min(MAX_CONNECTIONS, max(1, (soft - 64) // 2))
 
+
+class Server(http.server.ThreadingHTTPServer):
+    """Listens and gives each connection a thread, as many as `limit`; `begin` and `end` count the requests under way."""
+
+    REFUSED_S, REFUSED_MOST = 1.0, 64           # how long and how many refused connections are kept, see `_refuse`
     daemon_threads = True
     allow_reuse_address = os.name != "nt"       # on Windows it would let two servers share a port
     request_queue_size = BACKLOG
@@ -16357,6 +16369,8 @@ class Server(http.server.ThreadingHTTPServer):
         self._trimmed_at = self._reaped_at = 0.0
         self._trim_due = False
         self._fresh: set[socket.socket] = set()     # connections whose first request has not come yet
+        self._refused: collections.deque[Tuple[float, socket.socket]] = collections.deque()
+        self.limit = connection_limit()
         self._active = 0
         self._changed = threading.Condition()
         if ":" in config.bind_address:
@@ -16406,12 +16420,38 @@ class Server(http.server.ThreadingHTTPServer):
         when many clients connect at once; this does not."""
         import _thread
         with self._changed:
-            self._fresh.add(request)
+            is_full = len(self._sockets) >= self.limit
+            if not is_full:
+                self._sockets.add(request)
+                self._fresh.add(request)
+        if is_full:
+            self._refuse(request, f"{self.limit} connections are open, which is the most")
+            return
         try:
             _thread.start_new_thread(self.process_request_thread, (request, client_address))
         except RuntimeError:
-            log.error("no more threads; a connection was refused")
-            self.shutdown_request(request)
+            self.track(request, False)
+            self._refuse(request, "there are no more threads")
+
+    def _refuse(self, request: socket.socket, why: str) -> None:
+        """Answers 503 without a thread. The connection is kept for a moment: closing it before its request has been read
+        would take the answer away from the client."""
+        if not self._refused:
+            log.warning("connections are refused: %s", why)
+        request.setblocking(False)
+        name = Stamp(f"{random.getrandbits(96):024x}", 0).request_id
+        status, body = CHAT.render_error(Overloaded(f"the gateway has no room: {why}; try again"), name)
+        responder = HttpResponder(request, None, {"x-request-id": name, "request-id": name}, 0)
+        with contextlib.suppress(OSError, ClientGone):
+            responder.send(status, {"content-type": "application/json", "retry-after": "1"}, dumps(body).encode("ascii"))
+            request.shutdown(socket.SHUT_WR)
+        self._refused.append((time.monotonic(), request))
+        self._close_refused(time.monotonic() - self.REFUSED_S)
+
+    def _close_refused(self, before: float) -> None:
+        """Closes the connections that were refused before a time, and the first of too many."""
+        while self._refused and (self._refused[0][0] < before or len(self._refused) > self.REFUSED_MOST):
+            self.shutdown_request(self._refused.popleft()[1])
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Logs what ended a connection's thread; the stock server prints a traceback."""
@@ -16454,6 +16494,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.shutdown()
         self._accept_rest()
         self.server_close()
+        self._close_refused(math.inf)
         with self._changed:                     # a proxy that has just been let in is about to send its request
             self._changed.wait_for(lambda: not self._fresh, min(FRESH_S, grace_s))
         if not self._wait_idle(grace_s):
@@ -16470,6 +16511,7 @@ class Server(http.server.ThreadingHTTPServer):
     def service_actions(self) -> None:
         """Looks after what nobody is waiting for; the accept loop calls it several times a second."""
         now = time.monotonic()
+        self._close_refused(now - self.REFUSED_S)
         if now > self._reaped_at + REAP_S:
             self._reaped_at = now
             self.gateway.transport.reap()

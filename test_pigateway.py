@@ -3987,7 +3987,7 @@ def test_texts_from_memory_are_those_of_the_long_way(monkeypatch: Any) -> None:
 
     monkeypatch.setattr(pg.TextMemo, "answer", counted)
     wires = [(row[0], row[1]) for row in (*TRANSCRIPTS.values(), *FAILURES.values()) if row[0] in (COMPLETIONS, ANTHROPIC)]
-    for _ in range(800):
+    for _ in range(500):
         for upstream, make in ((COMPLETIONS, chat_stream), (ANTHROPIC, anthropic_stream)):
             ending = rng.choice(("\n\n",) * 4 + ("\r\n\r\n",))
             wires.append((upstream, (ending.join(make(rng)) + ending).encode("utf-8", "surrogatepass")))
@@ -4000,7 +4000,7 @@ def test_texts_from_memory_are_those_of_the_long_way(monkeypatch: Any) -> None:
         fast = relayed(make, pieces)
         monkeypatch.setattr(pg.TextMemo, "is_used", False)
         assert fast == relayed(make, pieces), (number, wire)
-    assert sum(counts) > 3000 and max(counts) > 10 and counts.count(1) > 500      # it has been used, for one and for many
+    assert sum(counts) > 2000 and max(counts) > 5 and counts.count(1) > 300      # it has been used, for one and for many
 
 
 def test_anthropic_lane_whole_is_spliced() -> None:
@@ -7906,6 +7906,32 @@ def test_start_and_stop_leave_nothing(tmp_path: Any) -> None:
     assert os.listdir(tmp_path / ".pi" / "agent") == ["models.json"]     # no lock file, no auth.json
     until(lambda: {thread for thread in set(threading.enumerate()) - before if thread.name in ("accept",
                                                                                                "discovery")} == set())
+
+
+def test_a_connection_too_many_is_told_so(tmp_path: Any, monkeypatch: Any) -> None:
+    with running(tmp_path) as handle:
+        handle.server.limit = 1
+        with RawClient(handle.url) as first:
+            assert first.ask("GET", "/health").status == 200
+            for _ in range(2):
+                with RawClient(handle.url) as second:
+                    answer = second.ask("POST", "/v1/chat/completions", b"x" * 100_000)
+                    assert (answer.status, answer.headers["retry-after"]) == (503, "1") and answer.headers["x-request-id"]
+                    assert answer.json["error"]["code"] == "server_is_overloaded" and second.is_closed()
+            assert first.ask("GET", "/health").status == 200
+        until(lambda: not handle.server._sockets)
+        with RawClient(handle.url) as third:
+            assert third.ask("GET", "/health").status == 200
+            monkeypatch.setattr("_thread.start_new_thread", no_more_threads)
+            with RawClient(handle.url) as fourth:
+                assert fourth.ask("GET", "/health").status == 503
+            monkeypatch.undo()
+        monkeypatch.setattr(pg.Server, "REFUSED_S", 0.0)
+        until(lambda: not handle.server._refused)
+
+
+def no_more_threads(*_: Any) -> None:
+    raise RuntimeError("can't start new thread")
 
 
 def test_two_servers_in_one_process(tmp_path: Any) -> None:
