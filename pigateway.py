@@ -1215,9 +1215,10 @@ def sse(data: Mapping[str, Any], name: str = "") -> bytes:
 
 class TextMemo:
     """Spares events of text their way through JSON, which is most of what a stream costs. When two in a row, and what
-    became of them, differ in nothing but their text, it is known what stands around it on both sides; of those that follow
-    only the string is decoded and encoded, of a whole run at once. Whatever does not fit goes the long way, and the next two
-    are compared anew.
+    became of them, differ in nothing but their text, it is known what stands around it on both sides; of those that
+    follow only the string is decoded and encoded, of a whole run at once. Whatever does not fit goes the long way, and
+    the next two are compared anew. Only for lanes where a piece of text changes nothing but what `heard` and the reader's
+    parts hold.
 
     `is_raw`: the texts go out in the spelling in which they came."""
 
@@ -13780,7 +13781,7 @@ class Poller:
                 self._poll.register(sock, select.POLLRDHUP if sock is second and end_only else select.POLLIN)
 
     def wait(self, timeout_s: float) -> List[Tuple[int, int]]:
-        """The sockets that have data or an end to read, after at most `timeout_s`: pairs of descriptor and something."""
+        """Those that have data or an end to read, after at most `timeout_s`, as pairs of descriptor and flags."""
         if self._poll:
             return self._poll.poll(timeout_s * 1000 if timeout_s > 0 else 0)
         if not self._socks:                     # Windows cannot select nothing
@@ -16351,7 +16352,7 @@ def connection_limit() -> int:
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Listens and gives each connection a thread, as many as `limit`; `begin` and `end` count the requests under way."""
+    """Listens and gives each connection a thread, up to `limit`; `begin` and `end` count the requests under way."""
 
     REFUSED_S, REFUSED_MOST = 1.0, 64           # how long and how many refused connections are kept, see `_refuse`
     daemon_threads = True
@@ -16434,8 +16435,8 @@ class Server(http.server.ThreadingHTTPServer):
             self._refuse(request, "there are no more threads")
 
     def _refuse(self, request: socket.socket, why: str) -> None:
-        """Answers 503 without a thread. The connection is kept for a moment: closing it before its request has been read
-        would take the answer away from the client."""
+        """Answers 503 without a thread. The connection is kept for a moment: closed with a request unread, it would take
+        the answer away from the client."""
         if not self._refused:
             log.warning("connections are refused: %s", why)
         request.setblocking(False)
@@ -16443,7 +16444,8 @@ class Server(http.server.ThreadingHTTPServer):
         status, body = CHAT.render_error(Overloaded(f"the gateway has no room: {why}; try again"), name)
         responder = HttpResponder(request, None, {"x-request-id": name, "request-id": name}, 0)
         with contextlib.suppress(OSError, ClientGone):
-            responder.send(status, {"content-type": "application/json", "retry-after": "1"}, dumps(body).encode("ascii"))
+            headers = {"content-type": "application/json", "retry-after": "1"}
+            responder.send(status, headers, dumps(body).encode("ascii"))
             request.shutdown(socket.SHUT_WR)
         self._refused.append((time.monotonic(), request))
         self._close_refused(time.monotonic() - self.REFUSED_S)

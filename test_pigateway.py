@@ -3909,8 +3909,8 @@ def test_anthropic_lane_failures(name: str) -> None:
 
 
 # What a string may be spelled with inside an event, and what makes the event malformed.
-SPELLINGS = ([" lorem", "a", "9", " ", "ipsum, dolor", "c"] * 4 + ["\\u00e9", "é", "漢字", "😀", "\\ud83d\\ude00", "\\n", "\\\\", '\\"',
-             "\\/", "\u2028", "\x7f", "\\u0000", "\\ud83d", "\\ude00", "\\ud800", "\\\\ud800", "ud800", '\\"},'])
+SPELLINGS = ([" lorem", "a", "9", " ", "ipsum, dolor", "c"] * 4 + ["\\u00e9", "é", "漢字", "😀", "\\ud83d\\ude00", "\\n",
+             "\\\\", '\\"', "\\/", "\u2028", "\x7f", "\\u0000", "\\ud83d", "\\ude00", "\\ud800", "\\\\ud800", "ud800", '\\"},'])
 FAULTS = ['"', "\\", "\\x", "\x01", "\n", "\r", "\ud800", '","content":"', '"}}\n\ndata: {"x":"']
 CHAT_SHAPES = ('{"content":%s}', '{"content":%s}', '{"reasoning_content":%s}', '{"reasoning":%s,"content":null}',
                '{"role":"assistant","content":%s}', '{"content":%s,"refusal":"a"}', '{"content":[{"type":"text","text":%s}]}',
@@ -3949,14 +3949,16 @@ def anthropic_stream(rng: random.Random) -> List[str]:
     payloads = ['{"type":"message_start","message":{"id":"m","model":"m1","usage":{"input_tokens":1}}}']
     for index in range(rng.randrange(1, 5)):
         kind, delta, name = rng.choice(ANTHROPIC_SHAPES)
-        payloads.append('{"type":"content_block_start","index":%d,"content_block":{"type":"%s","id":"t","name":"f"}}' % (index, kind))
+        payloads.append('{"type":"content_block_start","index":%d,"content_block":{"type":"%s","id":"t","name":"f"}}'
+                        % (index, kind))
         for _ in range(rng.randrange(1, 12)):
             payloads.append('{"type":"content_block_delta","index":%d,"delta":{"type":"%s","%s":%s}}'
                             % (index, delta, name, spelled(rng)))
             payloads.extend(['{"type":"ping"}'] * (rng.random() < 0.05))
         payloads.append('{"type":"content_block_stop","index":%d}' % index)
-    payloads += ['{"type":"message_delta","delta":{"stop_reason":"end_turn"},"usage":{"output_tokens":2}}', '{"type":"message_stop"}']
-    return [f"event: {json.loads(text[:text.index(',')] + '}' if ',' in text else text)['type']}\ndata: {text}" for text in payloads]
+    payloads += ['{"type":"message_delta","delta":{"stop_reason":"end_turn"},"usage":{"output_tokens":2}}',
+                 '{"type":"message_stop"}']
+    return ["event: %s\ndata: %s" % (text.split('"')[3], text) for text in payloads]
 
 
 def relayed(make: Callable[[], Any], pieces: Sequence[bytes]) -> Tuple[Any, ...]:
