@@ -86,8 +86,8 @@ import urllib.request
 import zlib
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import (Any, Callable, ContextManager, Dict, FrozenSet, Iterable, Iterator, List, Mapping, NamedTuple, Optional,
-                    Sequence, TextIO, Tuple, Type, TypeVar, Union)
+from typing import (Any, Callable, Dict, FrozenSet, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence,
+                    TextIO, Tuple, Type, TypeVar, Union)
 
 __all__ = [
     "main", "start_server", "stop_server", "Config", "Gateway", "Server", "ClientProtocol", "UpstreamProtocol",
@@ -13681,9 +13681,9 @@ class Scope:
         if self._cancelled is not None:
             raise self._cancelled
 
-    def waiting(self) -> ContextManager[None]:
-        """Goes around what waits for the provider elsewhere than in `wait`."""
-        return contextlib.nullcontext()
+    def timed(self, wait: Callable[..., Any]) -> Callable[..., Any]:
+        """The same function, which waits for the provider: kept apart where the gateway's own time is measured."""
+        return wait
 
     def wait(self, upstream: Optional[socket.socket], limit_s: float) -> bool:
         """Waits until `upstream` can be read; False when that takes `limit_s`. Raises `ClientGone`, or what `cancel` was
@@ -13737,7 +13737,7 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Does not count what happens inside."""
+        """Does not count what happens inside, or in a function that it decorates."""
         self._paused_at = time.monotonic()
         try:
             yield
@@ -13756,11 +13756,15 @@ class TimedScope(Scope):
 
     def __init__(self, stopwatch: Stopwatch, client: Optional[socket.socket], heartbeat_s: float) -> None:
         super().__init__(client, heartbeat_s)
-        self.waiting = stopwatch.paused         # type: ignore[method-assign]
+        self._stopwatch = stopwatch
+
+    def timed(self, wait: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, pausing the stopwatch."""
+        return self._stopwatch.paused()(wait)
 
     def wait(self, upstream: Optional[socket.socket], limit_s: float) -> bool:
         """The same; a sign of life that begins the answer meanwhile tells the time without this wait."""
-        with self.waiting():
+        with self._stopwatch.paused():
             return super().wait(upstream, limit_s)
 
 
@@ -14099,8 +14103,7 @@ class PooledHandler(urllib.request.BaseHandler):
                 return self._exchange(kept, message, scope)
             except (StaleConnection, ConnectionError):
                 scope.check()
-        with scope.waiting():
-            opened = connected()
+        opened = scope.timed(connected)()
         connection = Connection(opened, self.pool, key)
         try:
             return self._exchange(connection, message, scope)
@@ -14110,8 +14113,7 @@ class PooledHandler(urllib.request.BaseHandler):
     def _exchange(self, connection: Connection, message: bytes, scope: Scope) -> Response:
         try:
             scope.attach(connection.sock)
-            with scope.waiting():
-                connection.send(message, self._limits.idle_s)
+            scope.timed(connection.send)(message, self._limits.idle_s)
             return self._read_head(connection, scope)
         except BaseException:
             connection.close()
@@ -15784,12 +15786,12 @@ class Handler(socketserver.BaseRequestHandler):
     def handle(self) -> None:
         """Serves requests until the connection ends."""
         self._buffer = b""
-        self._waiting: Callable[[], ContextManager[None]] = contextlib.nullcontext      # goes around waits for the client
         self.server.track(self.request, True)
         try:
             self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self.request.setblocking(False)
             self._poller = Poller(self.request)
+            self._wait = self._poller.wait
             while self._serve_one() and not self.server.is_stopping:
                 pass
         except (OSError, ClientGone):
@@ -15830,14 +15832,12 @@ class Handler(socketserver.BaseRequestHandler):
             try:
                 return self.request.recv(RECEIVE_BYTES)
             except BlockingIOError:
-                with self._waiting():
-                    is_ready = self._poller.wait(deadline - time.monotonic())
-                if not is_ready:
+                if not self._wait(deadline - time.monotonic()):
                     raise socket.timeout("the client sends nothing") from None
 
     def _read_head(self) -> Optional[Head]:
         """The next request's head, None when the client is done or idle for too long."""
-        self._seen_at = time.monotonic()        # the last of it
+        self._seen_at = time.monotonic()        # when what there is of it came
         deadline = self._seen_at + (HEAD_TIMEOUT_S if self._buffer else KEEP_ALIVE_S)
         has_begun = bool(self._buffer)
         while True:
@@ -15913,7 +15913,7 @@ class Handler(socketserver.BaseRequestHandler):
                             named=path_fields(head))
         if head.headers.get("x-pigateway-overhead") in ("1", "true"):
             responder.stopwatch = Stopwatch(self._seen_at)
-            self._waiting = responder.stopwatch.paused
+            self._wait = responder.stopwatch.paused()(self._poller.wait)
         try:
             self._dispatch(head, exchange)
         except (ClientGone, ConnectionError):
@@ -15931,7 +15931,7 @@ class Handler(socketserver.BaseRequestHandler):
         duration_ms = (time.monotonic() - started) * 1000
         self._log_access(head, exchange, status, duration_ms)
         self._log_to_files(head, exchange, status, duration_ms)
-        self._waiting = contextlib.nullcontext
+        self._wait = self._poller.wait
         responder.forget()
         if exchange.size > LARGE_BODY_BYTES:
             server.trim_memory()
