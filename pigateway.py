@@ -186,9 +186,9 @@ class GatewayError(Exception):
     def __init__(self, message: str, *, code: Optional[str] = None, param: Optional[str] = None,
                  retry_after: Optional[float] = None, provider_reply: Optional[ProviderReply] = None) -> None:
         super().__init__(message)
-        self.message = message
-        self.named_code = code
-        self.code = code or type(self).code
+        self.message = clean_text(message)
+        self.named_code = code and clean_text(code)
+        self.code = self.named_code or type(self).code
         self.param = param
         self.retry_after = retry_after
         self.provider_reply = provider_reply
@@ -15037,7 +15037,11 @@ class Gateway:
             return ProviderMisconfigured(f"the provider answered with a redirect ({response.status}), which is never "
                                          "followed; check its base URL")
         body = redact_body(response.read(MAX_EVENT_BYTES), lane.secrets)[:MAX_ERROR_BYTES]
-        error = lane.upstream.parse_error(response.status, response.headers, body, self.clock())
+        try:
+            error = lane.upstream.parse_error(response.status, response.headers, body, self.clock())
+        except MALFORMED:                       # what it says is nonsense, but its status still means something
+            log.debug("malformed provider error", exc_info=True)
+            error = upstream_error(response.status, f"the provider answered {response.status} without a readable message")
         if lane.is_passed and response.status == 401:       # the client's own: it has to hear that, and can help itself
             reply = ProviderReply(401, response.headers.get("content-type", "application/json"), body)
             error = Unauthorized(error.message, provider_reply=reply)

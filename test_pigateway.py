@@ -16830,6 +16830,27 @@ def test_nonsense_is_no_empty_success(tmp_path: Any, protocol: str, path: Tuple[
                     assert result.status == 502 and result.json["error"], client.name
 
 
+ODD_ERRORS: List[Tuple[str, bytes]] = [
+    ("openai-completions", b'{"error":{"message":1e400}}'), ("openai-completions", b'{"error":{"message":"\\ud800!","code":"\\ud800"}}'),
+    ("anthropic-messages", b'{"error":{"message":[NaN]}}'), ("openai-responses", b'{"error":{"message":{"a":-1e400}}}'),
+    ("mistral-conversations", b'{"detail":[{"loc":5,"msg":"odd"}]}'), ("bedrock-converse-stream", b'{"message":1e400}'),
+    *(("google-generative-ai", b'{"error":{"message":"x","details":[{"@type":"type.googleapis.com/google.rpc.%b":5}]}}' % rest)
+      for rest in (b'QuotaFailure","violations', b'Help","links', b'RetryInfo","retryDelay', b'ErrorInfo","metadata'))]
+
+
+@pytest.mark.parametrize("protocol, body", ODD_ERRORS)
+def test_nonsense_in_an_error_does_not_hide_its_status(tmp_path: Any, lines: LogLines, protocol: str, body: bytes) -> None:
+    with fake_upstream(Answer(429, body)) as upstream:
+        write_agent_files(tmp_path, models={"providers": {"p": {
+            "baseUrl": upstream.url, "api": protocol, "apiKey": "key-key-key", "models": [{"id": "m1"}]}}})
+        with running(tmp_path) as handle:
+            for name, asks in GRID_CLIENTS.items():
+                result = asks.send(handle.url, asks.body(GRID_CASES["text"], "p/m1", False))
+                assert result.status == 429 and result.json["error"], name
+                assert protocol in asks.native or b"ud800" not in result.body
+    assert not lines.find(lambda record: record.levelno >= logging.ERROR)
+
+
 # --- The table --------------------------------------------------------------------------------------------------------
 
 
