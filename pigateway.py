@@ -16006,11 +16006,11 @@ class Handler(socketserver.BaseRequestHandler):
         server.check_origin(head)
         server.check_key(head)
         shown = redact(head.target.partition("?")[0])[:200]
-        route = ROUTES.get(route_name(head.path))
-        if route is None:
-            raise route_not_found(head.path, f"{head.method} {shown}")
+        route = ROUTES.get(route_name(head.path), {})
         method = "GET" if head.method == "HEAD" else head.method
         if method not in route:
+            if not route or not_offered(head.path):
+                raise route_not_found(head.path, f"{head.method} {shown}")
             exchange.answer_headers["allow"] = ", ".join(route)
             raise MethodNotAllowed(f"{shown} takes {' or '.join(route)}, not {head.method}")
         body = self._read_body(head)
@@ -16142,20 +16142,34 @@ ROUTES: Dict[str, Dict[str, Callable[[Handler, Head, Exchange, bytes], None]]] =
     "/": {"GET": Handler._root},
 }
 
-# What the vendors have beside, by the beginning of its path.
+# What the vendors have beside, by the beginning of its path without Gemini's version, or by its end where that is one of
+# Gemini's methods.
 NOT_OFFERED = {
     "/messages/batches": "message batches", "/images": "images", "/audio": "speech and transcription",
     "/moderations": "moderation", "/files": "stored files", "/uploads": "stored files", "/batches": "batches",
     "/assistants": "assistants", "/threads": "assistants' threads", "/vector_stores": "vector stores",
     "/fine_tuning": "fine-tuning", "/realtime": "realtime sessions", "/videos": "videos", "/evals": "evaluations",
     "/containers": "containers", "/skills": "skills", "/organization": "administration",
-    "/organizations": "administration"}
+    "/organizations": "administration", "/conversations": "stored conversations",
+    "/cachedContents": "cached contents", "/upload": "stored files", "/interactions": "interactions",
+    "/tunedModels": "tuning", "/fileSearchStores": "file search", "/auth_tokens": "live sessions", "/ws": "live sessions",
+    **dict.fromkeys((":embedContent", ":batchEmbedContents", "/api/embed", "/api/embeddings"),
+                    "embeddings in this form, but /v1/embeddings"),
+    ":batchGenerateContent": "batches", ":predict": "images", ":predictLongRunning": "videos",
+    **dict.fromkeys(("/api/pull", "/api/push", "/api/create", "/api/copy", "/api/delete", "/api/blobs"),
+                    "changes to its models here; models.json lists them")}
+
+
+def not_offered(path: str) -> Optional[str]:
+    """What the vendors have under a path and this gateway has not; None for a path that is nobody's."""
+    path = re.sub(r"^/v1(beta1?|alpha)(?=/)", "", path) + "/"
+    return next((name for place, name in NOT_OFFERED.items() if path.startswith(place + "/") or (
+        place.startswith(":") and path.endswith(place + "/"))), None)
 
 
 def route_not_found(path: str, shown: str) -> RouteNotFound:
     """The error for a path without a route; `shown` is how the client wrote it."""
-    names = (name for start, name in NOT_OFFERED.items() if path == start or path.startswith(start + "/"))
-    name = next(names, None)
+    name = not_offered(path)
     return RouteNotFound(f"{shown}: this gateway does not offer {name}" if name else f"no such path: {shown}")
 
 

@@ -19232,6 +19232,7 @@ def test_texts_with_the_sdk(tmp_path: Any, target: str) -> None:
     ("/v1/batches", "batches"), ("/v1/assistants", "assistants"), ("/v1/threads/t/runs", "assistants"),
     ("/v1/vector_stores", "vector stores"), ("/v1/fine_tuning/jobs", "fine-tuning"), ("/v1/uploads", "stored files"),
     ("/v1/messages/batches", "message batches"), ("/v1/messages/batches/b1/results", "message batches"),
+    ("/v1/conversations/c1", "stored conversations"),
     ("/v1/imagesx", "no such path"), ("/v1/nothing", "no such path")])
 @pytest.mark.parametrize("method", ["GET", "POST"])
 @pytest.mark.parametrize("headers", [{}, {"anthropic_version": "2023-06-01"}], ids=["openai", "anthropic"])
@@ -19244,6 +19245,21 @@ def test_what_is_not_offered(lone: pg.ServerHandle, path: str, words: str, metho
     assert ("this gateway does not offer" in error["message"]) == (words != "no such path")
     assert error["type"] == ("not_found_error" if is_messages else "invalid_request_error")
     assert is_messages or error["code"] == "endpoint_not_found"
+
+
+@pytest.mark.parametrize("path, words", [
+    ("/v1beta/models/demo:embedContent", "/v1/embeddings"), ("/v1beta/models/demo:batchEmbedContents", "/v1/embeddings"),
+    ("/v1beta/models/imagen-4:predict", "images"), ("/v1alpha/models/demo:batchGenerateContent", "batches"),
+    ("/v1beta/models/veo:predictLongRunning", "videos"), ("/v1beta/cachedContents/c1", "cached contents"),
+    ("/v1alpha/files", "stored files"), ("/v1beta/fileSearchStores", "file search"), ("/api/embed", "/v1/embeddings"),
+    ("/api/embeddings", "/v1/embeddings"), ("/api/pull", "models.json"), ("/api/blobs/sha256:0", "models.json"),
+    ("/v1beta/nothing", "no such path"), ("/api/embedding", "no such path")])
+def test_what_is_not_offered_to_clients_of_gemini_and_ollama(lone: pg.ServerHandle, path: str, words: str) -> None:
+    result = call(lone.url, path, {})
+    error = result.json["error"]
+    assert result.status == 404 and (error if path.startswith("/api/") else error["message"]).count(words) == 1
+    assert path.startswith("/api/") or error["status"] == "NOT_FOUND" and error["code"] == 404
+    assert ("this gateway does not offer" in str(error)) == (words != "no such path")
 
 
 @pytest.fixture(scope="module")
