@@ -16236,7 +16236,9 @@ def client_protocol(head: Head) -> ClientProtocol:
         is_anthropic = ("anthropic-version" in headers or "x-api-key" in headers or agent.startswith("claude-")
                         or "limit" in head.query)
         return MESSAGES if is_anthropic else CHAT
-    return MESSAGES if "anthropic-version" in head.headers else CHAT
+    if "anthropic-version" in head.headers:
+        return MESSAGES
+    return GEMINI_CLIENT if "x-goog-api-key" in head.headers and head.path not in ROUTES else CHAT
 
 
 def wants_claude(head: Head) -> bool:

@@ -19253,9 +19253,11 @@ def test_what_is_not_offered(lone: pg.ServerHandle, path: str, words: str, metho
     ("/v1beta/models/veo:predictLongRunning", "videos"), ("/v1beta/cachedContents/c1", "cached contents"),
     ("/v1alpha/files", "stored files"), ("/v1beta/fileSearchStores", "file search"), ("/api/embed", "/v1/embeddings"),
     ("/api/embeddings", "/v1/embeddings"), ("/api/pull", "models.json"), ("/api/blobs/sha256:0", "models.json"),
+    ("/v1/cachedContents", "cached contents"), ("/v1/files", "stored files"), ("/v1/nothing", "no such path"),
     ("/v1beta/nothing", "no such path"), ("/api/embedding", "no such path")])
 def test_what_is_not_offered_to_clients_of_gemini_and_ollama(lone: pg.ServerHandle, path: str, words: str) -> None:
-    result = call(lone.url, path, {})
+    keys = {} if path.startswith(("/v1beta", "/v1alpha", "/api")) else {"x_goog_api_key": "k"}
+    result = call(lone.url, path, {}, **keys)
     error = result.json["error"]
     assert result.status == 404 and (error if path.startswith("/api/") else error["message"]).count(words) == 1
     assert path.startswith("/api/") or error["status"] == "NOT_FOUND" and error["code"] == 404
