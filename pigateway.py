@@ -18997,12 +18997,15 @@ def print_environment(config: Config, arguments: argparse.Namespace) -> int:
     target, notes = guess_target(client, config, url)
     notes += [] if pid else [f"No gateway is running yet: {own_command()} start"]
     words = client.arguments(target)
-    notes += [f"{client.program} also needs these arguments: {shlex.join(words)}"] if words else []
+    notes += [f"{client.program} needs arguments as well, as they stand in the last line."] if words else []
     is_hidden = sys.stdout.isatty() and bool(target.key) and target.key == config.api_key
     command = " ".join([own_command(), "env", *([arguments.provider] if arguments.provider else [])])
     notes += ["The key is not shown on a terminal. To use this:", shell.use.format(command)] if is_hidden else []
     changes = client_environment(client, target, os.environ)
-    print("\n".join(shell_lines(shell, changes, notes, target.key if is_hidden else "")))
+    lines = shell_lines(shell, changes, notes, target.key if is_hidden else "")
+    if words:                                   # in one piece, to be copied
+        lines.append(f"{shell.comment} {printable(shlex.join([client.program, *words]))}")
+    print("\n".join(lines))
     return EXIT_OK
 
 

@@ -33,6 +33,7 @@ import queue
 import random
 import re
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -23139,8 +23140,17 @@ def test_env_in_a_real_shell(fakes: Fakes, capsys: Any, monkeypatch: Any, shell:
 def test_env_for_each_client(fakes: Fakes, capsys: Any, client: str, shell: str, expected: str) -> None:
     assert pg.main(["env", client, "--shell", shell]) == 0
     out = capsys.readouterr().out.splitlines()
-    assert expected in out and max(len(line) for line in out if not line.startswith("export GEMINI_CLI")) <= 80
+    assert expected in out
+    assert max(len(line) for line in out if not line.startswith(("export GEMINI_CLI", "# codex -c"))) <= 80
+    assert (client == "codex") == out[-1].startswith("# codex -c")
     assert ("rem" if shell == "cmd" else "#") + f" No gateway is running yet: {pg.USUAL_COMMAND} start" in out
+
+
+def test_env_has_codex_s_command_in_one_piece(fakes: Fakes, capsys: Any) -> None:
+    assert pg.main(["env", "codex", "--shell", "bash"]) == 0
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1][len("# "):])
+    assert words[:3] == ["codex", "-c", 'model_provider="pigateway"'] and words[1::2] == ["-c"] * (len(words) // 2)
+    assert 'model_providers.pigateway.base_url="http://127.0.0.1:4000/v1"' in words
 
 
 def test_env_says_what_it_does_not_know(fakes: Fakes, capsys: Any, monkeypatch: Any) -> None:
