@@ -16090,14 +16090,12 @@ class Handler(socketserver.BaseRequestHandler):
         return model
 
     def _healthz(self, head: Head, exchange: Exchange, body: bytes) -> None:
-        uptime = int((self.server.gateway.clock() - self.server.started_at) * 1000)
-        self._send_json(exchange, {"ok": True, "uptimeMs": max(0, uptime)})
+        self._send_json(exchange, {"ok": True, "uptimeMs": self.server.uptime_ms})
 
     def _status(self, head: Head, exchange: Exchange, body: bytes) -> None:
         gateway = self.server.gateway
-        uptime = int((gateway.clock() - self.server.started_at) * 1000)
         self._send_json(exchange, {"ok": True, "name": NAME, "version": VERSION, "pid": gateway.owner_pid or os.getpid(),
-                                   "uptimeMs": max(0, uptime), "models": len(gateway.models()),
+                                   "uptimeMs": self.server.uptime_ms, "models": len(gateway.models()),
                                    "streams": sum(gateway.load)})
 
     def _health(self, head: Head, exchange: Exchange, body: bytes) -> None:
@@ -16173,9 +16171,9 @@ def route_not_found(path: str, shown: str) -> RouteNotFound:
     return RouteNotFound(f"{shown}: this gateway does not offer {name}" if name else f"no such path: {shown}")
 
 
-CLIENT_BY_PATH: Dict[str, ClientProtocol] = {"/completions": TEXTS, "/embeddings": EMBEDDINGS}
-
-
+# By the first part of a path, where it belongs to one dialect alone.
+CLIENT_BY_PATH: Dict[str, ClientProtocol] = {
+    "completions": TEXTS, "embeddings": EMBEDDINGS, "messages": MESSAGES, "responses": RESPONSES, "api": OLLAMA}
 UNSERVED = (Handler._no_socket, Handler._not_kept)      # paths that are there to say what is not
 
 
@@ -16220,14 +16218,9 @@ def with_query_key(head: Head) -> Head:
 
 def client_protocol(head: Head) -> ClientProtocol:
     """The dialect in which this client is answered: by path, and where dialects share one, by its headers."""
-    if head.path in CLIENT_BY_PATH:
-        return CLIENT_BY_PATH[head.path]
-    if head.path.startswith("/messages"):
-        return MESSAGES
-    if head.path.startswith("/responses"):
-        return RESPONSES
-    if head.path.startswith("/api/") and head.path != "/api/hello":
-        return OLLAMA
+    first = head.path.lstrip("/").partition("/")[0]
+    if first in CLIENT_BY_PATH and head.path != "/api/hello":
+        return CLIENT_BY_PATH[first]
     if is_gemini(head):
         return GEMINI_CLIENT if head.query.get("alt") == "sse" or not path_fields(head).get("stream") else GEMINI_ARRAYS
     if head.path.startswith("/models"):
@@ -16426,6 +16419,11 @@ class Server(http.server.ThreadingHTTPServer):
         host, port = self.server_address[:2]
         return f"http://[{host}]:{port}" if ":" in str(host) else f"http://{host}:{port}"
 
+    @property
+    def uptime_ms(self) -> int:
+        """Milliseconds since the start."""
+        return max(0, int((self.gateway.clock() - self.started_at) * 1000))
+
     def get_request(self) -> Any:
         """Accepts; out of descriptors, pauses, since the loop would come back at once."""
         try:
@@ -16594,7 +16592,7 @@ class Server(http.server.ThreadingHTTPServer):
                  bearer.strip() if scheme.lower() == "bearer" else ""]
         if not any([hmac.compare_digest(key.encode("utf-8"), wanted.encode("utf-8")) for key in given]):
             raise Unauthorized("missing or wrong API key for this gateway" if any(given) else
-                               "no API key: send it as Authorization: Bearer or x-api-key")
+                               "no API key: send it as Authorization: Bearer, x-api-key or x-goog-api-key")
 
 
 # ======================================================================================================================
