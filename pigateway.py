@@ -16354,6 +16354,17 @@ def find_trim() -> Optional[Callable[[int], Any]]:
 TRIM: Optional[Callable[[int], Any]] = None     # set when a server runs: importing this file changes nothing
 
 
+def raise_descriptor_limit() -> None:
+    """Lets this process have as many open files as `MAX_CONNECTIONS` need, or as it may: systems begin with fewer."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource                         # not on Windows
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = 2 * MAX_CONNECTIONS + 64
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
 def connection_limit() -> int:
     """How many clients may be connected at once: each may need a descriptor towards a provider, too."""
     try:
@@ -18293,6 +18304,7 @@ def run(config: Config, argv: Sequence[str] = (), reload: Optional[Callable[[], 
         for name in STOP_SIGNALS:
             if hasattr(signal, name) and not (name == "SIGHUP" and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN):
                 signal.signal(getattr(signal, name), on_signal)
+        raise_descriptor_limit()
         try:
             server = Server(config, build_gateway(config, os.environ))
         except OSError as error:

@@ -19886,6 +19886,20 @@ def test_processes_share_the_log_files(tmp_path: Any) -> None:
         assert numbers == sorted(numbers)
 
 
+@POSIX
+@pytest.mark.parametrize("hard, limit", [(256, 96), (100_000, 4096)])
+def test_descriptor_limit(hard: int, limit: int) -> None:
+    code = f"""if True:
+        import resource, pigateway
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        hard = {hard} if most == resource.RLIM_INFINITY else min(most, {hard})
+        resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
+        pigateway.raise_descriptor_limit()
+        print(pigateway.connection_limit() == min({limit}, (hard - 64) // 2), pigateway.connection_limit())"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, check=True)
+    assert done.stdout.startswith(b"True "), done.stdout
+
+
 @pytest.mark.skipif(not pg.REUSES_PORTS, reason="the system does not spread connections over sockets")
 def test_workers_share_connections(tmp_path: Any) -> None:
     def connections(pid: int) -> int:
