@@ -19886,6 +19886,21 @@ def test_processes_share_the_log_files(tmp_path: Any) -> None:
         assert numbers == sorted(numbers)
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system has no such call")
+@pytest.mark.parametrize("arguments", [(), ("--workers", "2")], ids=["one process", "workers"])
+def test_processes_keep_to_one_core(tmp_path: Any, arguments: Tuple[str, ...]) -> None:
+    cores = os.sched_getaffinity(0)
+    with launched(tmp_path, *arguments) as made:
+        serving_pids = until(lambda: worker_pids(made.process.pid)[1:] and worker_pids(made.process.pid)) if arguments else [
+            made.process.pid]
+        used = until(lambda: (found := [os.sched_getaffinity(pid) for pid in serving_pids])
+                     and all(len(one) == 1 for one in found) and found)
+        assert set().union(*used) <= cores and len(set().union(*used)) == min(len(used), len(cores))
+        assert made.stop()[0] == 0
+    with running(tmp_path / "embedded"):
+        assert os.sched_getaffinity(0) == cores     # whose process it is not may not decide that
+
+
 @POSIX
 @pytest.mark.parametrize("hard, limit", [(256, 96), (100_000, 4096)])
 def test_descriptor_limit(hard: int, limit: int) -> None:
