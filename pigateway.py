@@ -15248,8 +15248,10 @@ class Discovery:
             base_url = credential.parts.get("endpoint") or gateway.credentials.fill(model.base_url, provider)
             model = replace(model, base_url=base_url, headers={})
             get = functools.partial(self._get, model, credential, scope)
-            found = self.listers.get(provider.source, Discovery._list)(self, provider, model, credential, get)
-        except (GatewayError, AttributeError, KeyError, TypeError) as error:
+            listed = self.listers.get(provider.source, Discovery._list)(self, provider, model, credential, get)
+            found = {model_id: replace(model, name=said_text(model.name)) for model_id, model in listed.items()
+                     if model_id and said_text(model_id) == model_id}
+        except (GatewayError, *MALFORMED) as error:
             log.debug("no model list from %s: %s", provider.name, redact(str(error)))
             return False
         finally:

@@ -6663,7 +6663,8 @@ def listed_ids(handle: pg.ServerHandle) -> List[str]:
 def test_discovery(tmp_path: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(pg, "DISCOVERY_RETRY_S", 0.02)
     is_up, asked = threading.Event(), threading.Event()
-    found = {"object": "list", "data": [{"id": "org/big:7b", "max_model_len": 4096}, {"id": "small"}, {"no": "id"}, 5]}
+    found = {"object": "list", "data": [{"id": "org/big:7b", "max_model_len": 4096}, {"no": "id"}, 5,
+                                       {"id": "small", "display_name": {"no": "name"}}, {"id": "\ud800"}]}
 
     def answer(request: Received) -> Answer:
         if request.method == "POST":
@@ -6683,6 +6684,7 @@ def test_discovery(tmp_path: Any, monkeypatch: Any) -> None:
             assert listed_ids(handle) == ["local/org/big:7b", "local/small"]
             single = call(handle.url, "/v1/models/local/org/big:7b").json
             assert single["context_window"] == 4096
+            assert call(handle.url, "/v1beta/models/local/small").json["displayName"] == "local/small"
             assert call(handle.url, WAY_IN["chat"], {**question("local"), "model": "small"}).status == 200
         posted = [request.json["model"] for request in fake.received if request.method == "POST"]
         assert posted == ["any/thing", "small"]
