@@ -19252,7 +19252,7 @@ class SetUp:
             self.file.change(provider.name, lambda old: entry)
         port = ROUTER_PORT if self._arguments.command == "ui" else 0        # piai-router's people look for it there
         write_private_file(self.path, render_config(provider.name, model, port).encode("utf-8"))
-        self._say_next(provider, client)
+        self._say_next(provider, client, model)
         return EXIT_OK
 
     @property
@@ -19292,7 +19292,7 @@ class SetUp:
         if name not in providers:
             near = difflib.get_close_matches(name, providers, 1, 0.4)
             raise ConfigError(f'no provider "{redact(name)[:60]}"; did you mean "{near[0]}"?' if near else
-                              "no provider has a key here: name one with --provider" if not name else
+                              "no provider has a key here: set a key, or name a provider with --provider" if not name else
                               f'no provider "{redact(name)[:60]}"')
         return providers[name]
 
@@ -19333,12 +19333,17 @@ class SetUp:
             for number, known in enumerate(names[:self.SHOWN], 1):
                 self._terminal.say(f"{number:>3} {known}")
             self._terminal.say(f"    ... {len(names) - self.SHOWN} more" if len(names) > self.SHOWN else "")
-            is_needed = client in CLIENTS and provider.name not in CLIENTS[client].homes
+            is_needed = self._needs_model(provider, client)
             empty = "" if is_needed else ", empty for none"
             name = self._pick(f"Default model (number or name{empty})?", names, "",
                               lambda answer: bool(answer) or not is_needed)
         is_full = name.partition("/")[0] in self._gateway.catalogue.providers and name not in names
         return name if is_full or not name else f"{provider.name}/{name}"
+
+    @staticmethod
+    def _needs_model(provider: Provider, client: str) -> bool:
+        """Whether the client's own names of models mean nothing at the provider."""
+        return client in CLIENTS and provider.name not in CLIENTS[client].homes
 
     def _pick_client(self) -> str:
         names = [*LAUNCH_COMMANDS, "none"]
@@ -19352,13 +19357,16 @@ class SetUp:
             raise ConfigError(f"no client {redact(name)[:60]!r}; there is {', '.join(names)}")
         return name
 
-    def _say_next(self, provider: Provider, client: str) -> None:
+    def _say_next(self, provider: Provider, client: str, model: str) -> None:
         say = self._terminal.say
         say(f"\nWritten: {short_path(self.path)}" + (f", and the credential to {short_path(self.file.path)}"
                                                       if self._entry is not None else ""))
         if self._entry is None and not self._gateway.is_usable(provider):
             say(f"Still missing: a credential for {provider.name}. " + (
                 f"Set {provider.env[-1]}." if provider.env else log_in_advice(provider.name, own_command())))
+        if not model and self._needs_model(provider, client):
+            say(f"Still missing: a model for {CLIENTS[client].title}, as defaultModel in that file.\n"
+                f"These are the models: {own_command()} models")
         config = f" --config {shlex.quote(self.path)}" if self._arguments.config else ""
         command = client if client in CLIENTS else "start"
         say(f"Next: {own_command()}{config} {command}")

@@ -23219,6 +23219,7 @@ def test_init_by_flags(fakes: Fakes, capsys: Any, monkeypatch: Any) -> None:
     assert pg.main(["init", "--yes", "--provider", "openai", "--default-model", "gpt-9", "--client", "codex"]) == 0
     out = capsys.readouterr().out
     assert "Still missing" in out and "OPENAI_API_KEY" in out and "Next: python3 pigateway.py codex" in out
+    assert "a model" not in out
     assert path.stat().st_mode & 0o777 == 0o600 and fakes.folder.stat().st_mode & 0o777 == 0o700
     config = load(fakes.home)
     assert (config.provider, config.default_model) == ("openai", "openai/gpt-9")
@@ -23230,7 +23231,8 @@ def test_init_by_flags(fakes: Fakes, capsys: Any, monkeypatch: Any) -> None:
     other = fakes.home / "new" / "mine.json"
     assert pg.main(["init", "--yes", "--client", "claude", "--config", str(other)]) == 0
     assert load(fakes.home, extra=str(other)).provider == "groq" and other.parent.stat().st_mode & 0o777 == 0o700
-    assert f"--config {other} code" in capsys.readouterr().out and pg.main(["check"]) == 0
+    out = capsys.readouterr().out
+    assert f"--config {other} code" in out and "Still missing: a model for Claude Code" in out and pg.main(["check"]) == 0
     check_written("init", "".join(capsys.readouterr()))
 
 
