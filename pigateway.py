@@ -2022,28 +2022,35 @@ class Notes:
     """What a parser finds beside the conversation; see `Request`."""
 
     def __init__(self) -> None:
-        self.lost: List[str] = []
+        self.lost: Dict[str, None] = {}         # in order
         self.refused: List[Tuple[str, str]] = []
         self.images: List[str] = []
         self.seals: List[str] = []
         self.function_ids: Dict[str, str] = {}
-        self.open_calls: List[Tuple[str, str]] = []
+        self._open_calls: Dict[Any, collections.deque[List[Any]]] = collections.defaultdict(collections.deque)
         self.riders: List[Tuple[Thinking, bool]] = []
 
     def lose(self, path: str) -> None:
         """Names something that a translation leaves out."""
-        if path not in self.lost:
-            self.lost.append(path)
+        self.lost[path] = None
+
+    def open_call(self, call_id: str, name: str) -> None:
+        """Notes a call that waits for its result."""
+        call = [call_id, True]                  # in three queues; false in all of them once it is claimed
+        for key in (("id", call_id), ("name", name), "any"):
+            self._open_calls[key].append(call)
 
     def claim(self, call_id: Optional[str], name: Optional[str], path: str) -> str:
         """The id of the call that a result answers: the one that it names, else the oldest open one of its tool's name;
-        of any, when it does not name a tool either. `open_calls` are (id, name)."""
-        fits = ([call for call in self.open_calls if call[0] == call_id] if call_id else []) or [
-            call for call in self.open_calls if name in (None, call[1])]
-        if not fits:
-            return call_id or made_up_id(path)
-        self.open_calls.remove(fits[0])
-        return fits[0][0]
+        of any, when it does not name a tool either."""
+        for key in (("id", call_id) if call_id else "", "any" if name is None else ("name", name)):
+            queue = self._open_calls.get(key, ())
+            while queue:
+                call = queue.popleft()
+                if call[1]:
+                    call[1] = False
+                    return str(call[0])
+        return call_id or made_up_id(path)
 
 
 def missing_field(path: str) -> BadRequest:
@@ -2322,7 +2329,8 @@ def named_choice(name: str, tools: Sequence[Tool], path: str) -> ToolChoice:
 
 def allowed_choice(mode: Any, names: Sequence[str], tools: Sequence[Tool]) -> Tuple[ToolChoice, List[Tool]]:
     """The choice among some of the tools, and these."""
-    allowed = [tool for tool in tools if {tool.name, *tool.path[1:]}.intersection(names)]
+    known = frozenset(names)
+    allowed = [tool for tool in tools if known.intersection((tool.name, *tool.path[1:]))]
     return ToolChoice("required" if mode == "required" else "auto"), allowed
 
 
@@ -4296,12 +4304,14 @@ class GeminiClient(ClientProtocol):
         kind, where = GEMINI_MODES[mode.lower()], f"{path}.allowedFunctionNames"
         allowed = [check(name, "a string", f"{where}[{place}]") for place, name in enumerate(
             optional(calling, "allowedFunctionNames", "an array", path) or [])]
-        strange = next((name for name in allowed if name not in {tool.name for tool in tools}), None)
+        known = {tool.name for tool in tools}
+        strange = next((name for name in allowed if name not in known), None)
         if strange is not None:
             raise BadRequest(f"{where}: no function is called {strange[:80]!r}", param=where)
         if kind == "required" and len(allowed) == 1:
             return ToolChoice("tool", allowed[0]), tools
-        return ToolChoice(kind), [tool for tool in tools if tool.name in allowed] if allowed else tools
+        known = set(allowed)
+        return ToolChoice(kind), [tool for tool in tools if tool.name in known] if allowed else tools
 
     def _messages(self, items: Any, notes: Notes) -> List[Message]:
         if not items:
@@ -4397,7 +4407,7 @@ class GeminiClient(ClientProtocol):
         name = required(call, "name", "a string", where)
         call_id = optional(call, "id", "a string", where) or made_up_id(path)
         arguments = json_text(optional(call, "args", "an object", where) or {})
-        notes.open_calls.append((call_id, name))
+        notes.open_call(call_id, name)
         riders, (signature, maker, origin) = self.read_seal(part, path)
         notes.riders.extend(riders)
         return [*(rider for rider, _ in riders), ToolCall(call_id, name, arguments, signature, maker, origin)]
@@ -4717,7 +4727,7 @@ class OllamaClient(OpenAIChat):
         parts.extend(self._content(item, path, notes))
         for where, call in objects(item.get("tool_calls"), f"{path}.tool_calls"):
             part = self._call({**call, "id": optional(call, "id", "a string", where) or made_up_id(where)}, where)
-            notes.open_calls.append((part.id, part.name))
+            notes.open_call(part.id, part.name)
             parts.append(part)
         return Message("assistant", tuple(parts))
 

@@ -12895,6 +12895,36 @@ def test_many_tool_results_are_one_turn() -> None:
     assert [part.call_id for part in request.messages[2].parts] == [made["id"] for made in calls_made]
 
 
+MANY = [f"f{number}" for number in range(20_000)]
+MANY_NAMES: Dict[str, Tuple[Any, Dict[str, Any]]] = {
+    "results of Gemini": (GEMINI_CLIENT, {"contents": [
+        {"role": "model", "parts": [{"functionCall": {"name": name}} for name in MANY]},
+        {"role": "user", "parts": [{"functionResponse": {"name": name, "response": {}}} for name in reversed(MANY)]}]}),
+    "results of Ollama": (OLLAMA, {"messages": [
+        {"role": "assistant", "tool_calls": [{"function": {"name": name, "arguments": {}}} for name in MANY]},
+        *({"role": "tool", "tool_name": name, "content": "x"} for name in reversed(MANY))]}),
+    "allowed by Gemini": (GEMINI_CLIENT, {
+        "contents": {"parts": {"text": "x"}}, "tools": {"functionDeclarations": [{"name": name} for name in MANY]},
+        "toolConfig": {"functionCallingConfig": {"mode": "ANY", "allowedFunctionNames": MANY}}}),
+    "allowed by Responses": (RESPONSES_CLIENT, {
+        "input": "x", "tools": [{"type": "function", "name": name, "parameters": {}} for name in MANY],
+        "tool_choice": {"type": "allowed_tools", "tools": [{"type": "function", "name": name} for name in MANY]}}),
+    "left out": (GEMINI_CLIENT, {"contents": {"parts": [{"text": "x", "videoMetadata": {}} for _ in MANY]}})}
+
+
+@pytest.mark.parametrize("case", MANY_NAMES)
+def test_many_names_in_a_request(case: str) -> None:
+    client, body = MANY_NAMES[case]
+    started = time.process_time()
+    request = client.parse({"model": "m", **body})
+    assert time.process_time() - started < 5
+    called, answered = ([getattr(part, field) for turn in request.messages for part in turn.parts if isinstance(part, kind)]
+                        for kind, field in ((pg.ToolCall, "id"), (pg.ToolResult, "call_id")))
+    assert answered == called[::-1] and len(answered) == (len(MANY) if "results" in case else 0)
+    assert [tool.name for tool in request.tools] == (MANY if "allowed" in case else [])
+    assert len(request.lost) == (len(MANY) if case == "left out" else 0)
+
+
 # --- Requests ---------------------------------------------------------------------------------------------------------
 
 
