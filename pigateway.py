@@ -14164,11 +14164,14 @@ class PooledHandler(urllib.request.BaseHandler):
 
 
 _STATUS_LINE = re.compile(r"HTTP/1\.[01] [0-9]{3}(?: |$)")
+_TARGET = re.compile(r"[!-~]+")
 _MESSAGE_HEAD = re.compile(r"[^\0\r\n]+(?:\r\n[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\0\r\n]*)*")
 
 
 def request_message(method: str, selector: str, host: str, headers: Mapping[str, str], body: Optional[bytes]) -> bytes:
     """A request as bytes. Raises `BadRequest` or `Unauthorized` for a header that cannot be sent."""
+    if not _TARGET.fullmatch(selector or "/"):
+        raise ProviderMisconfigured("the provider's address holds a blank or another character that must be escaped")
     lines = [f"{method} {selector or '/'} HTTP/1.1", f"Host: {host}"]
     lines.extend([f"{name}: {value}" for name, value in headers.items()])
     if body is not None:

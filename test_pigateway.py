@@ -5939,6 +5939,16 @@ def test_calls_past_urllib_are_the_same(path: str, method: str) -> None:
     assert server.requests[0] == server.requests[1] and b" HTTP/1.1\r\nHost: 127.0.0.1:" in server.requests[0]
 
 
+@pytest.mark.parametrize("proxies", [{}, {"http": "what the handlers do not know"}], ids=["short", "long"])
+@pytest.mark.parametrize("path", ["/a b", "/a\r\nx-b: c", "/a\tb", "/a\0b", "/\u00e4", "/a\x7f"])
+def test_urls_that_cannot_be_sent(path: str, proxies: Dict[str, str]) -> None:
+    with raw_server(lambda server, sock, number: None) as server, transport() as made:
+        made._proxies = proxies
+        with pytest.raises((pg.BadRequest, pg.UpstreamError)):
+            fetch(made, server.url + path)
+        assert not server.requests
+
+
 def test_no_proxy(monkeypatch: Any) -> None:
     with fake_upstream(Answer(200, b"direct")) as fake, proxy(0, http_answer(b"", status="503 No")) as between:
         monkeypatch.setenv("http_proxy", between.url)
@@ -20107,8 +20117,9 @@ def test_lock_that_is_a_dangling_link_does_not_spin(tmp_path: Any) -> None:
     assert time.thread_time() - spent < 0.15
 
 
-def test_accounts_in_words(tmp_path: Any, capsys: Any) -> None:
-    hour = 3600
+def test_accounts_in_words(tmp_path: Any, capsys: Any, monkeypatch: Any) -> None:
+    hour, now = 3600, time.time()
+    monkeypatch.setattr(time, "time", lambda: now)
     entries = {"anthropic": log_in_entry(5.2 * hour), "xai": log_in_entry(-1), "openrouter": {
         "type": "oauth", "access": "k", "refresh": "", "expires": pg.NEVER_MS}, "radius": log_in_entry(-1),
         "groq": {"type": "api_key", "key": "k"}, "meta": log_in_entry(90.4), "kimi-coding": {**log_in_entry(), "expires": 10 ** 400}}
