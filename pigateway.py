@@ -381,21 +381,20 @@ class AuthFileError(Exception):
 
 _KEY_PREFIXES = ("sk", "pk", "rk", "gsk", "xai", "hf", "ghp", "gho", "ghu", "ghs", "r8", "nvapi", "fw", "csk", "tgp")
 # (what the text must hold, in small letters, for the pattern to be worth a try; the pattern). Megabytes of text without
-# keys are what passes here, so a pattern without such a word begins with letters: `re` looks for those much faster.
+# keys are what passes here, and a word is found much faster than a pattern.
 _SECRET_PATTERNS = tuple((words, re.compile(pattern)) for words, pattern in (
     (("bearer ",), r"(?i)(?<=bearer )\s*[A-Za-z0-9._~+/=-]{6,}"),
     (tuple(prefix + dash for prefix in _KEY_PREFIXES for dash in "-_"),
      rf"\b(?:{'|'.join(_KEY_PREFIXES)})[-_][A-Za-z0-9_-]{{12,}}"),
-    (("",), r"AIza(?<=\bAIza)[A-Za-z0-9_-]{20,}"),
-    (("",), r"ya29\.(?<=\bya29\.)[A-Za-z0-9._-]{10,}"),
-    (("",), r"AKIA(?<=\bAKIA)[A-Z0-9]{16}\b"),
-    (("",), r"ASIA(?<=\bASIA)[A-Z0-9]{16}\b"),
-    (("",), r"eyJ(?<=\beyJ)[A-Za-z0-9_-]{8,}(?:\.[A-Za-z0-9_-]*){0,2}"),
+    (("aiza",), r"AIza(?<=\bAIza)[A-Za-z0-9_-]{20,}"),
+    (("ya29.",), r"ya29\.(?<=\bya29\.)[A-Za-z0-9._-]{10,}"),
+    (("akia",), r"AKIA(?<=\bAKIA)[A-Z0-9]{16}\b"),
+    (("asia",), r"ASIA(?<=\bASIA)[A-Z0-9]{16}\b"),
+    (("eyj",), r"eyJ(?<=\beyJ)[A-Za-z0-9_-]{8,}(?:\.[A-Za-z0-9_-]*){0,2}"),
     (("key=",), r"(?i)(?<=[?&]key=)[^&\s\"']+"),
     (("key=",), r"(?i)(?<=[?&]api_key=)[^&\s\"']+"),
 ))
-_SECRET_SIGNS = re.compile("|".join(sorted({re.escape(word) for words, _ in _SECRET_PATTERNS for word in words if word}
-                                           | {"aiza", "ya29", "akia", "asia", "eyj"})))
+_SECRET_SIGNS = re.compile("|".join(sorted({re.escape(word) for words, _ in _SECRET_PATTERNS for word in words})))
 REDACTED = "[redacted]"
 SHORT_TEXT = 500
 
@@ -1012,8 +1011,9 @@ def strip_json_comments(text: str) -> str:
     return re.sub(r'"(?:\\.|[^"\\\n])*"|,(?=\s*[}\]])', _blank, blank_json_comments(text))
 
 
-_HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\0\r\n]*?)[ \t]*")
-_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,1000}")
+_TCHAR = "[!#$%&'*+.^_`|~0-9A-Za-z-]"
+_TOKEN = re.compile(_TCHAR + "{1,1000}")
+_HEADER_LINE = re.compile((_TCHAR + r"+:[^\0\r\n]*").encode("ascii"))
 
 
 def parse_head(head: bytes) -> Tuple[str, Dict[str, str]]:
@@ -1029,7 +1029,7 @@ def parse_head(head: bytes) -> Tuple[str, Dict[str, str]]:
     for line in lines:
         raw, colon, value = line.partition(":")
         name, value = header_name(raw), value.strip(" \t")
-        if not name or not colon:
+        if not colon:
             raise ValueError("malformed header line")
         if name not in headers:
             headers[name] = value
@@ -1042,8 +1042,11 @@ def parse_head(head: bytes) -> Tuple[str, Dict[str, str]]:
 
 @functools.lru_cache(256)
 def header_name(raw: str) -> str:
-    """A header's name in lower case, "" when it is none (RFC 9110 §5.6.2). The same few come with every message."""
-    return raw.lower() if _TOKEN.fullmatch(raw) else ""
+    """A header's name in lower case; the same few come with every message. Raises ValueError for what is none (RFC 9110
+    §5.6.2), so that it is not kept."""
+    if not _TOKEN.fullmatch(raw):
+        raise ValueError("malformed header line")
+    return raw.lower()
 
 
 def body_length(headers: Mapping[str, str]) -> Optional[int]:
@@ -1887,6 +1890,12 @@ class Stamp(NamedTuple):
     def request_id(self) -> str:
         """The id by which logs and error reports name the request."""
         return "req_" + self.id
+
+
+def new_stamp(seconds: float) -> Stamp:
+    """A fresh stamp for an answer that begins at that time. Its id is a name and no secret, so the system is not asked for
+    randomness, during which another thread would take its turn."""
+    return Stamp(f"{random.getrandbits(96):024x}", int(seconds))
 
 
 class ClientProtocol:
@@ -10095,9 +10104,14 @@ def without_details(message: Dict[str, Any], foreign: FrozenSet[str]) -> Dict[st
     return {**message, "reasoning_details": kept} if kept else message
 
 
+def said_values(message: Mapping[str, Any]) -> List[Any]:
+    """What a chat message or delta says beside its role."""
+    return [value for name, value in message.items() if value not in (None, "", []) and name != "role"]
+
+
 def has_words(message: Mapping[str, Any]) -> bool:
     """Whether a chat message or delta says anything beside its role."""
-    return any(value not in (None, "", []) for name, value in message.items() if name != "role")
+    return bool(said_values(message))
 
 
 def encode_arguments(function: Dict[str, Any]) -> None:
@@ -10115,8 +10129,8 @@ def drop_nulls(message: Dict[str, Any]) -> None:
 
 def only_text(delta: Mapping[str, Any]) -> Optional[str]:
     """The text that is all a chat delta says beside its role, None when there is more to it or less."""
-    words = [value for name, value in delta.items() if value not in (None, "", []) and name != "role"]
-    return words[0] if len(words) == 1 and isinstance(words[0], str) else None
+    said = said_values(delta)
+    return said[0] if len(said) == 1 and isinstance(said[0], str) else None
 
 
 def rename_reasoning(delta: Dict[str, Any]) -> None:
@@ -10253,11 +10267,11 @@ class ResponsesLane(NativeLane):
     _BEGINNINGS = ("response.created", "response.in_progress", "response.queued")
     _ENDS = ("completed", "incomplete", "failed", "cancelled")
     _WITH_LOGPROBS = frozenset({"response.output_text.delta", "response.output_text.done"})
-    # what events inside an item are about → the index that says where in the item
     # what items and their contents must have
     _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "message": {"role": "assistant", "status": "completed", "content": []}, "reasoning": {"summary": []},
         "output_text": {"annotations": [], "logprobs": []}}
+    # what events inside an item are about → the index that says where in the item
     _INSIDE = {**dict.fromkeys(("content_part", "output_text", "refusal", "reasoning_text"), "content_index"),
                **dict.fromkeys(("reasoning_summary_part", "reasoning_summary_text"), "summary_index"),
                **dict.fromkeys(("function_call_arguments", "custom_tool_call_input"), "output_index")}
@@ -10660,9 +10674,12 @@ COUNT_LANES: Dict[Tuple[str, str], Type[NativeLane]] = {
 Ask = Callable[[str, Mapping[str, Any]], Dict[str, Any]]
 PROMPT_FIELDS = ("model", "messages", "tools", "chat_template_kwargs", "reasoning_effort")
 SERVER_COUNTS: Tuple[Callable[[Ask, Mapping[str, Any]], Any], ...] = (
-    lambda ask, body: ask("/chat/completions/input_tokens", body)["input_tokens"],              # llama.cpp
+    # llama.cpp
+    lambda ask, body: ask("/chat/completions/input_tokens", body)["input_tokens"],
+    # vLLM, SGLang
     lambda ask, body: ask("../tokenize", {name: body[name] for name in PROMPT_FIELDS if name in body})["count"],
-    lambda ask, body: len(ask("../tokenize", {"add_special": True, "parse_special": True,       # ^ vLLM, SGLang
+    # llama.cpp before it had the first
+    lambda ask, body: len(ask("../tokenize", {"add_special": True, "parse_special": True,
                                               "content": ask("../apply-template", body)["prompt"]})["tokens"]))
 
 
@@ -14165,7 +14182,7 @@ class PooledHandler(urllib.request.BaseHandler):
 
 _STATUS_LINE = re.compile(r"HTTP/1\.[01] [0-9]{3}(?: |$)")
 _TARGET = re.compile(r"[!-~]+")
-_MESSAGE_HEAD = re.compile(r"[^\0\r\n]+(?:\r\n[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\0\r\n]*)*")
+_MESSAGE_HEAD = re.compile(rf"[^\0\r\n]+(?:\r\n{_TCHAR}+:[^\0\r\n]*)*")
 
 
 def request_message(method: str, selector: str, host: str, headers: Mapping[str, str], body: Optional[bytes]) -> bytes:
@@ -14216,7 +14233,7 @@ class DemoHandler(urllib.request.BaseHandler):
 
     def demo_open(self, request: ScopedRequest) -> DemoResponse:
         """Answers a request by its path."""
-        stamp = Stamp(secrets.token_hex(12), int(time.time()))
+        stamp = new_stamp(time.time())
         try:
             answer = DEMO_PATHS[urllib.parse.urlsplit(request.full_url).path]
             content_type, pieces = answer(request.data or b"", stamp)
@@ -15820,7 +15837,7 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _serve_one(self) -> bool:
         """Reads and answers one request; whether the connection can serve another."""
-        stamp = Stamp(f"{random.getrandbits(96):024x}", int(self.server.gateway.clock()))    # a name, no secret
+        stamp = new_stamp(self.server.gateway.clock())
         try:
             head = self._read_head()
         except BadRequest as error:
@@ -16484,7 +16501,7 @@ class Server(http.server.ThreadingHTTPServer):
         if not self._refused:
             log.warning("connections are refused: %s", why)
         request.setblocking(False)
-        name = Stamp(f"{random.getrandbits(96):024x}", 0).request_id
+        name = new_stamp(0).request_id
         status, body = CHAT.render_error(Overloaded(f"the gateway has no room: {why}; try again"), name)
         responder = HttpResponder(request, None, {"x-request-id": name, "request-id": name}, 0)
         with contextlib.suppress(OSError, ClientGone):
@@ -16606,7 +16623,8 @@ class Server(http.server.ThreadingHTTPServer):
             return {}
         return {"access-control-allow-origin": "*" if "*" in allowed else header_text(origin), "vary": "origin",
                 "access-control-expose-headers": "x-request-id, request-id, retry-after, x-pigateway-lane, "
-                "x-pigateway-dropped, x-pigateway-fallback, x-pigateway-model, x-pigateway-overhead-ms", **_CORS_HEADERS}
+                "x-pigateway-dropped, x-pigateway-effort, x-pigateway-fallback, x-pigateway-model, "
+                "x-pigateway-overhead-ms", **_CORS_HEADERS}
 
     def check_key(self, head: Head) -> None:
         """The client's key, where one is demanded; compared in constant time."""

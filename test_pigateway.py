@@ -894,6 +894,20 @@ def test_redact_finds_keys_by_shape(text: str, secret: str) -> None:
     assert secret not in pg.redact(text) and pg.REDACTED in pg.redact(text)
 
 
+def test_redact_knows_a_sign_of_every_shape() -> None:
+    """Texts are looked at for these signs before the shapes are tried: one that is missing would let keys of its shape pass."""
+    assert all(words and all(word and word == word.lower() for word in words) for words, _ in pg._SECRET_PATTERNS)
+
+
+def test_names_that_are_none_are_not_kept() -> None:
+    pg.header_name.cache_clear()
+    for name in ("x" * 60_000, "x" * 1001, "a b", "", "\u00e4"):
+        with pytest.raises(ValueError, match="header line"):
+            pg.parse_head(b"GET / HTTP/1.1\r\n" + name.encode("latin-1") + b": 1")
+    assert pg.parse_head(b"GET / HTTP/1.1\r\n" + b"X" * 1000 + b": 1")[1] == {"x" * 1000: "1"}
+    assert pg.header_name.cache_info().currsize == 1
+
+
 def test_redact_hides_exact_values_of_any_shape() -> None:
     assert pg.redact("say correct horse twice: correct horse", ["correct horse"]) == "say [redacted] twice: [redacted]"
     # a value of three letters is no secret, and hiding it would spoil every log line

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
+import functools
 import http.server
 import json
 import os
@@ -25,7 +26,7 @@ import tempfile
 import threading
 import time
 import urllib.request
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Callable, Dict, List, Sequence, Tuple
 
 from claude_code_providers import WIRES, Turn, check_request, expect
 
@@ -354,20 +355,26 @@ def main() -> int:
         print("skipped: no Claude Code on PATH")
         return 77
     chosen = [(test, wire) for test in TESTS for wire in WIRES if set(arguments.only) <= {test.__name__[5:], wire.name}]
+    def run(test: Callable[..., None], wire: Any, home: str) -> None:
+        with contextlib.closing(Place(os.path.abspath(arguments.pigateway), os.path.abspath(claude), home, wire)) as place:
+            test(place, wire)
+
+    return run_tests([(f"{test.__name__[5:]}, {wire.name}", functools.partial(run, test, wire)) for test, wire in chosen])
+
+
+def run_tests(tests: Sequence[Tuple[str, Callable[[str], None]]]) -> int:
+    """Runs tests by name, each in a home folder of its own, and tells how they went; 1 if one failed."""
     failed = 0
-    for test, wire in chosen:
-        began, name = time.monotonic(), f"{test.__name__[5:]}, {wire.name}"
+    for name, test in tests:
+        began = time.monotonic()
         with tempfile.TemporaryDirectory() as home:
-            place = Place(os.path.abspath(arguments.pigateway), os.path.abspath(claude), os.path.realpath(home), wire)
             try:
-                test(place, wire)
+                test(os.path.realpath(home))
                 print(f"ok      {name} ({time.monotonic() - began:.1f} s)", flush=True)
             except Exception as error:
                 failed += 1
-                print(f"FAILED  {name}: {error}", flush=True)
-            finally:
-                place.close()
-    print(f"{len(chosen) - failed} of {len(chosen)} passed")
+                print(f"FAILED  {name}: {type(error).__name__}: {error}", flush=True)
+    print(f"{len(tests) - failed} of {len(tests)} passed")
     return 1 if failed else 0
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import http.server
 import json
 import os
@@ -20,12 +21,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
-import time
 from typing import Any, Callable, Dict, Iterator, List, Sequence
 
-from claude_code import PATIENCE_S, PNG, Place, end_process
+from claude_code import PATIENCE_S, PNG, Place, end_process, run_tests
 from claude_code_providers import WIRES, Turn, expect
 
 MCP_SERVER = """
@@ -387,21 +386,12 @@ def main() -> int:
             VALIDATORS[name] = jsonschema.Draft202012Validator(json.load(text))
     chosen = [(client, test, wire, f"{client.name}, {test[5:]}, {wire.name}") for client, test, wire in TESTS]
     chosen = [row for row in chosen if set(arguments.only) <= set(row[-1].split(", "))]
-    failed = 0
-    for client, test, wire, name in chosen:
-        began = time.monotonic()
-        with tempfile.TemporaryDirectory() as home:
-            stage = client(pigateway, os.path.realpath(home), wire)
-            try:
-                getattr(stage, test)()
-                print(f"ok      {name} ({time.monotonic() - began:.1f} s)", flush=True)
-            except Exception as error:
-                failed += 1
-                print(f"FAILED  {name}: {type(error).__name__}: {error}", flush=True)
-            finally:
-                stage.close()
-    print(f"{len(chosen) - failed} of {len(chosen)} passed")
-    return 1 if failed else 0
+
+    def run(client: Callable[..., Any], test: str, wire: Any, home: str) -> None:
+        with contextlib.closing(client(pigateway, home, wire)) as stage:
+            getattr(stage, test)()
+
+    return run_tests([(name, functools.partial(run, *row)) for *row, name in chosen])
 
 
 if __name__ == "__main__":
