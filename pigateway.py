@@ -16844,7 +16844,7 @@ class LogIn:
 
     def _need_terminal(self) -> None:
         if not self.terminal.is_interactive:
-            raise ConfigError("this needs a terminal to type into. In one, " + log_in_advice(self.row.provider)
+            raise ConfigError("this needs a terminal to type into. In one, " + log_in_advice(self.row.provider, own_command())
                               + (" --no-browser" if self.arguments.no_browser else ""))
 
     def _confirm_terms(self) -> None:
