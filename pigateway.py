@@ -674,6 +674,9 @@ class Request:
     foreign: FrozenSet[str] = field(default=frozenset(), repr=False, compare=False)
 
 
+NO_REQUEST = Request("", ())            # made into real ones by `changed`, which spares them an `__init__` of 34 fields
+
+
 class Usage(NamedTuple):
     """Tokens. `input` leaves out both cache counts; `output` includes `reasoning`; `cache_write_1h` is part of
     `cache_write`."""
@@ -1027,10 +1030,7 @@ def parse_head(head: bytes) -> Tuple[str, Dict[str, str]]:
         raise ValueError("stray CR, LF or NUL")
     headers: Dict[str, str] = {}
     for line in lines:
-        raw, colon, value = line.partition(":")
-        name, value = header_name(raw), value.strip(" \t")
-        if not colon:
-            raise ValueError("malformed header line")
+        name, value = _known_header_line(line) if len(line) < 256 else header_line(line)
         if name not in headers:
             headers[name] = value
         elif name in ("content-length", "host", "transfer-encoding"):
@@ -1040,13 +1040,15 @@ def parse_head(head: bytes) -> Tuple[str, Dict[str, str]]:
     return start, headers
 
 
-@functools.lru_cache(256)
-def header_name(raw: str) -> str:
-    """A header's name in lower case; the same few come with every message. Raises ValueError for what is none (RFC 9110
-    §5.6.2), so that it is not kept."""
-    if not _TOKEN.fullmatch(raw):
+def header_line(line: str) -> Tuple[str, str]:
+    """A header's name in lower case, and its value. Raises ValueError for what is none (RFC 9110 §5.6.2)."""
+    raw, colon, value = line.partition(":")
+    if not colon or not _TOKEN.fullmatch(raw):
         raise ValueError("malformed header line")
-    return raw.lower()
+    return raw.lower(), value.strip(" \t")
+
+
+_known_header_line = functools.lru_cache(512)(header_line)      # most of them come with every message
 
 
 def body_length(headers: Mapping[str, str]) -> Optional[int]:
@@ -1805,13 +1807,17 @@ class TokenMeter:
         self._models: Dict[str, _ModelMeter] = {}
         self._count = 0
 
-    def observe(self, model_id: str, request: Request, tokens: int) -> None:
-        """Notes how many tokens the provider counted in a request's prompt."""
+    def observe(self, model_id: str, request: Request, tokens: int, will_ask: bool = True) -> None:
+        """Notes how many tokens the provider counted in a request's prompt. Where the client has no way to ask for a count
+        (`will_ask`), its prompts are of use to learn from and need not be known again."""
         if not 0 < tokens < MOST_TOKENS:        # else no count, and floats would not hold its square
+            return
+        known = self._models.get(model_id)
+        if not will_ask and known and known.seen >= self.ALWAYS and random.randrange(self.EVERY):
             return
         digests = self._digests(request)
         with self._lock:
-            self._count += 1
+            self._count += will_ask
             meter = self._models.pop(model_id, None) or _ModelMeter()
             self._models[model_id] = meter                  # as the newest; the oldest makes room
             if len(self._models) > self.MODELS:
@@ -1821,7 +1827,7 @@ class TokenMeter:
             meter.prefixes[digests[-1]] = tokens
             if len(meter.prefixes) > self.PREFIXES:
                 del meter.prefixes[next(iter(meter.prefixes))]
-            is_learnt = meter.seen < self.ALWAYS or self._count % self.EVERY == 0
+            is_learnt = meter.seen < self.ALWAYS or not will_ask or self._count % self.EVERY == 0
         if is_learnt and known < tokens and place < len(digests):
             features = self._features(request, place)
             with self._lock:
@@ -1908,6 +1914,7 @@ class ClientProtocol:
     takes_query_key = False                 # its clients may put their key into the query
     wants_objects = False                   # tool arguments travel as JSON objects, so they must be some
     streams_arguments = True                # a stream has them piece by piece
+    counts_tokens = False                   # its API has a way to ask how many tokens a prompt has
     stream_type = "text/event-stream; charset=utf-8"
     repack: Optional[Type[JsonArray]] = None    # what turns its server-sent events into another form on their way out
 
@@ -2075,6 +2082,7 @@ _KINDS: Dict[str, Callable[[Any], bool]] = {
     "an array": lambda value: isinstance(value, list),
     "an object": lambda value: isinstance(value, dict),
 }
+_EXACT_TYPES: Dict[str, type] = {"a string": str, "an integer": int, "an array": list, "an object": dict}
 _JSON_TYPES: Dict[type, str] = {str: "string", int: "integer", float: "number", bool: "boolean", list: "array", dict: "object",
                type(None): "null"}
 
@@ -2099,9 +2107,12 @@ def optional(data: Mapping[str, Any], name: str, kind: str, path: str = "", low:
 
 def required(data: Mapping[str, Any], name: str, kind: str, path: str = "", low: Optional[float] = None) -> Any:
     """The checked field; a `BadRequest` when it is absent or null."""
-    if data.get(name) is None:
+    value = data.get(name)
+    if low is None and type(value) is _EXACT_TYPES.get(kind):       # nearly always, and then no path is needed
+        return value
+    if value is None:
         raise missing_field(join_path(path, name))
-    return check(data[name], kind, join_path(path, name), low)
+    return check(value, kind, join_path(path, name), low)
 
 
 def join_path(path: str, name: str) -> str:
@@ -2116,7 +2127,7 @@ def objects(items: Any, path: str) -> Iterator[Tuple[str, Dict[str, Any]]]:
         raise BadRequest(f"{path}: at most {MAX_ITEMS} items", param=path)
     for index, item in enumerate(items):
         where = f"{path}[{index}]"
-        yield where, check(item, "an object", where)
+        yield where, item if type(item) is dict else check(item, "an object", where)
 
 
 json_text: Callable[[Any], str] = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
@@ -2270,16 +2281,19 @@ def checked_fields(data: Mapping[str, Any], table: Mapping[str, Tuple[str, Optio
                     path: str = "") -> Dict[str, Any]:
     """The scalar fields of a request, or of the object at `path` in it, checked by a table of kinds and ranges."""
     fields: Dict[str, Any] = dict.fromkeys(table)
-    for name in [name for name in table if name in data]:
-        kind, low, high = table[name]
-        fields[name] = optional(data, name, kind, path, low, high)
+    for name in data:
+        if name in table:
+            kind, low, high = table[name]
+            fields[name] = optional(data, name, kind, path, low, high)
     return fields
 
 
 def without_defaults(fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> Dict[str, Any]:
     """The fields with None for values that ask for nothing."""
     asking = dict(fields)
-    asking.update((name, None) for name, value in defaults.items() if asking.get(name) == value)
+    for name, value in defaults.items():
+        if asking.get(name) == value:
+            asking[name] = None
     return asking
 
 
@@ -2439,9 +2453,10 @@ class OpenAIChat(OpenAIClient):
         reasoning, reasoning_fields = self.reasoning(data)
         tools = self._tools(data, notes)
         tool_choice, tools = self._tool_choice(data, tools)
-        extra = extra_fields(data, CHAT_KNOWN.union(reasoning_fields), CHAT_DEFAULTS, CHAT_REFUSALS, notes)
-        return Request(
-            model=model, messages=tuple(turns), tools=tuple(tools), tool_choice=tool_choice, system=system,
+        known = CHAT_KNOWN.union(reasoning_fields) if reasoning_fields else CHAT_KNOWN
+        extra = extra_fields(data, known, CHAT_DEFAULTS, CHAT_REFUSALS, notes)
+        return changed(
+            NO_REQUEST, model=model, messages=tuple(turns), tools=tuple(tools), tool_choice=tool_choice, system=system,
             max_tokens=said["max_completion_tokens"] or said["max_tokens"], stop=self._stop(data.get("stop")),
             output=self._output(fields["response_format"]), reasoning=reasoning,
             user=said["user"] or said["safety_identifier"], parallel_tools=False if fields["parallel_tool_calls"] is False
@@ -2996,6 +3011,7 @@ class AnthropicClient(ClientProtocol):
     name = "anthropic-messages"
     heartbeat = sse({"type": "ping"}, "ping")
     wants_objects = True
+    counts_tokens = True
     field_names = {"stop": "stop_sequences", "parallel_tools": "tool_choice.disable_parallel_tool_use",
                    "reasoning": "thinking", "output": "output_config.format", "user": "metadata.user_id"}
     error_types = {
@@ -3481,6 +3497,7 @@ class ResponsesClient(OpenAIClient):
     """OpenAI Responses: POST /v1/responses. Nothing is stored, whatever `store` says."""
 
     name = "openai-responses"
+    counts_tokens = True
     field_names = {"parallel_tools": "parallel_tool_calls", "max_tokens": "max_output_tokens", "output": "text.format",
                    "verbosity": "text.verbosity", "messages": "input"}
 
@@ -4177,6 +4194,7 @@ class GeminiClient(ClientProtocol):
     and `stream` are the server's, by the path. Its name is the provider protocol's, whose signatures pass bare."""
 
     name = "google-generative-ai"
+    counts_tokens = True
     heartbeat = b"\n"                           # comments break Google's clients, blank lines do not
     takes_query_key, wants_objects, streams_arguments = True, True, False
     field_names = {
@@ -5305,6 +5323,8 @@ def error_fields(body: bytes) -> Tuple[str, str, str]:
 
 def token_count(value: Any) -> int:
     """A token count as an int; 0 for anything else."""
+    if type(value) is int:                      # nearly always
+        return value if value > 0 else 0
     return int(value) if isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0 else 0
 
 
@@ -9900,7 +9920,8 @@ class ChatLane(NativeLane):
                 del body[name]
         body, dropped = self.upstream.adapt(body, reasoning, model)
         call = self.upstream.post(body, request, model, credential)
-        return call._replace(headers={**carried_headers(request), **call.headers}), dropped
+        carried = carried_headers(request)
+        return call._replace(headers={**carried, **call.headers}) if carried else call, dropped
 
     def relay_event(self, name: str, text: str) -> bytes:
         """See `NativeLane.relay_event`."""
@@ -11584,19 +11605,20 @@ class FileCache:
 
     def read(self) -> Dict[str, Any]:
         """The file's content, {} when there is none."""
-        with self._lock:
-            if self._pause_s:
-                now = time.monotonic()
-                if now < self._looked_at + self._pause_s:
-                    return self._content
-                self._looked_at = now
-            identity = self.identify()
-            if identity != self._seen:
-                content = self._load() if identity else {}
-                if content is not None:
-                    self._content = content
-                self._seen = identity
-            return self._content
+        if self._pause_s:
+            now = time.monotonic()
+            if now < self._looked_at + self._pause_s:
+                return self._content
+            self._looked_at = now
+        if self.identify() != self._seen:       # looked at without the lock: all requests would stand in line for it
+            with self._lock:
+                identity = self.identify()
+                if identity != self._seen:
+                    content = self._load() if identity else {}
+                    if content is not None:
+                        self._content = content
+                    self._seen = identity
+        return self._content
 
     def look_again(self) -> None:
         """The next `read` does not wait for the pause to end."""
@@ -12676,6 +12698,7 @@ class Credentials:
         self._lock = threading.Lock()
         self._commands: Dict[str, Tuple[float, Optional[str]]] = {}
         self._warned: set[str] = set()
+        self._plain: Dict[Tuple[str, str], Tuple[Provider, Model, Dict[str, Any], Credential]] = {}
 
     def log_in_of(self, provider: Provider) -> Tuple[Logins, str]:
         """Where the provider's log-in is kept: the file, and the name of its entry."""
@@ -12722,6 +12745,26 @@ class Credentials:
     def get(self, provider: Provider, model: Model) -> Credential:
         """The credential for a call. Raises `Unauthorized`, code no_credentials, that says what to set."""
         entry = self.entry_of(provider)
+        known = self._plain.get((provider.name, model.id))
+        if known and known[0] is provider and known[1] is model and known[2] == entry:
+            return known[3]
+        credential = self._find(provider, model, entry)
+        if self._is_plain(provider, model, entry):
+            if len(self._plain) >= self.PLAIN:
+                self._plain.clear()
+            self._plain[provider.name, model.id] = (provider, model, entry, credential)
+        return credential
+
+    PLAIN = 256
+
+    def _is_plain(self, provider: Provider, model: Model, entry: Mapping[str, Any]) -> bool:
+        """Whether the credential stays what it is as long as these three do: a key that neither ends nor comes from a
+        command. Finding it costs a tenth of a request, so it is done once."""
+        values = [entry.get("key"), provider.api_key, *provider.headers.values(), *model.headers.values()]
+        return provider.source not in self.sources and entry.get("type") != "oauth" and not any(
+            str(value).startswith("!") for value in values)
+
+    def _find(self, provider: Provider, model: Model, entry: Dict[str, Any]) -> Credential:
         if entry.get("type") == "oauth":
             logins, name = self.log_in_of(provider)
             entry = logins.current(name)
@@ -12809,7 +12852,7 @@ class Credentials:
 
     def fill(self, url: str, provider: Provider) -> str:
         """A base URL with its {NAME} placeholders filled in. Raises `Unauthorized` that names what is missing."""
-        names = _PLACEHOLDER.findall(url)
+        names = _PLACEHOLDER.findall(url) if "{" in url else ()
         entry = self.entry_of(provider) if names else {}
         for name in names:
             value = self._variable(name, entry)
@@ -14187,19 +14230,22 @@ _MESSAGE_HEAD = re.compile(rf"[^\0\r\n]+(?:\r\n{_TCHAR}+:[^\0\r\n]*)*")
 
 def request_message(method: str, selector: str, host: str, headers: Mapping[str, str], body: Optional[bytes]) -> bytes:
     """A request as bytes. Raises `BadRequest` or `Unauthorized` for a header that cannot be sent."""
+    head = _message_head(method, selector, host, tuple(headers.items()))
+    return head + (b"\r\n" if body is None else b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
+
+
+@functools.lru_cache(64)                        # calls to one provider differ in their bodies alone, as a rule
+def _message_head(method: str, selector: str, host: str, headers: Tuple[Tuple[str, str], ...]) -> bytes:
     if not _TARGET.fullmatch(selector or "/"):
         raise ProviderMisconfigured("the provider's address holds a blank or another character that must be escaped")
-    lines = [f"{method} {selector or '/'} HTTP/1.1", f"Host: {host}"]
-    lines.extend([f"{name}: {value}" for name, value in headers.items()])
-    if body is not None:
-        lines.append(f"Content-Length: {len(body)}")
+    lines = [f"{method} {selector or '/'} HTTP/1.1", f"Host: {host}", *(f"{name}: {value}" for name, value in headers)]
     head = "\r\n".join(lines)
     if head.count("\n") != len(lines) - 1 or not _MESSAGE_HEAD.fullmatch(head):
-        name = next((name for name, value in headers.items()
+        name = next((name for name, value in headers
                      if not _HEADER_LINE.fullmatch(f"{name}: {value}".encode("latin-1", "replace"))), "Host")
         raise BadRequest(f"the header {name!r} cannot be sent: it has a line break or another stray character")
     try:
-        return f"{head}\r\n\r\n".encode("latin-1") + (body or b"")
+        return f"{head}\r\n".encode("latin-1")
     except UnicodeEncodeError:
         raise Unauthorized("a header or key for the provider has a character that HTTP cannot carry",
                            code="no_credentials") from None
@@ -14263,6 +14309,14 @@ class DemoResponse(Response):
         """There is nothing to close."""
 
 
+@functools.lru_cache(64)
+def _split_url(url: str) -> Tuple[urllib.parse.SplitResult, bool]:
+    """The parts of a URL, and whether it is one of the plain sort that needs none of what `urllib.request` knows."""
+    split = urllib.parse.urlsplit(url)
+    return split, (split.scheme in ("http", "https") and split.path[:1] == "/" and not split.fragment
+                   and split.netloc.isascii() and not set("@% ") & set(split.netloc))
+
+
 class Transport:
     """The only way out: opens calls, with proxies and CA certificates as the environment says, redirects not followed
     (a key must not travel on), and failures of the network made ours. `keep` idle connections a host are kept; with 0
@@ -14280,13 +14334,10 @@ class Transport:
 
     def open(self, call: Call, scope: Scope, connect_s: Optional[float] = None) -> Response:
         """Sends `call`. Raises an `UpstreamError` when no answer comes."""
-        split = urllib.parse.urlsplit(call.url)
-        host = split.netloc.rpartition("@")[2]
+        split, is_plain = _split_url(call.url)
         try:
-            is_plain = split.path[:1] == "/" and not split.fragment and split.netloc.isascii() and not (
-                set("@% ") & set(split.netloc))
             connect_s = connect_s or self._limits.connect_s
-            if is_plain and split.scheme in ("http", "https") and split.scheme not in self._proxies:
+            if is_plain and split.scheme not in self._proxies:
                 return self._handler.open_direct(split, call, scope, connect_s)
             request = ScopedRequest(call.url, data=call.body if call.method == "POST" else None,
                                     headers=dict(call.headers), method=call.method)
@@ -14296,10 +14347,12 @@ class Transport:
             raise
         except (socket.timeout, TimeoutError):
             scope.check()
-            raise UpstreamTimeout(f"no connection to {host} within {self._limits.connect_s:g} seconds") from None
+            raise UpstreamTimeout(f"no connection to {split.netloc.rpartition('@')[2]} within "
+                                  f"{self._limits.connect_s:g} seconds") from None
         except (OSError, http.client.HTTPException, ValueError) as error:   # ssl.SSLError is an OSError
             scope.check()
-            raise UpstreamError(f"no connection to {host}: {describe(error)}", code="connection_error") from None
+            raise UpstreamError(f"no connection to {split.netloc.rpartition('@')[2]}: {describe(error)}",
+                                code="connection_error") from None
         if response is None:
             raise ProviderMisconfigured(f"cannot open {call.url.partition(':')[0]} URLs", code="connection_error")
         return response
@@ -14890,7 +14943,9 @@ class Gateway:
             self._check_exposure(provider, credential.kind == "oauth" and not self.config.exposes_subscriptions)
         exchange.account = credential.account
         base_url = credential.parts.get("endpoint") or self.credentials.fill(model.base_url, provider)
-        return changed(model, base_url=base_url, headers={}), credential
+        if base_url != model.base_url or model.headers:
+            model = changed(model, base_url=base_url, headers={})
+        return model, credential
 
     def takes_passed(self, provider: Provider) -> bool:
         """Whether the provider is called with the key that a client brings."""
@@ -15014,12 +15069,11 @@ class Gateway:
         exchange.secrets.update(lane.secrets)
         lane.origin = origin_of(lane.model, credential)
         lane.is_passed = credential.is_passed
-        call, dropped = lane.call(credential)
-        call = call._replace(headers={**call.headers, **request_headers(lane.request, lane.model)})
-        body, quirks = without_parameters(call.body, self.quirks.of(lane.model.full_id))
-        dropped += [name for name in quirks if name not in dropped]
-        call = lane.upstream.sign(call._replace(body=body), credential, self.clock())
-        dropped = list(dict.fromkeys(dropped))
+        (method, url, headers, body), dropped = lane.call(credential)
+        headers = {**headers, **request_headers(lane.request, lane.model)}
+        body, quirks = without_parameters(body, self.quirks.of(lane.model.full_id))
+        call = lane.upstream.sign(Call(method, url, headers, body), credential, self.clock())
+        dropped = list(dict.fromkeys([*dropped, *quirks]))
         if dropped and self._is_strict(exchange):
             raise BadRequest(f"{lane.model.full_id} does not take: {', '.join(dropped)}", code="unsupported_parameter",
                              param=dropped[0])
@@ -15060,7 +15114,7 @@ class Gateway:
         model_id = lane.model.full_id
         if lane.error is None and (lane.model.protocol != AnthropicMessages.name or
                                    self.uncounted.get(model_id, self.clock())):
-            self.meter.observe(model_id, lane.request, lane.usage.prompt)
+            self.meter.observe(model_id, lane.request, lane.usage.prompt, lane.client.counts_tokens)
 
     def _refusal(self, lane: Lane, response: Response) -> GatewayError:
         if 300 <= response.status < 400:
@@ -15678,6 +15732,12 @@ _CORS_HEADERS = {"access-control-allow-methods": "GET, POST, HEAD, OPTIONS", "ac
                  "x-stainless-retry-count, x-stainless-runtime, x-stainless-runtime-version, x-stainless-timeout"}
 
 
+@functools.lru_cache(64)
+def _is_loopback_name(host: str) -> bool:
+    match = _HOST.fullmatch(host.strip().lower())
+    return match is not None and match.group(1).strip("[]") in LOOPBACK_HOSTS
+
+
 def origin_form(target: str, headers: Dict[str, str]) -> Tuple[str, Dict[str, str]]:
     """The path of a target in absolute form, as clients write it for proxies, and the headers with its host in place of
     theirs (RFC 9112 §3.2.2). Raises ValueError for any other target."""
@@ -15716,6 +15776,9 @@ def split_target(target: str) -> Tuple[str, Mapping[str, str]]:
 _split_known_target = functools.lru_cache(64)(split_target)     # clients have one or two
 
 
+REASONS = {**http.client.responses, 529: "Overloaded"}
+
+
 class HttpResponder:
     """Answers on a client's connection: head and first piece in one send, chunked when the length is unknown."""
 
@@ -15739,12 +15802,8 @@ class HttpResponder:
 
     def _head(self, status: int, headers: Mapping[str, str]) -> bytes:
         self.status = status
-        try:
-            reason = http.HTTPStatus(status).phrase
-        except ValueError:
-            reason = "Overloaded" if status == 529 else "Error"
-        lines = [f"HTTP/1.1 {status} {reason}"]
-        lines.extend(f"{name}: {value}" for name, value in {**self._common, **headers}.items())
+        lines = [f"HTTP/1.1 {status} {REASONS.get(status, 'Error')}"]
+        lines.extend([f"{name}: {value}" for name, value in {**self._common, **headers}.items()])
         if self.stopwatch:
             lines.append(f"x-pigateway-overhead-ms: {self.stopwatch.own_ms:.3f}")
         lines.append("connection: keep-alive" if self.keep_alive else "connection: close")
@@ -15865,11 +15924,12 @@ class Handler(socketserver.BaseRequestHandler):
     def _receive(self, deadline: float) -> bytes:
         """What the client sent next, b"" when it has closed. Raises `socket.timeout`."""
         while True:
+            if not self._wait(deadline - time.monotonic()):
+                raise socket.timeout("the client sends nothing")
             try:
                 return self.request.recv(RECEIVE_BYTES)
-            except BlockingIOError:
-                if not self._wait(deadline - time.monotonic()):
-                    raise socket.timeout("the client sends nothing") from None
+            except BlockingIOError:             # woken for nothing
+                continue
 
     def _read_head(self) -> Optional[Head]:
         """The next request's head, None when the client is done or idle for too long."""
@@ -16217,17 +16277,19 @@ MODEL_PATH = re.compile(r"(?:/v1(?:beta1?|alpha))?(?:/projects/[^/]+/locations/[
 
 def route_name(path: str) -> str:
     """The key of `ROUTES` under which a path would be."""
-    match = MODEL_PATH.fullmatch(path)
-    if path not in ROUTES and path.startswith("/responses/"):
+    if path in ROUTES:
+        return path
+    if path.startswith("/responses/"):
         return "/responses/*"
-    if path in ROUTES or not match:
+    match = MODEL_PATH.fullmatch(path)
+    if not match:
         return path
     return "/models" + ("/*" if match["model"] else "") + (f":{match['method']}" if match["method"] else "")
 
 
 def path_fields(head: Head) -> Dict[str, Any]:
     """The fields of a request that Gemini's clients write into its path."""
-    match = MODEL_PATH.fullmatch(head.path)
+    match = MODEL_PATH.fullmatch(head.path) if ":" in head.path else None
     if not match or not match["method"]:
         return {}
     return {"model": match["model"], "stream": match["method"] == "streamGenerateContent"}
@@ -16606,8 +16668,7 @@ class Server(http.server.ThreadingHTTPServer):
         host = head.headers.get("host")
         if host is None or not self.config.is_loopback:
             return
-        match = _HOST.fullmatch(host.strip().lower())
-        if not match or match.group(1).strip("[]") not in LOOPBACK_HOSTS:
+        if len(host) > 255 or not _is_loopback_name(host):
             raise Forbidden("the Host header does not name this machine's loopback address", code="invalid_host")
 
     def check_origin(self, head: Head) -> None:

@@ -900,12 +900,12 @@ def test_redact_knows_a_sign_of_every_shape() -> None:
 
 
 def test_names_that_are_none_are_not_kept() -> None:
-    pg.header_name.cache_clear()
+    pg._known_header_line.cache_clear()
     for name in ("x" * 60_000, "x" * 1001, "a b", "", "\u00e4"):
         with pytest.raises(ValueError, match="header line"):
             pg.parse_head(b"GET / HTTP/1.1\r\n" + name.encode("latin-1") + b": 1")
     assert pg.parse_head(b"GET / HTTP/1.1\r\n" + b"X" * 1000 + b": 1")[1] == {"x" * 1000: "1"}
-    assert pg.header_name.cache_info().currsize == 1
+    assert pg._known_header_line.cache_info().currsize == 0
 
 
 def test_redact_hides_exact_values_of_any_shape() -> None:
