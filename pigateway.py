@@ -921,6 +921,11 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
+def may_hold_surrogates(body: bytes) -> bool:
+    """Whether JSON text holds an escape that is half of a character."""
+    return b"\\u" in body and _ESCAPED_SURROGATE.search(body) is not None
+
+
 def clean_text(text: str) -> str:
     """`text` with surrogate pairs joined and lone surrogates, which have no UTF-8, left out."""
     if not _SURROGATE.search(text):
@@ -950,7 +955,7 @@ def parse_json_object(body: bytes) -> Dict[str, Any]:
         body = body[3:]
     try:
         value = loads(body.decode("utf-8"))
-        if _ESCAPED_SURROGATE.search(body):
+        if may_hold_surrogates(body):
             value = clean_strings(value)
     except UnicodeDecodeError as error:
         raise BadRequest(f"the body is not UTF-8: byte {error.start} is invalid", code="invalid_json") from None
@@ -1755,7 +1760,7 @@ class _ModelMeter:
     SURE = 0.93                             # so many of the recent errors would have been covered by the margin
 
     def __init__(self) -> None:
-        self.seen = 0
+        self.heard = self.seen = 0              # answers, and those of them that were learnt from
         self.prefixes: Dict[bytes, int] = {}
         self._weights = [mean for mean, _ in METER_PRIOR.values()]
         self._spread = [[spread ** 2 if row == column else 0.0 for column in range(len(METER_PRIOR))]
@@ -1813,12 +1818,13 @@ class TokenMeter:
         if not 0 < tokens < MOST_TOKENS:        # else no count, and floats would not hold its square
             return
         known = self._models.get(model_id)
-        if not will_ask and known and known.seen >= self.ALWAYS and random.randrange(self.EVERY):
+        if not will_ask and known and known.heard >= self.ALWAYS and random.randrange(self.EVERY):
             return
         digests = self._digests(request)
         with self._lock:
             self._count += will_ask
             meter = self._models.pop(model_id, None) or _ModelMeter()
+            meter.heard += 1
             self._models[model_id] = meter                  # as the newest; the oldest makes room
             if len(self._models) > self.MODELS:
                 del self._models[next(iter(self._models))]
@@ -9639,7 +9645,7 @@ def parse_answer(body: bytes) -> Dict[str, Any]:
     """A provider's whole answer as a dict. Raises `UpstreamProtocolError` when it is not one: an HTML page from a proxy,
     a cut body, nothing at all."""
     try:
-        value = loads(body.decode("utf-8-sig"))
+        value = loads((body[3:] if body.startswith(b"\xef\xbb\xbf") else body).decode("utf-8"))
     except (ValueError, RecursionError):
         raise UpstreamProtocolError("the provider's answer is not JSON" if body.strip() else
                                     "the provider's answer is empty") from None
@@ -9996,7 +10002,8 @@ class ChatLane(NativeLane):
     def _mend_delta(self, index: int, delta: Dict[str, Any]) -> None:
         delta.pop("role", None)
         drop_nulls(delta)
-        self.issued.extend(seal for detail in delta.get("reasoning_details") or () for seal in detail_seals(detail))
+        for detail in delta.get("reasoning_details") or ():
+            self.issued.extend(detail_seals(detail))
         rename_reasoning(delta)
         if isinstance(delta.get("content"), list):
             delta["content"] = join_text_parts(delta["content"])
@@ -10087,7 +10094,7 @@ class ChatLane(NativeLane):
         if is_empty(self.stop_reason, self.usage, any(self._has_words(choice) for choice in choices)):
             raise EmptyAnswer("the provider's answer is empty")
         self.started = self.finished = True
-        return dumps(clean_strings(data) if _ESCAPED_SURROGATE.search(body) else data).encode("ascii")
+        return dumps(clean_strings(data) if may_hold_surrogates(body) else data).encode("ascii")
 
     def _has_words(self, choice: Dict[str, Any]) -> bool:
         return has_words(choice["message"])
@@ -10097,7 +10104,8 @@ class ChatLane(NativeLane):
         reason = self._mend_end(choice, "stop")
         drop_nulls(message)
         rename_reasoning(message)
-        self.issued.extend(seal for detail in message.get("reasoning_details") or () for seal in detail_seals(detail))
+        for detail in message.get("reasoning_details") or ():
+            self.issued.extend(detail_seals(detail))
         if isinstance(message["content"], list):
             message["content"] = join_text_parts(message["content"])
         if not isinstance(message["content"], (str, type(None))):
@@ -10156,6 +10164,8 @@ def only_text(delta: Mapping[str, Any]) -> Optional[str]:
 
 def rename_reasoning(delta: Dict[str, Any]) -> None:
     """Hosts call the reasoning text by three names and some send it twice; clients look for `reasoning_content`."""
+    if delta.keys().isdisjoint(REASONING_FIELDS):
+        return
     texts = [delta.pop(name) for name in REASONING_FIELDS if isinstance(delta.get(name), str)]
     text = next((text for text in texts if text), None)
     if text is not None:
@@ -15718,6 +15728,7 @@ class Head(NamedTuple):
 
 
 _BARE_LF = re.compile(rb"(?<!\r)\n")
+_LENGTH_LINE = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: *([0-9]{1,15})(?=\r\n|\Z)")
 _REQUEST_LINE = re.compile(r"([A-Z]{1,20}) (\S+) HTTP/1\.([01])")
 # A browser page may not reach this server unless listed, but applications with an embedded browser may.
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^\[\]:]+?)\.?(?::\d*)?")
@@ -15880,7 +15891,8 @@ class Handler(socketserver.BaseRequestHandler):
 
     def handle(self) -> None:
         """Serves requests until the connection ends."""
-        self._buffer = b""
+        self._buffer = self._head_text = b""
+        self._head: Optional[Head] = None       # the last one, and its bytes without the body's length
         self.server.track(self.request, True)
         try:
             self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -15959,10 +15971,17 @@ class Handler(socketserver.BaseRequestHandler):
         if not 0 <= end <= MAX_HEAD_BYTES:
             raise HeadTooLarge("the request's head is too long")
         data, self._buffer = self._buffer[:end], self._buffer[end + 4:]
+        length = _LENGTH_LINE.search(data)
+        text = data[:length.start(1)] + data[length.end(1):] if length else data
+        if text == self._head_text and length and self._head:       # a client's next request says the same, but for this
+            digits = length.group(1).decode("ascii")
+            return self._head._replace(headers={**self._head.headers, "content-length": digits}, length=int(digits))
         try:
-            return parse_request_head(data)
+            self._head = parse_request_head(data)
         except ValueError as error:
             raise BadRequest(f"malformed HTTP request: {error}", code="invalid_http") from None
+        self._head_text = text
+        return self._head
 
     def _read_body(self, head: Head) -> bytes:
         """The request's body. Raises `BodyTooLarge` before it has all been read."""
