@@ -1812,17 +1812,18 @@ class TokenMeter:
         self._models: Dict[str, _ModelMeter] = {}
         self._count = 0
 
-    def observe(self, model_id: str, request: Request, tokens: int, will_ask: bool = True) -> None:
-        """Notes how many tokens the provider counted in a request's prompt. Where the client has no way to ask for a count
-        (`will_ask`), its prompts are of use to learn from and need not be known again."""
-        if not 0 < tokens < MOST_TOKENS:        # else no count, and floats would not hold its square
-            return
+    def is_due(self, model_id: str) -> bool:
+        """Whether there is still much to learn about a model, or it is time to see whether it holds."""
         known = self._models.get(model_id)
-        if not will_ask and known and known.heard >= self.ALWAYS and random.randrange(self.EVERY):
+        return known is None or known.heard < self.ALWAYS or not random.randrange(self.EVERY)
+
+    def observe(self, model_id: str, request: Request, tokens: int) -> None:
+        """Notes how many tokens the provider counted in a request's prompt."""
+        if not 0 < tokens < MOST_TOKENS:        # else no count, and floats would not hold its square
             return
         digests = self._digests(request)
         with self._lock:
-            self._count += will_ask
+            self._count += 1
             meter = self._models.pop(model_id, None) or _ModelMeter()
             meter.heard += 1
             self._models[model_id] = meter                  # as the newest; the oldest makes room
@@ -1833,7 +1834,7 @@ class TokenMeter:
             meter.prefixes[digests[-1]] = tokens
             if len(meter.prefixes) > self.PREFIXES:
                 del meter.prefixes[next(iter(meter.prefixes))]
-            is_learnt = meter.seen < self.ALWAYS or not will_ask or self._count % self.EVERY == 0
+            is_learnt = meter.seen < self.ALWAYS or self._count % self.EVERY == 0
         if is_learnt and known < tokens and place < len(digests):
             features = self._features(request, place)
             with self._lock:
@@ -1920,7 +1921,6 @@ class ClientProtocol:
     takes_query_key = False                 # its clients may put their key into the query
     wants_objects = False                   # tool arguments travel as JSON objects, so they must be some
     streams_arguments = True                # a stream has them piece by piece
-    counts_tokens = False                   # its API has a way to ask how many tokens a prompt has
     stream_type = "text/event-stream; charset=utf-8"
     repack: Optional[Type[JsonArray]] = None    # what turns its server-sent events into another form on their way out
 
@@ -3017,7 +3017,6 @@ class AnthropicClient(ClientProtocol):
     name = "anthropic-messages"
     heartbeat = sse({"type": "ping"}, "ping")
     wants_objects = True
-    counts_tokens = True
     field_names = {"stop": "stop_sequences", "parallel_tools": "tool_choice.disable_parallel_tool_use",
                    "reasoning": "thinking", "output": "output_config.format", "user": "metadata.user_id"}
     error_types = {
@@ -3503,7 +3502,6 @@ class ResponsesClient(OpenAIClient):
     """OpenAI Responses: POST /v1/responses. Nothing is stored, whatever `store` says."""
 
     name = "openai-responses"
-    counts_tokens = True
     field_names = {"parallel_tools": "parallel_tool_calls", "max_tokens": "max_output_tokens", "output": "text.format",
                    "verbosity": "text.verbosity", "messages": "input"}
 
@@ -4200,7 +4198,6 @@ class GeminiClient(ClientProtocol):
     and `stream` are the server's, by the path. Its name is the provider protocol's, whose signatures pass bare."""
 
     name = "google-generative-ai"
-    counts_tokens = True
     heartbeat = b"\n"                           # comments break Google's clients, blank lines do not
     takes_query_key, wants_objects, streams_arguments = True, True, False
     field_names = {
@@ -5922,11 +5919,13 @@ def join_text_parts(parts: List[Any]) -> str:
 
 def read_chat_usage(usage: Dict[str, Any]) -> Usage:
     """OpenAI's usage, and its variants at DeepSeek (prompt_cache_hit_tokens) and Kimi (cached_tokens)."""
+    counts = token_count(usage.get("prompt_tokens")), token_count(usage.get("completion_tokens"))
+    if len(usage) == 3 and "total_tokens" in usage:         # all that most servers tell
+        return Usage(*counts)
     prompt, completion = as_dict(usage.get("prompt_tokens_details")), as_dict(usage.get("completion_tokens_details"))
     cached = token_count(prompt.get("cached_tokens") or usage.get("prompt_cache_hit_tokens") or usage.get("cached_tokens"))
     written = token_count(prompt.get("cache_write_tokens"))
-    return Usage(max(0, token_count(usage.get("prompt_tokens")) - cached - written),
-                 token_count(usage.get("completion_tokens")), cached, written,
+    return Usage(max(0, counts[0] - cached - written), counts[1], cached, written,
                  token_count(completion.get("reasoning_tokens")))
 
 
@@ -9661,7 +9660,8 @@ class NativeLane(Lane):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._splitter = EventSplitter()
+        if self.request.stream:                 # else no event is read here
+            self._splitter = EventSplitter()
         self._opened = False
         self._said: Optional[str] = None        # the text that was all the last event said, see `TextMemo`
 
@@ -9910,7 +9910,7 @@ class ChatLane(NativeLane):
         self._newest: Dict[Tuple[int, Any], int] = {}
         self._call_ids = CallIds(self.stamp)
         self._mender = Mender()
-        self._memo = TextMemo()
+        self._memo = TextMemo() if self.request.stream else None
         self._finished_choices: set[int] = set()
         self._raw_usage: Optional[Dict[str, Any]] = None
 
@@ -10152,8 +10152,9 @@ def encode_arguments(function: Dict[str, Any]) -> None:
 def drop_nulls(message: Dict[str, Any]) -> None:
     """Takes fields without a value from a message or delta. Some hosts send all that they know; the API has null for the
     two texts only."""
-    for name in [name for name, value in message.items() if value is None and name not in ("content", "refusal")]:
-        del message[name]
+    if None in message.values():
+        for name in [name for name, value in message.items() if value is None and name not in ("content", "refusal")]:
+            del message[name]
 
 
 def only_text(delta: Mapping[str, Any]) -> Optional[str]:
@@ -13971,8 +13972,9 @@ class Response:
 
     def close(self) -> None:
         """Gives the connection back if the answer was read to its end, or its end is already here; else closes it."""
-        connection, scope, self._scope = self._connection, self._scope, Scope()
+        connection, scope = self._connection, self._scope
         if not self._complete and self._length != -1:
+            self._scope = Scope()               # whose client is not watched any more
             try:
                 for _ in range(2):              # behind the last event: the empty chunk that ends the body
                     data = self._rest or connection.receive(self._scope, DRAIN_S)
@@ -14541,6 +14543,7 @@ class Exchange:
     asked: str = ""                             # the model by the client's name
     usage: Usage = Usage()
     secrets: set[str] = field(default_factory=set)      # what no log may show
+    precedent_key: Optional[Tuple[str, str]] = None     # of a request of plain text
 
 
 @dataclass
@@ -14726,6 +14729,46 @@ class ServerCounter:
         return parse_answer(answer)
 
 
+class Precedent(NamedTuple):
+    """What a request of plain text came to: the model that its name meant, the credential, the request without its
+    messages, and the call, cut where its messages stand."""
+
+    candidate: Model
+    credential: Credential
+    request: Request
+    call: Call
+    before: bytes
+    behind: bytes
+    answer_headers: Mapping[str, str]
+
+
+# Headers that may change what goes to a provider.
+_SPEAKING_HEADERS = frozenset({*CARRIED_TO_OPENAI, "x-session-id", "x-claude-code-session-id", "x-pigateway-strict"})
+
+
+def plain_chat_key(client: ClientProtocol, headers: Mapping[str, str], data: Mapping[str, Any]) -> Optional[Tuple[str, str]]:
+    """What chat requests have to have in common for the same call to come of them but for their texts: all other fields
+    and the roles that speak. None for a request that is more than plain text."""
+    messages = data.get("messages")
+    if client is not CHAT or type(messages) is not list or not 0 < len(messages) <= MAX_ITEMS or not (
+            _SPEAKING_HEADERS.isdisjoint(headers)):
+        return None
+    roles = []
+    for message in messages:
+        if type(message) is not dict or len(message) != 2 or type(message.get("content")) is not str:
+            return None
+        role = message.get("role")
+        if role not in roles:
+            if role not in ("system", "user", "assistant"):
+                return None
+            roles.append(role)
+    fields = {**data, "messages": None}
+    for name, value in fields.items():
+        if isinstance(value, (dict, list)) and name != "stream_options":
+            return None
+    return repr(fields), " ".join(sorted(roles))
+
+
 class Gateway:
     """Serves requests: finds model and credential, picks the lane, calls the provider, carries the answer back."""
 
@@ -14748,8 +14791,11 @@ class Gateway:
         self.load: Any = [0]                    # requests under way at providers, by worker process
         self.worker = 0
         self.owner_pid = 0                      # the process that the lock file names, when that is not this one
+        self._precedents: Dict[Tuple[str, str], Precedent] = {}
         self._scopes: set[Scope] = set()
         self._scopes_lock = threading.Lock()
+
+    PRECEDENTS, PRECEDENT_BYTES = 64, 4096
 
     def is_usable(self, provider: Provider) -> bool:
         """Whether the provider has a credential that may be used on this address."""
@@ -14765,6 +14811,8 @@ class Gateway:
     def complete(self, exchange: Exchange, body: bytes) -> None:
         """Answers a completion request. Raises `GatewayError` while nothing has been sent, or `ClientGone`."""
         data = self._with_model({**parse_json_object(body), **exchange.named})
+        if self._follow_precedent(data, body, exchange):
+            return
         request = changed(exchange.client.parse(data), body=body, headers=exchange.headers, query=exchange.query,
                           session=session_of(exchange.headers, data))
         exchange.log["stream"], exchange.asked = request.stream, request.model
@@ -14789,6 +14837,47 @@ class Gateway:
                     raise
                 exchange.answer_headers = headers
                 self._fall_back(model, reason, error, exchange)
+
+    def _follow_precedent(self, data: Dict[str, Any], body: bytes, exchange: Exchange) -> bool:
+        """Answers a chat request that differs from an earlier one in its texts alone: parsing, adapting and encoding it
+        would come to the same call around them, and are a third of what a request costs. What may have changed since is
+        found anew: the model that its name means, the credential, and what the model does not take. False when it has to
+        go the long way."""
+        exchange.precedent_key = key = plain_chat_key(exchange.client, exchange.headers, data)
+        known = self._precedents.get(key) if key else None
+        if known is None or self.quirks.of(known.candidate.full_id) or self.meter.is_due(known.candidate.full_id):
+            return False
+        candidates = self.candidates(known.request)
+        if len(candidates) != 1 or candidates[0] is not known.candidate:
+            return False
+        model, credential = self._authorise(known.candidate, exchange)
+        if credential is not known.credential:
+            return False
+        exchange.log["stream"], exchange.asked = known.request.stream, known.request.model
+        exchange.answer_headers.update(known.answer_headers)
+        request = changed(known.request, data=data, body=body, headers=exchange.headers, query=exchange.query)
+        lane = ChatLane(CHAT, UPSTREAM_PROTOCOLS[model.protocol], request, model, exchange.stamp)
+        self._introduce(lane, credential, exchange)
+        texts = dumps(data["messages"]).encode("ascii")
+        self._run(lane, credential, exchange, known.call._replace(body=known.before + texts + known.behind))
+        return True
+
+    def _note_precedent(self, lane: Lane, credential: Credential, call: Call, exchange: Exchange) -> None:
+        """Keeps what a request of plain text came to, if nothing in it depends on the text or the moment."""
+        key, request, model = exchange.precedent_key, lane.request, lane.model
+        if not key or type(lane) is not ChatLane or credential.is_passed or request.foreign or len(key[0]) > 500 or (
+                model.flag("requestHeaders") or type(lane.upstream).sign is not UpstreamProtocol.sign):
+            return
+        candidates = self.candidates(request)
+        before, texts, behind = call.body.partition(dumps(request.data["messages"]).encode("ascii"))
+        if len(candidates) != 1 or candidates[0].full_id != model.full_id or not texts or (
+                len(before) + len(behind) > self.PRECEDENT_BYTES):
+            return
+        if len(self._precedents) >= self.PRECEDENTS:
+            self._precedents.clear()
+        bare = changed(request, messages=(), system=(), data={}, body=b"", headers={}, query="")
+        self._precedents[key] = Precedent(candidates[0], credential, bare, call._replace(body=b""), before, behind,
+                                          dict(exchange.answer_headers))
 
     def _fall_back(self, model: Model, reason: str, error: GatewayError, exchange: Exchange) -> None:
         """Notes why the next model of a chain has its turn, and lets this one rest."""
@@ -14967,11 +15056,11 @@ class Gateway:
             raise Forbidden(f'"{provider.name}" is a personal subscription and not offered on this address '
                             "(--expose-oauth-subscriptions)", code="subscription_exposure_disabled", param="model")
 
-    def _run(self, lane: Lane, credential: Credential, exchange: Exchange) -> None:
+    def _run(self, lane: Lane, credential: Credential, exchange: Exchange, prepared: Optional[Call] = None) -> None:
         scope = exchange.responder.scope()
         self._track(scope, True)
         try:
-            self._attempts(lane, credential, scope, exchange)
+            self._attempts(lane, credential, scope, exchange, prepared)
         finally:
             self._track(scope, False)
 
@@ -14980,12 +15069,14 @@ class Gateway:
             (self._scopes.add if is_open else self._scopes.discard)(scope)
             self.load[self.worker] = len(self._scopes)
 
-    def _attempts(self, lane: Lane, credential: Credential, scope: Scope, exchange: Exchange) -> None:
+    def _attempts(self, lane: Lane, credential: Credential, scope: Scope, exchange: Exchange,
+                  prepared: Optional[Call]) -> None:
         """Sends the request, and sends it again as long as the client has not heard a thing and a remedy is left."""
         headers = dict(exchange.answer_headers)
         attempt = Attempt(lane, credential, scope, exchange, self.config.retries if exchange.is_last else 0)
         while True:
-            attempt.call = self._prepare(attempt.lane, attempt.credential, exchange)
+            attempt.call = prepared or self._prepare(attempt.lane, attempt.credential, exchange)
+            prepared = None
             try:
                 return self._call_provider(attempt.lane, attempt.call, scope, exchange)
             except GatewayError as error:
@@ -15073,12 +15164,16 @@ class Gateway:
     def _is_strict(self, exchange: Exchange) -> bool:
         return self.config.strict or exchange.headers.get("x-pigateway-strict") in ("1", "true")
 
-    def _prepare(self, lane: Lane, credential: Credential, exchange: Exchange) -> Call:
-        """The call for the lane's request, and what the answer's headers say of it."""
+    def _introduce(self, lane: Lane, credential: Credential, exchange: Exchange) -> None:
+        """Tells a lane with whose credential it goes."""
         lane.secrets = list(dict.fromkeys([*lane.secrets, *credential.secrets]))
         exchange.secrets.update(lane.secrets)
         lane.origin = origin_of(lane.model, credential)
         lane.is_passed = credential.is_passed
+
+    def _prepare(self, lane: Lane, credential: Credential, exchange: Exchange) -> Call:
+        """The call for the lane's request, and what the answer's headers say of it."""
+        self._introduce(lane, credential, exchange)
         (method, url, headers, body), dropped = lane.call(credential)
         headers = {**headers, **request_headers(lane.request, lane.model)}
         body, quirks = without_parameters(body, self.quirks.of(lane.model.full_id))
@@ -15093,6 +15188,8 @@ class Gateway:
         asked = lane.request.reasoning
         if asked and lane.model.reasoning and fit_level(asked.level, lane.model) != asked.level:
             exchange.answer_headers["x-pigateway-effort"] = fit_level(asked.level, lane.model) or "model default"
+        if exchange.precedent_key and not quirks:
+            self._note_precedent(lane, credential, call, exchange)
         return call
 
     def _call_provider(self, lane: Lane, call: Call, scope: Scope, exchange: Exchange) -> None:
@@ -15121,10 +15218,10 @@ class Gateway:
 
     def _observe(self, lane: Lane) -> None:
         """Learns from an answer that has been sent how its model counts, unless its provider can be asked."""
-        model_id = lane.model.full_id
-        if lane.error is None and (lane.model.protocol != AnthropicMessages.name or
-                                   self.uncounted.get(model_id, self.clock())):
-            self.meter.observe(model_id, lane.request, lane.usage.prompt, lane.client.counts_tokens)
+        model_id, request = lane.model.full_id, lane.request
+        if lane.error is None and request.messages and (lane.model.protocol != AnthropicMessages.name or
+                                                        self.uncounted.get(model_id, self.clock())):
+            self.meter.observe(model_id, request, lane.usage.prompt)
 
     def _refusal(self, lane: Lane, response: Response) -> GatewayError:
         if 300 <= response.status < 400:

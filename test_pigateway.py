@@ -20347,6 +20347,195 @@ def test_pi_extension_is_written_and_a_stranger_s_is_not_overwritten(own_home: A
     assert pg.main(["pi-extension", "--install", "--force"]) == 0 and path.read_text(encoding="utf-8") == text
 
 
+# --- Plain chats ------------------------------------------------------------------------------------------------------
+
+PLAIN_TEXTS = ("Hi", "", "a \"quoted\" word \\ and more\n", "\u00e4\u20ac \U0001f600 \u2028", "{\"messages\": []}", " ",
+               "\x00\x1f", "x" * 3000)
+PLAIN_FIELDS: Tuple[Dict[str, Any], ...] = (
+    {}, {"stream": True}, {"stream": True, "stream_options": {"include_usage": True}}, {"temperature": 0}, {"temperature": 0.0},
+    {"max_tokens": 50}, {"max_completion_tokens": 10 ** 9}, {"reasoning_effort": "high"}, {"user": "u", "seed": 1, "n": 1},
+    {"unknown": "\u00e9", "store": True, "stop": "END", "tool_choice": "auto"})
+NOT_PLAIN: Tuple[Tuple[Dict[str, Any], Dict[str, str]], ...] = (
+    ({"tools": [WEATHER]}, {}), ({"stop": ["a"]}, {}), ({"metadata": {"effort": "high"}}, {}), ({}, {"x_pigateway_strict": "1"}),
+    ({}, {"x_session_id": "s"}), ({}, {"openai_organization": "o"}), ({"messages": [{"role": "developer", "content": "x"}]}, {}),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}]}, {}),
+    ({"messages": [{"role": "user", "content": "x", "name": "n"}]}, {}))
+
+
+def plain_messages(rng: random.Random) -> List[Dict[str, str]]:
+    """A conversation of plain text, in any order."""
+    return [{"role": rng.choice(("system", "user", "user", "assistant")), "content": rng.choice(PLAIN_TEXTS)}
+            for _ in range(rng.randrange(1, 5))]
+
+
+def traces(url: str, fake: FakeUpstream, body: Dict[str, Any], **headers: str) -> Any:
+    """All that shows of a chat: what its provider got, and what the client was told; but for the answer's own ids."""
+    result = call(url, "/v1/chat/completions", body, **headers)
+    sent = fake.received.pop() if fake.received else None
+    told = {name: value for name, value in result.headers.items() if name not in ("x-request-id", "request-id", "date")}
+    return sent and sent[:3], sent and sent.body, result.status, told, re.sub(rb"chatcmpl-\w+|req_\w+", b"ID", result.body)
+
+
+def follows(monkeypatch: Any) -> List[bool]:
+    """Whether the chats from now on follow a precedent, one after the other."""
+    found: List[bool] = []
+    follow = pg.Gateway._follow_precedent
+
+    def noted(gateway: Any, data: Any, body: bytes, exchange: Any) -> bool:
+        found.append(False)
+        found[-1] = True                        # an error on the short way is one as well
+        found[-1] = follow(gateway, data, body, exchange)
+        return found[-1]
+
+    monkeypatch.setattr(pg.TokenMeter, "is_due", lambda meter, model_id: False)
+    monkeypatch.setattr(pg.Gateway, "_follow_precedent", noted)
+    return found
+
+
+def traces_the_long_way(url: str, fake: FakeUpstream, body: Dict[str, Any], **headers: str) -> Any:
+    """The same, without regard to any precedent."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pg, "plain_chat_key", lambda *args: None)
+        return traces(url, fake, body, **headers)
+
+
+def test_plain_chats_follow_a_precedent(tmp_path: Any, monkeypatch: Any) -> None:
+    """A chat that differs from an earlier one in its texts alone comes to what it would come to by itself, whatever the
+    model's flags make of it."""
+    rng = random.Random(20261122)
+    known = follows(monkeypatch)
+    flags: List[Dict[str, Any]] = [{}, *({row[0]: row[1]} for row in FLAGS)]
+    with fake_upstream(saying(Script("ok"))) as fake:
+        models = two_providers(fake.url)
+        models["providers"]["chat"]["models"] = [{"id": f"m{number}", "reasoning": True, "compat": row}
+                                                 for number, row in enumerate(flags)]
+        write_agent_files(tmp_path, models=models)
+        with running(tmp_path) as handle:
+            for number, row in enumerate(flags * 5):
+                messages = plain_messages(rng)
+                fields = {"model": f"chat/m{number % len(flags)}", **rng.choice(PLAIN_FIELDS), "messages": messages}
+                fields = dict(rng.sample(list(fields.items()), len(fields)))
+                traces(handle.url, fake, fields)
+                said = [{**message, "content": rng.choice(PLAIN_TEXTS)} for message in messages]
+                said = rng.sample(said, len(said)) + rng.sample(said, rng.randrange(len(said)))
+                for body in ({**fields, "messages": said}, {**fields, "messages": plain_messages(rng)},
+                             dict(reversed(list(fields.items())))):
+                    short, is_known = traces(handle.url, fake, body), known[-1]
+                    assert short == traces_the_long_way(handle.url, fake, body)
+                    changes_messages = row.keys() & {"cacheControlFormat", "requiresReasoningContentOnAssistantMessages"}
+                    assert is_known or changes_messages or body["messages"] is not said, (row, body)
+
+
+@pytest.mark.parametrize("fields, headers", NOT_PLAIN, ids=lambda value: ",".join(value))
+def test_chats_with_more_than_text_have_no_precedent(fields: Dict[str, Any], headers: Dict[str, str], tmp_path: Any,
+                                                     monkeypatch: Any) -> None:
+    known = follows(monkeypatch)
+    with served(tmp_path, saying(Script("ok"))) as (url, fake):
+        plain = {"model": "chat/m1", "messages": [{"role": "user", "content": "Hi"}]}
+        for body, named in ((plain, {}), ({**plain, **fields}, headers), ({**plain, **fields}, headers), (plain, {})):
+            assert traces(url, fake, body, **named) == traces_the_long_way(url, fake, body, **named)
+    assert known == [False] * 6 + [True, False]
+
+
+@pytest.mark.parametrize("api", ["anthropic-messages", "mistral-conversations", "openai-responses", "google-generative-ai"])
+def test_chats_that_are_translated_have_no_precedent(api: str, tmp_path: Any, monkeypatch: Any) -> None:
+    known = follows(monkeypatch)
+    with fake_upstream(Answer(400, b"{}")) as fake:
+        models = {"providers": {"other": {"baseUrl": fake.url, "api": api, "apiKey": "k", "models": [{"id": "m1"}]}}}
+        write_agent_files(tmp_path, models=models)
+        with running(tmp_path) as handle:
+            body = {"model": "other/m1", "messages": [{"role": "user", "content": "Hi"}]}
+            assert traces(handle.url, fake, body)[0] and traces(handle.url, fake, body)[0]
+            assert known == [False, False]
+
+
+def test_precedents_end_with_what_they_rest_on(tmp_path: Any, monkeypatch: Any) -> None:
+    """The key, the model's facts and what the model does not take are those of the moment."""
+    known = follows(monkeypatch)
+    body = {"model": "chat/m1", "user": "u", "messages": [{"role": "user", "content": "Hi"}]}
+    with fake_upstream(saying(Script("ok"))) as fake:
+        models = two_providers(fake.url)
+        write_agent_files(tmp_path, models=models, auth={"chat": {"type": "api_key", "key": "first-key-1"}})
+        with running(tmp_path) as handle:
+            def asked() -> Tuple[bool, Received]:
+                assert call(handle.url, "/v1/chat/completions", body).status == 200
+                return known[-1], fake.received[-1]
+
+            assert [asked()[0] for _ in range(3)] == [False, True, True]
+            write_agent_files(tmp_path, auth={"chat": {"type": "api_key", "key": "second-key-2"}})
+            is_known, sent = asked()
+            assert not is_known and sent.headers["authorization"] == "Bearer second-key-2" and asked()[0]
+            models["providers"]["chat"]["models"][0]["maxTokens"] = 7
+            write_agent_files(tmp_path, models=models)
+            handle.gateway.catalogue = pg.build_catalogue(handle.gateway.config, {"HOME": str(tmp_path)})
+            assert not asked()[0] and asked()[0]
+            config = handle.gateway.config
+            handle.gateway.config = pg.replace(config, model_map={"chat/m1": "chat/m2"})
+            is_known, sent = asked()
+            assert not is_known and sent.json["model"] == "m2"
+            handle.gateway.config = config
+            assert not asked()[0] and asked()[0]
+            handle.gateway.quirks.note("chat/m1", "user", "")
+            is_known, sent = asked()
+            assert not is_known and "user" not in sent.json and not asked()[0]
+
+
+def test_precedents_hide_no_fault(tmp_path: Any, monkeypatch: Any) -> None:
+    """Faults of the provider are met as they would be without: retried, reported, the parameter left out."""
+    known = follows(monkeypatch)
+    body = {"model": "chat/m1", "user": "u", "messages": [{"role": "user", "content": "Hi"}]}
+    refusal = Answer(400, json.dumps({"error": {"message": "Unsupported parameter: 'user'", "code": "unsupported_parameter",
+                                                "param": "user"}}).encode())
+    for fault, status, tries in ((refusing(503, "busy"), 200, 2), (refusing(400, "no k3y-of-no-shape"), 400, 1),
+                                 (refusal, 200, 2),
+                                 (Answer(200, b"{"), 200, 2)):
+        with served(tmp_path, saying(Script("ok")), saying(Script("ok")), fault, saying(Script("ok")),
+                    retries=1) as (url, fake):
+            write_agent_files(tmp_path, auth={"chat": {"type": "api_key", "key": "k3y-of-no-shape"}})
+            assert [call(url, "/v1/chat/completions", body).status for _ in range(2)] == [200, 200]
+            before = len(fake.received)
+            result = call(url, "/v1/chat/completions", body)
+            assert result.status == status and known[-1] is True and b"k3y-of" not in result.body
+            assert len(fake.received) - before == tries
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(str(tmp_path), ".pi", "agent", pg.QUIRKS_FILE))
+
+
+def test_meter_learns_from_some_of_many_plain_chats(tmp_path: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(pg.TokenMeter, "ALWAYS", 5)
+    with served(tmp_path, saying(Script("ok"))) as (url, _):
+        handle = RUNNING[-1]
+        for number in range(60):
+            body = {"model": "chat/m1", "messages": [{"role": "user", "content": f"word {number} " * (number + 1)}]}
+            assert call(url, "/v1/chat/completions", body).status == 200
+        assert 5 <= handle.gateway.meter._models["chat/m1"].heard < 40
+
+
+def test_a_head_like_the_last_one_is_known(tmp_path: Any) -> None:
+    """But for the length of its body; every other difference is read."""
+    with running(tmp_path) as handle:
+        split = urllib.parse.urlsplit(handle.url)
+        with socket.create_connection((split.hostname, split.port), timeout=10) as sock:
+            def ask(*lines: str, body: str = "") -> Tuple[int, bytes]:
+                head = "\r\n".join(["POST /v1/chat/completions HTTP/1.1", "Host: localhost", *lines, "", ""])
+                sock.sendall((head + body).encode())
+                response = http.client.HTTPResponse(sock)
+                response.begin()
+                return response.status, response.read()
+
+            for words in ("Hi", "Hello to you", "Hi", ""):
+                body = json.dumps({"model": "demo", "messages": [{"role": "user", "content": words or "x"}]})
+                for spelt in ("Content-Length", "content-length", "CONTENT-LENGTH"):
+                    status, answer = ask(f"{spelt}: {len(body)}", body=body)
+                    assert status == 200 and json.loads(answer)["choices"][0]["message"]["content"] == (words or "x")
+            assert ask("Content-Length: 2", body="{}")[0] == 400
+            body = '{"model": "demo", "messages": [{"role": "user", "content": "x"}]}'
+            assert ask(f"Content-Length: {len(body)}", body=body)[0] == 200
+            sock.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n"
+                         b"Content-Length: 3\r\n\r\n{}")
+            assert sock.recv(65536).startswith(b"HTTP/1.1 400 ")
+
+
 # --- Signs of life, and two models in one request ---------------------------------------------------------------------
 
 
