@@ -876,12 +876,12 @@ class Call(NamedTuple):
     body: bytes = b""
 
 
-Row = TypeVar("Row", Request, Model, Credential)
+Row = TypeVar("Row")
 
 
 def changed(row: Row, **fields: Any) -> Row:
     """`dataclasses.replace` at a fifth of its price, which every request pays several times: `__init__` with its dozens
-    of fields does not run again. Not for classes that cache what they derive from their fields."""
+    of fields does not run again. For the representation; not for classes that cache what they derive from their fields."""
     copy: Row = object.__new__(type(row))
     copy.__dict__.update(row.__dict__, **fields)
     return copy
@@ -1440,16 +1440,16 @@ def normalise(request: Request, model: Model, upstream: UpstreamProtocol, names:
     refuse(refused)
     if request.reasoning and request.reasoning.level == "off" and "reasoning" in missing:
         missing.remove("reasoning")         # a model that cannot think does not think
-        request = replace(request, reasoning=None)
+        request = changed(request, reasoning=None)
     lost = [name for name in request.lost if name != "cache_control" or not upstream.marks_cache(model)]
     dropped = [*lost, *(name for name in request.extra if name not in upstream.forwards),
                *(names.get(name, name) for name in missing)]
-    request = replace(request, **{name: () if name == "stop" else None for name in missing})
     request = fit_history(request, model, upstream)
     if not request.messages and not request.system:
         where = names.get("messages", "messages")
         raise BadRequest(f"{where}: there is nothing in them", param=where)
-    return replace(request, max_tokens=fit_max_tokens(request.max_tokens, model)), dropped
+    return changed(request, max_tokens=fit_max_tokens(request.max_tokens, model),
+                   **{name: () if name == "stop" else None for name in missing}), dropped
 
 
 def refuse(refused: Sequence[Tuple[str, str]]) -> None:
@@ -1475,10 +1475,10 @@ def fit_history(request: Request, model: Model, upstream: UpstreamProtocol) -> R
         messages = [message for message in messages if message.role != "system"]
     fitted = []
     for message in messages:
-        parts = tuple(part for part in message.parts if _fits(part, model, upstream))
+        parts = tuple([part for part in message.parts if _fits(part, model, upstream)])
         if parts:
-            fitted.append(replace(message, parts=parts))
-    return replace(request, system=tuple(text for text in system if text.text), messages=tuple(fitted))
+            fitted.append(message if len(parts) == len(message.parts) else changed(message, parts=parts))
+    return changed(request, system=tuple(text for text in system if text.text), messages=tuple(fitted))
 
 
 def _fits(part: Part, model: Model, upstream: UpstreamProtocol) -> bool:
@@ -1533,6 +1533,9 @@ def unique_calls(messages: Iterable[Message]) -> List[Message]:
     for message in messages:
         if message.role == "assistant":
             names = {}
+        if not any([isinstance(part, (ToolCall, ToolResult)) for part in message.parts]):
+            out.append(message)
+            continue
         parts: List[Part] = []
         for part in message.parts:
             if isinstance(part, ToolCall):
@@ -1542,11 +1545,11 @@ def unique_calls(messages: Iterable[Message]) -> List[Message]:
                     fresh = f"{part.id}_{numbers[part.id]}"
                 seen.add(fresh)
                 names[part.id] = fresh
-                part = part if fresh == part.id else replace(part, id=fresh)
+                part = part if fresh == part.id else changed(part, id=fresh)
             elif isinstance(part, ToolResult) and names.get(part.call_id, part.call_id) != part.call_id:
-                part = replace(part, call_id=names[part.call_id])
+                part = changed(part, call_id=names[part.call_id])
             parts.append(part)
-        out.append(replace(message, parts=tuple(parts)))
+        out.append(changed(message, parts=tuple(parts)))
     return out
 
 
@@ -1608,6 +1611,11 @@ def estimate_tokens(request: Request) -> int:
             text = "".join(getattr(part, name, "") or "" for name in ("text", "name", "arguments"))
             total += MEDIA_TOKENS.get(type(part), 0.0) + _text_tokens(text) + 3
     return math.ceil(total)
+
+
+def has_more_than_text(message: Message) -> bool:
+    """Whether a message has a part that is no text."""
+    return not all([isinstance(part, Text) for part in message.parts])
 
 
 def _flat_parts(parts: Iterable[Part]) -> Iterator[Part]:
@@ -2786,7 +2794,7 @@ class ChatWriter(Writer):
         self._unsent[event.index] = True
         if part.name in self._custom:           # its text is sent at its end: the JSON around it is not the client's
             self._kinds[event.index] = Tool
-            call = chat_tool_call(replace(part, arguments='{"input":""}'), self._custom)
+            call = chat_tool_call(changed(part, arguments='{"input":""}'), self._custom)
             return self._chunk(dumps({"tool_calls": [{"index": place, **call}]}))
         return self._chunk(dumps({"tool_calls": [{"index": place, "id": part.id, "type": "function",
                                                   "function": {"name": part.name, "arguments": ""}}]}))
@@ -3050,8 +3058,8 @@ class AnthropicClient(ClientProtocol):
         config = {**(optional(data, "output_config", "an object") or {}), **self._later_effort(data["messages"])}
         metadata = optional(data, "metadata", "an object") or {}
         extra = self._extra(data, config, notes)
-        return Request(
-            model=model, messages=tuple(messages), system=system, tools=tuple(tools), tool_choice=tool_choice,
+        return changed(
+            NO_REQUEST, model=model, messages=tuple(messages), system=system, tools=tuple(tools), tool_choice=tool_choice,
             parallel_tools=parallel, max_tokens=optional(data, "max_tokens", "an integer"),
             temperature=optional(data, "temperature", "a number", "", 0, 2),
             top_p=self._top_p(optional(data, "top_p", "a number", "", 0, 1)),
@@ -3777,7 +3785,7 @@ def seal_thinking(part: Thinking) -> Optional[str]:
     if not part.signature:
         return None
     packed = json_text([part.signature, part.text, part.redacted])
-    return seal(replace(part, signature=packed), ResponsesClient.name)
+    return seal(changed(part, signature=packed), ResponsesClient.name)
 
 
 def open_thinking(text: str, signature: Optional[str], maker: str, origin: str) -> Thinking:
@@ -4974,7 +4982,7 @@ class Assembler:
     def start(self, key: Any, part: Part) -> PartStart:
         """Begins a part. Raises `UpstreamProtocolError` when what names or seals it is no text."""
         if isinstance(part, ToolCall):
-            part = replace(part, id=said_text(part.id), name=said_text(part.name))
+            part = changed(part, id=said_text(part.id), name=said_text(part.name))
             if not (part.id and part.name):
                 raise UpstreamProtocolError("the provider's answer has a tool call without an id or a name")
         if isinstance(part, (Thinking, ToolCall)) and not isinstance(part.signature or "", str):
@@ -5005,9 +5013,9 @@ class Assembler:
         index, part, pieces = self._open.pop(key)
         text = clean_text("".join(pieces))
         if isinstance(part, ToolCall):
-            return PartEnd(index, replace(part, arguments=text))
+            return PartEnd(index, changed(part, arguments=text))
         if isinstance(part, Thinking):
-            return PartEnd(index, part if part.redacted else replace(part, text=text, signature=signature))
+            return PartEnd(index, part if part.redacted else changed(part, text=text, signature=signature))
         return PartEnd(index, Text(text))
 
     def end_all(self) -> List[PartEnd]:
@@ -5101,9 +5109,9 @@ class Settled:
                         raise EmptyAnswer("the provider's answer is empty")
                     if event.stop_reason in ("stop", "stop_sequence", "pause") and self._has_call:
                         event = Done("tool_use", event.usage)
-                    return out + self._finish(event._replace(detail=said_text(event.detail) or None))
+                    return out + self._finish(Done(event.stop_reason, event.usage, said_text(event.detail) or None))
                 elif kind is Start:
-                    event = event._replace(id=said_text(event.id))
+                    event = Start(said_text(event.id), event.model, event.usage)
                 out.append(event)
         except GatewayError as error:
             return out + self._finish(Failed(error))
@@ -5977,13 +5985,13 @@ def rename_tools(request: Request, names: Mapping[str, str]) -> Request:
     sent = {own: name for name, own in names.items()}
 
     def rename(part: Part) -> Part:
-        return replace(part, name=sent[part.name]) if isinstance(part, ToolCall) and part.name in sent else part
+        return changed(part, name=sent[part.name]) if isinstance(part, ToolCall) and part.name in sent else part
 
     choice = request.tool_choice
-    return replace(
-        request, tools=tuple(replace(tool, name=sent.get(tool.name, tool.name)) for tool in request.tools),
+    return changed(
+        request, tools=tuple(changed(tool, name=sent.get(tool.name, tool.name)) for tool in request.tools),
         tool_choice=choice._replace(name=sent.get(choice.name, choice.name)) if choice and choice.name else choice,
-        messages=tuple(replace(message, parts=tuple(map(rename, message.parts))) for message in request.messages))
+        messages=tuple(changed(message, parts=tuple(map(rename, message.parts))) for message in request.messages))
 
 
 class AnthropicMessages(UpstreamProtocol):
@@ -6020,9 +6028,9 @@ class AnthropicMessages(UpstreamProtocol):
             return request, []
         forced = request.tool_choice is not None and request.tool_choice.kind in ("required", "tool")
         if forced or (not model.flag("forceAdaptiveThinking") and self._in_unsigned_loop(request)):
-            return replace(request, reasoning=None), ["reasoning"]
+            return changed(request, reasoning=None), ["reasoning"]
         sampling = [name for name in ("temperature", "top_p", "top_k") if getattr(request, name) is not None]
-        return (replace(request, temperature=None, top_p=None, top_k=None),
+        return (changed(request, temperature=None, top_p=None, top_k=None),
                 [name for name in sampling if getattr(request, name) != 1])
 
     def _in_unsigned_loop(self, request: Request) -> bool:
@@ -6414,7 +6422,7 @@ class OpenAIResponses(UpstreamProtocol):
         """Leaves out the output limit where the host has no field for it."""
         if request.max_tokens is None or model.flag("supportsMaxOutputTokens", self.takes_limit):
             return request, []
-        return replace(request, max_tokens=None), ["max_tokens"]
+        return changed(request, max_tokens=None), ["max_tokens"]
 
     def build(self, request: Request, model: Model, credential: Credential) -> Call:
         """See `UpstreamProtocol.build`."""
@@ -6631,7 +6639,7 @@ def adapt_reasoning(body: Dict[str, Any], reasoning: Optional[Reasoning], model:
     if model.reasoning and RESPONSES_SEAL not in names:
         body["include"] = [*names, RESPONSES_SEAL]
     if reasoning and (model.reasoning or model.level):
-        fields = reasoning_fields(reasoning, replace(model, reasoning=True))
+        fields = reasoning_fields(reasoning, changed(model, reasoning=True))
         kept = {name: value for name, value in as_dict(body.get("reasoning")).items() if name != "effort"}
         body["reasoning"] = {**kept, **present(effort=as_dict(fields.get("reasoning")).get("effort"))}
     return []
@@ -7065,8 +7073,8 @@ class CodexResponses(OpenAIResponses):
         """See `OpenAIResponses.body`."""
         system = "\n\n".join(text.text for text in request.system)
         if not request.messages:                # a system prompt alone: the backend needs input
-            request, system = replace(request, messages=(Message("user", request.system),)), ""
-        body = super().body(replace(request, system=(), stream=True), model, credential)
+            request, system = changed(request, messages=(Message("user", request.system),)), ""
+        body = super().body(changed(request, system=(), stream=True), model, credential)
         body = {"tool_choice": "auto", "parallel_tool_calls": True, "include": [RESPONSES_SEAL], **body,
                 "instructions": system or CODEX_INSTRUCTIONS}
         return {name: value for name, value in body.items() if name in CODEX_FIELDS}
@@ -7255,7 +7263,7 @@ class GoogleGenerativeAI(UpstreamProtocol):
         """Keeps as many stop sequences as the API takes."""
         if len(request.stop) <= GEMINI_STOP_LIMIT:
             return request, []
-        return replace(request, stop=request.stop[:GEMINI_STOP_LIMIT]), ["stop"]
+        return changed(request, stop=request.stop[:GEMINI_STOP_LIMIT]), ["stop"]
 
     def build(self, request: Request, model: Model, credential: Credential) -> Call:
         """See `UpstreamProtocol.build`."""
@@ -8407,22 +8415,22 @@ def without_seals(request: Request, is_foreign: Callable[[str, str], bool]) -> R
             if not is_sealed(part):
                 yield part
             elif isinstance(part, ToolCall):
-                yield replace(part, signature=None, maker="", origin="")
+                yield changed(part, signature=None, maker="", origin="")
 
-    messages = tuple(replace(message, parts=tuple(strip(message.parts))) if message.role == "assistant" else message
+    messages = tuple(changed(message, parts=tuple(strip(message.parts))) if message.role == "assistant" else message
                      for message in request.messages)
-    return replace(request, messages=messages, foreign=request.foreign | foreign) if foreign else request
+    return changed(request, messages=messages, foreign=request.foreign | foreign) if foreign else request
 
 
 def with_remembered(request: Request, memory: SignatureMemory, now: float) -> Request:
     """`request` with the signatures that its client dropped, put back on their calls."""
     def sign(part: Part) -> Part:
         found = memory.recall(part.id, now) if isinstance(part, ToolCall) and not part.signature else None
-        return replace(part, maker=found[0], signature=found[1], origin=found[2]) if found else part
+        return changed(part, maker=found[0], signature=found[1], origin=found[2]) if found else part
 
-    messages = tuple(replace(message, parts=tuple(sign(part) for part in message.parts))
+    messages = tuple(changed(message, parts=tuple(sign(part) for part in message.parts))
                      if message.role == "assistant" else message for message in request.messages)
-    return replace(request, messages=messages) if messages != request.messages else request
+    return changed(request, messages=messages) if messages != request.messages else request
 
 
 # --- mistral-conversations --------------------------------------------------------------------------------------------
@@ -8866,7 +8874,7 @@ class BedrockConverse(UpstreamProtocol):
         if self._effort(request, model) != "high" or not _NOVA_THINKING.search(model_words(model)):
             return request, []
         dropped = [name for name in ("temperature", "top_p", "max_tokens") if getattr(request, name) is not None]
-        return replace(request, **dict.fromkeys(dropped)), dropped
+        return changed(request, **dict.fromkeys(dropped)), dropped
 
     def needs_bytes(self, part: Union[Image, Document], model: Model) -> bool:
         """See `UpstreamProtocol.needs_bytes`."""
@@ -9004,7 +9012,7 @@ class BedrockConverse(UpstreamProtocol):
 def as_anthropic(model: Model) -> Model:
     """The model with the compat flag by which the Messages API's rules tell its two kinds of thinking apart."""
     is_adaptive = bool(_CLAUDE_ADAPTIVE.search(model_words(model)))
-    return replace(model, compat={"forceAdaptiveThinking": is_adaptive, **model.compat})
+    return changed(model, compat={"forceAdaptiveThinking": is_adaptive, **model.compat})
 
 
 def bedrock_error(kind: str, message: str, status: int = 500, retry_after: Optional[float] = None) -> GatewayError:
@@ -9624,9 +9632,9 @@ class TranslatedLane(Lane):
         whose signature it is."""
         part = event.part
         if isinstance(part, ToolCall) and self.tool_names:
-            part = replace(part, name=client_tool_name(part.name, self.tool_names))
+            part = changed(part, name=client_tool_name(part.name, self.tool_names))
         if isinstance(part, (Thinking, ToolCall)) and part.signature:
-            part = replace(part, origin=self.origin)
+            part = changed(part, origin=self.origin)
             self.issued.extend(bare_seals(part))
         return event if part is event.part else event._replace(part=part)
 
@@ -10851,7 +10859,7 @@ def demo_stream(body: bytes, stamp: Stamp, client: ClientProtocol = CHAT) -> Tup
     pieces = [writer.write([Start()])]
     for index, part in enumerate(reply.parts):
         text = part.arguments if isinstance(part, ToolCall) else part.text
-        blank = replace(part, arguments="") if isinstance(part, ToolCall) else type(part)()
+        blank = changed(part, arguments="") if isinstance(part, ToolCall) else type(part)()
         pieces.append(writer.write([PartStart(index, blank)]))
         pieces.extend(writer.write([PartDelta(index, word)]) for word in re.findall(r"\s*\S+\s*$|\s*\S+", text))
         pieces.append(writer.write([PartEnd(index, part)]))
@@ -11150,7 +11158,7 @@ class Catalogue:
             model = self._find(base, usable)
         if model is None and level:
             model = self._find(base, usable) or self._unlisted(base)
-            model = model and replace(model, level=level, reasoning=model.reasoning is not False)
+            model = model and changed(model, level=level, reasoning=model.reasoning is not False)
         model = model or self._unlisted(name)
         if model is None or not self.is_allowed(model):
             raise ModelNotFound(self._not_found(name, usable), param="model")
@@ -11221,9 +11229,9 @@ def borrow_claude(model: Model, provider: Provider) -> Model:
         return model
     claude = parse_model_line(line, PROVIDERS["anthropic"])
     endpoint = provider.endpoints.get(AnthropicMessages.name)
-    model = replace(model, reasoning=claude.reasoning, thinking_levels=claude.thinking_levels,
+    model = changed(model, reasoning=claude.reasoning, thinking_levels=claude.thinking_levels,
                     compat={**claude.compat, **model.compat})
-    return replace(model, protocol=AnthropicMessages.name, base_url=endpoint) if endpoint else model
+    return changed(model, protocol=AnthropicMessages.name, base_url=endpoint) if endpoint else model
 
 
 # Copilot says of each model at which paths it can be called; the first of these that it names is the best.
@@ -11250,7 +11258,7 @@ def read_copilot_models(body: Mapping[str, Any], provider: Provider, known: Mapp
             context_window=token_count(limits.get("max_context_window_tokens")),
             max_tokens=token_count(limits.get("max_output_tokens")),
             input=("text", "image") if supports.get("vision") else ("text",))
-        models[model_id] = replace(model, protocol=protocol, base_url=provider.endpoints[protocol])
+        models[model_id] = changed(model, protocol=protocol, base_url=provider.endpoints[protocol])
     return models
 
 
@@ -12831,7 +12839,7 @@ class Credentials:
         parts = {name: self._variable(variable, entry) for name, variable in AZURE_VARIABLES.items()}
         credential = self._key(provider, entry)
         endpoint = azure_base_url(present(**parts), provider.endpoints[provider.protocol])
-        return replace(credential, parts=present(**parts, endpoint=endpoint))
+        return changed(credential, parts=present(**parts, endpoint=endpoint))
 
     def _code_assist(self, provider: Provider, entry: Mapping[str, Any]) -> Credential:
         project = entry.get("projectId") or self._variable("GOOGLE_CLOUD_PROJECT", entry)
@@ -12841,7 +12849,7 @@ class Credentials:
         credential = self._key(provider, entry)
         domain = entry.get("enterpriseUrl")
         endpoint = copilot_base_url(credential.token, domain if isinstance(domain, str) else "")
-        return replace(credential, parts={"endpoint": endpoint})
+        return changed(credential, parts={"endpoint": endpoint})
 
     sources: Mapping[str, Callable[[Any, Provider, Mapping[str, Any]], Credential]] = {
         "aws": _aws, "google": _google, "azure": _azure, "code-assist": _code_assist, "copilot": _copilot}
@@ -14450,7 +14458,7 @@ class MediaFetcher:
             kind = "text/plain"
         if not kind or isinstance(part, Image) != kind.startswith("image/"):
             raise self._refusal(url, "it is no image of a known type" if isinstance(part, Image) else "it is no PDF or text")
-        return replace(part, url=None, media_type=kind, data=base64.b64encode(data).decode("ascii"))
+        return changed(part, url=None, media_type=kind, data=base64.b64encode(data).decode("ascii"))
 
     def _follow(self, url: str, scope: Scope) -> Tuple[bytes, str]:
         """(bytes, declared type) behind a URL and its redirects."""
@@ -14501,7 +14509,7 @@ def with_bytes(request: Request, wants: Callable[[Any], bool], fetch: Callable[[
         out: List[Part] = []
         for part in parts:
             if isinstance(part, ToolResult):
-                part = replace(part, parts=fill(part.parts))
+                part = changed(part, parts=fill(part.parts))
             elif isinstance(part, (Image, Document)) and part.url and wants(part):
                 count += 1
                 if count > MEDIA_COUNT:
@@ -14510,8 +14518,9 @@ def with_bytes(request: Request, wants: Callable[[Any], bool], fetch: Callable[[
             out.append(part)
         return tuple(out)
 
-    messages = tuple(replace(message, parts=fill(message.parts)) for message in request.messages)
-    return replace(request, messages=messages) if count else request
+    messages = tuple([changed(message, parts=fill(message.parts)) if has_more_than_text(message) else message
+                      for message in request.messages])
+    return changed(request, messages=messages) if count else request
 
 
 # ======================================================================================================================
@@ -14902,7 +14911,7 @@ class Gateway:
         """Answers a completion request with this model."""
         model, credential = self._authorise(model, exchange)
         if model.level:
-            request = replace(request, reasoning=Reasoning(model.level))
+            request = changed(request, reasoning=Reasoning(model.level))
         if credential.is_passed:
             request = passed_request(request, self.config.api_key)
         if request.images and model.input is not None and "image" not in model.input:
@@ -14961,7 +14970,7 @@ class Gateway:
     def _count_at_server(self, request: Request, model: Model, credential: Credential, exchange: Exchange,
                          ) -> Optional[int]:
         if model.level:
-            request = replace(request, reasoning=Reasoning(model.level))
+            request = changed(request, reasoning=Reasoning(model.level))
         lane = TranslatedLane(exchange.client, UPSTREAM_PROTOCOLS[model.protocol], request, model, exchange.stamp)
         exchange.secrets.update(credential.secrets)
         scope = Scope()
@@ -14991,7 +15000,7 @@ class Gateway:
             model = self.catalogue.resolve(self.target_name(route.model), self.is_usable)
             mapped = map_effort(route.effort, level)
             # a model of which nothing is known thinks when the user's own map says how hard
-            models.append(replace(model, level=mapped, reasoning=model.reasoning is not False) if mapped else model)
+            models.append(changed(model, level=mapped, reasoning=model.reasoning is not False) if mapped else model)
         return models
 
     def target_name(self, name: str) -> str:
@@ -15035,7 +15044,7 @@ class Gateway:
             credential = passed_credential(exchange, provider, model, self.config.api_key)
             configured = {name: value for name, value in self.credentials.headers(provider, model).items()
                           if name.lower() not in KEY_HEADERS}
-            credential = replace(credential, headers={**configured, **credential.headers})
+            credential = changed(credential, headers={**configured, **credential.headers})
         else:
             self._check_exposure(provider, self._is_hidden(provider))
             credential = self.credentials.get(provider, model)
@@ -15341,7 +15350,7 @@ def passed_request(request: Request, own_key: Optional[str]) -> Request:
     headers = {name: value for name, value in request.headers.items()
                if name not in hop and not NOT_PASSED.fullmatch(name) and not (own_key and own_key in value)}
     has_key = own_key and own_key in urllib.parse.unquote_plus(request.query)
-    return replace(request, headers=headers, query="" if has_key else request.query)
+    return changed(request, headers=headers, query="" if has_key else request.query)
 
 
 def passed_credential(exchange: Exchange, provider: Provider, model: Model, own_key: Optional[str]) -> Credential:
@@ -15437,10 +15446,10 @@ class Discovery:
             model = unlisted_model(provider, "")
             credential = gateway.credentials.get(provider, model)
             base_url = credential.parts.get("endpoint") or gateway.credentials.fill(model.base_url, provider)
-            model = replace(model, base_url=base_url, headers={})
+            model = changed(model, base_url=base_url, headers={})
             get = functools.partial(self._get, model, credential, scope)
             listed = self.listers.get(provider.source, Discovery._list)(self, provider, model, credential, get)
-            found = {model_id: replace(model, name=said_text(model.name)) for model_id, model in listed.items()
+            found = {model_id: changed(model, name=said_text(model.name)) for model_id, model in listed.items()
                      if model_id and said_text(model_id) == model_id}
         except (GatewayError, *MALFORMED) as error:
             log.debug("no model list from %s: %s", provider.name, redact(str(error)))
