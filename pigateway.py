@@ -120,6 +120,7 @@ KEEP_ALIVE_S = 75.0               # an idle client connection is closed after th
 HEAD_TIMEOUT_S = 30.0             # from the first byte of a request to the end of its head
 POOL_IDLE_S = 55.0                # below the 60 s after which common servers close an idle connection
 POOL_PER_HOST = 64
+TLS_SESSIONS, TLS_SESSION_S = 256, 7200.0     # kept for new connections: of so many destinations, for so long
 DRAIN_S = 0.05                    # wait for the end of a provider's answer whose last event has been seen
 COMMAND_TIMEOUT_S = 10.0          # a "!command" that prints a key
 COMMAND_CACHE_S = 300.0
@@ -8339,9 +8340,9 @@ class Memory:
         self._limit = limit
         self.ttl_s = ttl_s
         self._lock = threading.Lock()
-        self._entries: Dict[str, Tuple[float, Any]] = {}
+        self._entries: Dict[Any, Tuple[float, Any]] = {}
 
-    def put(self, key: str, value: Any, now: float) -> None:
+    def put(self, key: Any, value: Any, now: float) -> None:
         """Keeps a value; the oldest make room."""
         with self._lock:
             self._entries.pop(key, None)        # put in again below, as the newest
@@ -8349,7 +8350,7 @@ class Memory:
             while len(self._entries) > self._limit:
                 del self._entries[next(iter(self._entries))]
 
-    def get(self, key: str, now: float) -> Any:
+    def get(self, key: Any, now: float) -> Any:
         """A value, None when it is not known, or no longer."""
         with self._lock:
             expires, value = self._entries.get(key, (now, None))
@@ -14008,6 +14009,7 @@ class Connection:
         self._key = key
         self.sock: socket.socket = opened.sock
         self._is_tls = hasattr(self.sock, "pending")
+        self._has_new_session = self._is_tls and not self.sock.session_reused   # type: ignore[union-attr]
         self.sock.setblocking(False)
         self.idle_since = 0.0
 
@@ -14049,6 +14051,9 @@ class Connection:
 
     def release(self, is_reusable: bool) -> None:
         """Back to the pool, or closed."""
+        if self._has_new_session:               # TLS 1.3 brings it behind the handshake; taking it costs 0.1 ms
+            self._has_new_session = False
+            self._pool.keep_session(self._key, self.sock.session)       # type: ignore[attr-defined]
         if not (is_reusable and self._pool.put(self._key, self)):
             self.close()
 
@@ -14057,14 +14062,37 @@ class Connection:
         self._opened.close()
 
 
+class TlsConnection(http.client.HTTPSConnection):
+    """An https connection that offers the TLS session of an earlier one: the other side need not show and prove its
+    certificate again, which before TLS 1.3 is a round trip. One that has forgotten the session makes a new one."""
+
+    session: Any = None
+
+    def connect(self) -> None:
+        """The same as in the base class, but for the session."""
+        http.client.HTTPConnection.connect(self)
+        self.sock = self._context.wrap_socket(          # type: ignore[attr-defined]
+            self.sock, server_hostname=self._tunnel_host or self.host, session=self.session)    # type: ignore[attr-defined]
+
+
 class Pool:
-    """Idle connections by destination; the most recently used is taken first."""
+    """Idle connections by destination; the most recently used is taken first. Beside them the TLS sessions, which belong
+    to the one context of the handler that has this pool."""
 
     def __init__(self, per_host: int = POOL_PER_HOST) -> None:
         self._lock = threading.Lock()
         self._per_host = per_host
         self._idle: Dict[Any, List[Connection]] = {}
+        self._sessions = Memory(TLS_SESSIONS, TLS_SESSION_S)
         self._closed = False
+
+    def session(self, key: Any) -> Any:
+        """The TLS session for a new connection, None without one."""
+        return self._sessions.get(key, time.monotonic())
+
+    def keep_session(self, key: Any, session: Any) -> None:
+        """Keeps a TLS session for new connections; None forgets what is kept."""
+        self._sessions.put(key, session, time.monotonic())
 
     def take(self, key: Any) -> Optional[Connection]:
         """An idle connection that still looks alive."""
@@ -14136,7 +14164,7 @@ class PooledHandler(urllib.request.BaseHandler):
 
     def https_open(self, request: ScopedRequest) -> Response:
         """An https URL."""
-        return self.do_open(functools.partial(http.client.HTTPSConnection, context=self._tls()), request)
+        return self.do_open(functools.partial(TlsConnection, context=self._tls()), request)
 
     def _tls(self) -> Any:
         """One TLS context for the process: making one takes some 30 ms."""
@@ -14155,16 +14183,15 @@ class PooledHandler(urllib.request.BaseHandler):
         host = tunnel or urllib.parse.urlsplit(request.full_url).netloc.rpartition("@")[2]
         message = request_message(request.get_method(), request.selector, host, headers, request.data)
 
-        def connected() -> http.client.HTTPConnection:
+        def made() -> http.client.HTTPConnection:
             opened = connect(request.host, timeout=request.timeout)
             if not (tunnel or request.has_proxy()):         # the proxy's own address is none of the caller's choice
                 opened._create_connection = self._connect       # type: ignore[attr-defined]
             if tunnel:
                 opened.set_tunnel(tunnel, headers=proxy_auth)
-            opened.connect()
             return opened
 
-        return self._send((request.type, request.host, tunnel), message, request.scope, connected)
+        return self._send((request.type, request.host, tunnel), message, request.scope, made)
 
     def open_direct(self, split: urllib.parse.SplitResult, call: Call, scope: Scope, connect_s: float) -> Response:
         """Sends a call that no proxy stands before, as `urllib.request` would: on the way through its request and its
@@ -14173,20 +14200,18 @@ class PooledHandler(urllib.request.BaseHandler):
         message = request_message(call.method, selector, split.netloc, call.headers,
                                   call.body if call.method == "POST" else None)
 
-        def connected() -> http.client.HTTPConnection:
+        def made() -> http.client.HTTPConnection:
             context = {"context": self._tls()} if split.scheme == "https" else {}
             opened = self._connections[split.scheme](split.netloc, timeout=connect_s, **context)
             opened._create_connection = self._connect           # type: ignore[attr-defined]
-            opened.connect()
             return opened
 
-        return self._send((split.scheme, split.netloc, None), message, scope, connected)
+        return self._send((split.scheme, split.netloc, None), message, scope, made)
 
     _connections: Mapping[str, Callable[..., http.client.HTTPConnection]] = {
-        "http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
+        "http": http.client.HTTPConnection, "https": TlsConnection}
 
-    def _send(self, key: Any, message: bytes, scope: Scope, connected: Callable[[], http.client.HTTPConnection],
-              ) -> Response:
+    def _send(self, key: Any, message: bytes, scope: Scope, made: Callable[[], http.client.HTTPConnection]) -> Response:
         """Sends a message on a kept connection, or a new one; a kept one that fails before any byte of an answer was
         closed by its other side meanwhile, and the message is sent once more on a new one."""
         kept = self.pool.take(key)
@@ -14195,12 +14220,17 @@ class PooledHandler(urllib.request.BaseHandler):
                 return self._exchange(kept, message, scope)
             except (StaleConnection, ConnectionError):
                 scope.check()
-        opened = scope.timed(connected)()
-        connection = Connection(opened, self.pool, key)
+        opened = made()
+        session = opened.session = self.pool.session(key)       # type: ignore[attr-defined]    # none without TLS
         try:
-            return self._exchange(connection, message, scope)
-        except StaleConnection:
-            raise UpstreamProtocolError("the provider closed the connection without an answer") from None
+            scope.timed(opened.connect)()
+            return self._exchange(Connection(opened, self.pool, key), message, scope)
+        except BaseException as error:
+            if session is not None:             # should it be what the other side cannot take
+                self.pool.keep_session(key, None)
+            if isinstance(error, StaleConnection):
+                raise UpstreamProtocolError("the provider closed the connection without an answer") from None
+            raise
 
     def _exchange(self, connection: Connection, message: bytes, scope: Scope) -> Response:
         try:

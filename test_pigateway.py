@@ -6001,6 +6001,69 @@ def test_tls_provider_that_takes_its_time(tmp_path: Any, monkeypatch: Any, certi
     assert answer_text(result) == "Hello" and result.body.count(b": heartbeat") >= 2
 
 
+@contextlib.contextmanager
+def tls_hosts(certificate: Tuple[str, str], version: str, reused: List[bool], remembers: bool = True,
+              ) -> Iterator[RawServer]:
+    """A TLS server that closes after each answer and notes whether a session was reused."""
+    import ssl
+
+    def context() -> Any:
+        made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        made.load_cert_chain(*certificate)
+        made.minimum_version = made.maximum_version = getattr(ssl.TLSVersion, version)
+        return made
+
+    def serve(server: RawServer, sock: socket.socket, number: int) -> None:
+        with (known if remembers else context()).wrap_socket(sock, server_side=True) as secure:
+            reused.append(secure.session_reused)
+            while server.read(secure):
+                secure.sendall(http_answer(b"{}", "Connection: close\r\n"))
+
+    known = context()
+    with raw_server(serve) as server:
+        yield server
+
+
+@pytest.mark.parametrize("is_proxied", [False, True], ids=["direct", "proxy"])
+@pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
+def test_tls_sessions_are_reused_for_their_host(monkeypatch: Any, certificate: Tuple[str, str], version: str,
+                                                is_proxied: bool) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", certificate[0])
+    reused: List[bool] = []
+    with tls_hosts(certificate, version, reused) as server, proxy(server.port) as between:
+        if is_proxied:
+            monkeypatch.setenv("https_proxy", between.url)
+        with transport() as made, transport() as other:
+            for name, by in (("localhost", made), ("localhost", made), ("127.0.0.1", made), ("127.0.0.1", made),
+                             ("localhost", made), ("localhost", other), ("localhost", other)):
+                assert fetch(by, f"https://{name}:{server.port}") == (200, b"{}")
+        assert reused == [False, True, False, True, True, False, True]
+        assert between.connections == (7 if is_proxied else 0)
+
+
+@pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
+def test_tls_server_that_forgot_the_session(monkeypatch: Any, certificate: Tuple[str, str], version: str) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", certificate[0])
+    reused: List[bool] = []
+    with tls_hosts(certificate, version, reused, False) as server, transport() as made:
+        assert [fetch(made, f"https://localhost:{server.port}") for _ in range(3)] == [(200, b"{}")] * 3
+    assert reused == [False] * 3
+
+
+def test_tls_session_that_breaks_connections_is_offered_once(monkeypatch: Any, certificate: Tuple[str, str]) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", certificate[0])
+    reused: List[bool] = []
+    with tls_hosts(certificate, "TLSv1_3", reused) as server, transport() as made:
+        url = f"https://localhost:{server.port}"
+        assert fetch(made, url) == (200, b"{}")
+        is_broken, read = True, server.read
+        monkeypatch.setattr(server, "read", lambda sock: b"" if is_broken and sock.session_reused else read(sock))
+        with pytest.raises(pg.UpstreamError):
+            fetch(made, url)
+        assert fetch(made, url) == (200, b"{}")
+    assert reused == [False, True, False]
+
+
 def test_proxy_for_https(tmp_path: Any, monkeypatch: Any, certificate: Tuple[str, str]) -> None:
     monkeypatch.setenv("SSL_CERT_FILE", certificate[0])
     with tls_upstream(certificate, whole_answer("chat")) as fake, proxy(fake.server.server_address[1]) as between:
