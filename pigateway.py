@@ -120,6 +120,7 @@ KEEP_ALIVE_S = 75.0               # an idle client connection is closed after th
 HEAD_TIMEOUT_S = 30.0             # from the first byte of a request to the end of its head
 POOL_IDLE_S = 55.0                # below the 60 s after which common servers close an idle connection
 POOL_PER_HOST = 64
+WAYS, WAY_S = 256, 5.0            # destinations whose proxy is remembered, and for how long
 TLS_SESSIONS, TLS_SESSION_S = 256, 7200.0     # kept for new connections: of so many destinations, for so long
 DRAIN_S = 0.05                    # wait for the end of a provider's answer whose last event has been seen
 COMMAND_TIMEOUT_S = 10.0          # a "!command" that prints a key
@@ -14146,12 +14147,24 @@ def describe(error: BaseException) -> str:
     return re.sub(r"^\[[A-Z0-9_: ]*\] | \(_ssl\.c:\d+\)", "", text) or type(error).__name__
 
 
+class Way(NamedTuple):
+    """How a destination is reached: what is spoken (http or https) with whom, which is the proxy where one stands before
+    it, the tunnel through that one, and its headers. A proxy without tunnel wants to be told whole URLs."""
+
+    scheme: str
+    host: str
+    tunnel: Optional[str] = None
+    takes_url: bool = False
+    proxy_headers: Mapping[str, str] = MappingProxyType({})
+
+
 class PooledHandler(urllib.request.BaseHandler):
     """The part of `urllib.request` that talks to servers, with kept connections; the stock one closes after each answer.
     Proxies have been put into the request by `ProxyHandler` before it arrives here."""
 
     def __init__(self, limits: Limits, ca_bundle: Optional[str], keep: int, connect: Callable[..., socket.socket]) -> None:
         self.pool = Pool(keep)
+        self.ways = Memory(WAYS, WAY_S)
         self._connect = connect
         self._limits = limits
         self._ca_bundle = ca_bundle
@@ -14159,12 +14172,14 @@ class PooledHandler(urllib.request.BaseHandler):
         self._context_lock = threading.Lock()
 
     def http_open(self, request: ScopedRequest) -> Response:
-        """An http URL, or any URL through a plain proxy."""
-        return self.do_open(http.client.HTTPConnection, request)
+        """A request as `urllib.request` made it; how it is sent holds for others to the same destination."""
+        way = Way(request.type, request.host, getattr(request, "_tunnel_host", None), request.has_proxy(), request.headers)
+        if request.destination:
+            self.ways.put(request.destination, way, time.monotonic())
+        host = way.tunnel or urllib.parse.urlsplit(request.full_url).netloc.rpartition("@")[2]
+        return self.send(way, request.selector, host, request.call, request.scope, request.timeout)
 
-    def https_open(self, request: ScopedRequest) -> Response:
-        """An https URL."""
-        return self.do_open(functools.partial(TlsConnection, context=self._tls()), request)
+    https_open = http_open
 
     def _tls(self) -> Any:
         """One TLS context for the process: making one takes some 30 ms."""
@@ -14174,39 +14189,22 @@ class PooledHandler(urllib.request.BaseHandler):
                 self._context = ssl.create_default_context(cafile=self._ca_bundle)
             return self._context
 
-    def do_open(self, connect: Callable[..., http.client.HTTPConnection], request: ScopedRequest) -> Response:
-        """Sends a request as `urllib.request` made it."""
-        tunnel = getattr(request, "_tunnel_host", None)
-        added = {**request.unredirected_hdrs, **request.headers}
-        proxy_auth = {name: value for name, value in added.items() if name.lower() == "proxy-authorization"}
-        headers = request.call.headers if tunnel else {**request.call.headers, **proxy_auth}
-        host = tunnel or urllib.parse.urlsplit(request.full_url).netloc.rpartition("@")[2]
-        message = request_message(request.get_method(), request.selector, host, headers, request.data)
+    def send(self, way: Way, selector: str, host: str, call: Call, scope: Scope, connect_s: float) -> Response:
+        """Sends a call to `host`."""
+        headers = call.headers if way.tunnel else {**call.headers, **way.proxy_headers}
+        message = request_message(call.method, selector, host, headers, call.body if call.method == "POST" else None)
 
         def made() -> http.client.HTTPConnection:
-            opened = connect(request.host, timeout=request.timeout)
-            if not (tunnel or request.has_proxy()):         # the proxy's own address is none of the caller's choice
+            context = {"context": self._tls()} if way.scheme == "https" else {}
+            opened = self._connections[way.scheme](way.host, timeout=connect_s, **context)
+            if way.tunnel:
+                own = {name: value for name, value in call.headers.items() if name.lower() == "proxy-authorization"}
+                opened.set_tunnel(way.tunnel, headers={**own, **way.proxy_headers})
+            elif not way.takes_url:             # the proxy's own address is none of the caller's choice
                 opened._create_connection = self._connect       # type: ignore[attr-defined]
-            if tunnel:
-                opened.set_tunnel(tunnel, headers=proxy_auth)
             return opened
 
-        return self._send((request.type, request.host, tunnel), message, request.scope, made)
-
-    def open_direct(self, split: urllib.parse.SplitResult, call: Call, scope: Scope, connect_s: float) -> Response:
-        """Sends a call that no proxy stands before, as `urllib.request` would: on the way through its request and its
-        handlers it costs as much as all the rest of the transport."""
-        selector = call.url.partition("//")[2][len(split.netloc):]
-        message = request_message(call.method, selector, split.netloc, call.headers,
-                                  call.body if call.method == "POST" else None)
-
-        def made() -> http.client.HTTPConnection:
-            context = {"context": self._tls()} if split.scheme == "https" else {}
-            opened = self._connections[split.scheme](split.netloc, timeout=connect_s, **context)
-            opened._create_connection = self._connect           # type: ignore[attr-defined]
-            return opened
-
-        return self._send((split.scheme, split.netloc, None), message, scope, made)
+        return self._send(way[:3], message, scope, made)
 
     _connections: Mapping[str, Callable[..., http.client.HTTPConnection]] = {
         "http": http.client.HTTPConnection, "https": TlsConnection}
@@ -14312,6 +14310,7 @@ class ScopedRequest(urllib.request.Request):
 
     scope: Scope
     call: Call
+    destination: Any                    # what others have in common with it that are sent the same way, if anything
     timeout: float                      # for the connection, in seconds
 
 
@@ -14389,11 +14388,12 @@ class Transport:
         split, is_plain = _split_url(call.url)
         try:
             connect_s = connect_s or self._limits.connect_s
-            if is_plain and split.scheme not in self._proxies:
-                return self._handler.open_direct(split, call, scope, connect_s)
-            request = ScopedRequest(call.url, data=call.body if call.method == "POST" else None,
-                                    headers=dict(call.headers), method=call.method)
-            request.scope, request.call = scope, call
+            way, destination = self._known_way(split) if is_plain else (None, None)
+            if way:                             # past `urllib.request`, which costs more than all the rest of this way out
+                selector = call.url if way.takes_url else call.url.partition("//")[2][len(split.netloc):]
+                return self._handler.send(way, selector, split.netloc, call, scope, connect_s)
+            request = ScopedRequest(call.url, data=call.body if call.method == "POST" else None, method=call.method)
+            request.scope, request.call, request.destination = scope, call, destination
             response = self._opener.open(request, timeout=connect_s)
         except (GatewayError, ClientGone, PrivateAddress):
             raise
@@ -14408,6 +14408,14 @@ class Transport:
         if response is None:
             raise ProviderMisconfigured(f"cannot open {call.url.partition(':')[0]} URLs", code="connection_error")
         return response
+
+    def _known_way(self, split: urllib.parse.SplitResult) -> Tuple[Optional[Way], Any]:
+        """The way of a plain URL, if no proxy can stand before it or `urllib.request` has decided not long ago, and
+        else what its decision holds for: for some seconds, since it looks at the environment each time."""
+        if split.scheme not in self._proxies:
+            return Way(split.scheme, split.netloc), None
+        destination = split.scheme, split.netloc, os.environ.get("no_proxy"), os.environ.get("NO_PROXY")
+        return self._handler.ways.get(destination, time.monotonic()), destination
 
     def is_proxied(self, url: str) -> bool:
         """Whether calls to this URL go through a proxy of the environment."""

@@ -5939,6 +5939,37 @@ def test_proxy_for_http(monkeypatch: Any) -> None:
         assert fake.received[0].headers["host"] == "provider.invalid"
 
 
+@pytest.mark.parametrize("credentials", ["", "user:p%40ss@"])
+def test_calls_past_urllib_to_a_proxy_are_the_same(monkeypatch: Any, credentials: str) -> None:
+    """`urllib.request` decides on the first call to a host, and again when NO_PROXY changes."""
+    def serve(server: RawServer, sock: socket.socket, number: int) -> None:
+        while server.read(sock):
+            sock.sendall(http_answer(b"{}"))
+
+    decided: List[str] = []
+    bypass = urllib.request.proxy_bypass
+    monkeypatch.setattr(urllib.request, "proxy_bypass", lambda host: decided.append(host) or bypass(host))
+    monkeypatch.setattr(pg, "WAY_S", 600.0)         # however slow this machine is
+    with raw_server(serve) as between, raw_server(serve) as server:
+        monkeypatch.setenv("http_proxy", f"http://{credentials}127.0.0.1:{between.port}")
+        with transport() as made:
+            for path in ("/v1/x?y=1", "/v1/x?y=1", "/"):
+                assert fetch(made, f"http://localhost:{server.port}{path}", **{"x-a": "b"}) == (200, b"{}")
+            first, second, third = between.requests
+            assert first == second and (b"Proxy-authorization: Basic " in first) == bool(credentials)
+            assert third == first.replace(b"/v1/x?y=1", b"/") and first.startswith(b"POST http://localhost:")
+            for name in ("no_proxy", "NO_PROXY"):
+                monkeypatch.setenv(name, "localhost")
+                for _ in range(2):
+                    assert fetch(made, f"http://localhost:{server.port}/v1/x?y=1", **{"x-a": "b"}) == (200, b"{}")
+                monkeypatch.delenv(name)
+            assert fetch(made, f"http://localhost:{server.port}/") == (200, b"{}")
+        assert (len(between.requests), len(server.requests), between.connections, server.connections) == (4, 4, 1, 1)
+        assert set(server.requests) == {server.requests[0]} and b"roxy" not in server.requests[0]
+        assert server.requests[0].startswith(b"POST /v1/x?y=1 HTTP/1.1\r\nHost: localhost:")
+        assert decided == [f"localhost:{server.port}"] * 3
+
+
 @pytest.mark.parametrize("method", ["POST", "GET"])
 @pytest.mark.parametrize("path", ["/v1/x", "/v1/x?y=1&z=%20", "/", "//x", "/a%2Fb", "/v1/x?"])
 def test_calls_past_urllib_are_the_same(path: str, method: str) -> None:
