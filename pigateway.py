@@ -2153,10 +2153,11 @@ json_text: Callable[[Any], str] = json.JSONEncoder(ensure_ascii=False, separator
 
 def parse_data_url(url: str, path: str) -> Tuple[str, str]:
     """(media type, base64 data) of a data URL, RFC 2397."""
-    header, comma, payload = url[len("data:"):].partition(",")
-    if not comma:
+    comma = url.find(",")
+    if comma < 0:
         raise BadRequest(f"{path}: a data URL needs a comma before its data", param=path)
-    media_type, *params = header.split(";")
+    media_type, *params = url[len("data:"):comma].split(";")
+    payload = url[comma + 1:]
     if "base64" not in params:
         payload = base64.b64encode(urllib.parse.unquote_to_bytes(payload)).decode("ascii")
     return media_type or "text/plain", check_base64(payload, path)
@@ -2178,13 +2179,28 @@ def stray_effort(data: Mapping[str, Any]) -> Optional[str]:
 
 def check_base64(data: str, path: str) -> str:
     """`data` without white space, if it is base64 of something."""
+    if is_base64(data):
+        return data
     data = "".join(data.split())
-    try:
-        if base64.b64decode(data, validate=True):
-            return data
-    except (binascii.Error, ValueError):
-        pass
+    if is_base64(data):
+        return data
     raise BadRequest(f"{path}: invalid or empty base64 data", param=path)
+
+
+_BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+
+
+def is_base64(data: str) -> bool:
+    """Whether `data` is base64 of something. All but the last groups only have to be letters of it, which costs a fraction
+    of decoding ten megabytes, and no memory."""
+    tail = max(0, (len(data) - 1) // 4 * 4 - 4)
+    try:
+        for place in range(0, tail, 64 * KIB):
+            if data[place:min(place + 64 * KIB, tail)].encode("ascii").translate(None, _BASE64):
+                return False
+        return bool(base64.b64decode(data[tail:], validate=True))
+    except ValueError:                          # binascii.Error is one
+        return False
 
 
 _MAGIC = ((b"\x89PNG\r\n\x1a\n", "image/png"), (b"\xff\xd8\xff", "image/jpeg"), (b"GIF8", "image/gif"),

@@ -12989,6 +12989,24 @@ def test_repair_long_arguments(text: str, expected: Any) -> None:
     assert pg.repair_json_object(text) == expected
 
 
+@pytest.mark.parametrize("length", [4, 8, 12, 65536, 65540, 65544, 65548, 200_000])
+def test_base64_is_checked_to_its_last_letter(length: int) -> None:
+    good = "Ab+/" * (length // 4)
+    for data in (good, good[:-1] + "=", good[:-2] + "==", good + "AA=="):
+        assert pg.check_base64(data, "x") == data
+        assert pg.check_base64(f" {data[:2]}\n{data[2:]}\r\n", "x") == data
+    for place in {0, 1, length // 2, length - 9, length - 5, length - 4, length - 1} - set(range(-9, 0)):
+        for letter in "-_\u4e16\ud800\0.":
+            with pytest.raises(pg.BadRequest, match="^x: invalid or empty base64 data$"):
+                pg.check_base64(good[:place] + letter + good[place + 1:], "x")
+        if place < length - 2:
+            with pytest.raises(pg.BadRequest):
+                pg.check_base64(good[:place] + "=" + good[place + 1:], "x")
+    for data in (good[:-3], good + "A", good + "AA", good + "A===", good + "=" + good):
+        with pytest.raises(pg.BadRequest):
+            pg.check_base64(data, "x")
+
+
 @pytest.mark.parametrize("fields", [
     {"metadata": {str(number): {"model": "p/m1"} for number in range(5000)}, "model": "p/m1"},
     {"model": "p/m1", "metadata": {str(number): {"model": "p/m1"} for number in range(5000)}},
