@@ -6238,36 +6238,52 @@ def system_blocks(system: Any) -> List[Any]:
     return system or []
 
 
-_MODEL_VALUE = re.compile(rb'"model"\s*:\s*("[^"\\]*(?:\\.[^"\\]*)*")')
+# In JSON these letters between bare quotes and before a colon are a key, and nothing else.
+_MODEL_KEY = re.compile(rb'"model"(?<!\\"model")\s*:')
+_MODEL_VALUE = re.compile(_MODEL_KEY.pattern + rb'\s*("[^"\\]*(?:\\.[^"\\]*)*")')
+_ODD_KEY = re.compile(rb"\\u(?:006|[dD][89a-fA-F])")     # a letter of "model", or what `clean_strings` leaves out
 
 
 def splice_model(body: bytes, data: Mapping[str, Any], model_id: str) -> bytes:
-    """The JSON bytes `body` with the value of its top-level "model" replaced, every other byte as it was.
-
-    The first "model" in the text may be a nested one, so each is tried until the result parses to what is wanted."""
+    """The JSON bytes `body`, which hold `data`, with the value of their top-level "model" replaced, every other byte as
+    it was. The first "model" in the text may be a nested one, so some are tried."""
     body = body[len(codecs.BOM_UTF8):] if body.startswith(codecs.BOM_UTF8) else body    # no JSON for everybody
     if data.get("model") == model_id:
         return body
-    wanted = {**data, "model": model_id}
-    value = json_text(model_id).encode("utf-8")
-    tries, match = 0, _MODEL_VALUE.search(body)         # not `finditer`, which leaves what `Opener` tells of
-    while match:
-        found, match = match, _MODEL_VALUE.search(body, match.end())
+    tries, place = 0, 0
+    while tries < 4:                            # each may parse half the body
+        found = _MODEL_VALUE.search(body, place)            # not `finditer`, which leaves what `Opener` tells of
+        if not found:
+            break
+        place = found.end()
         if found.end(1) - found.start(1) > 4096 or json.loads(found.group(1)) != data.get("model"):
             continue
         tries += 1
-        if tries > 4:                           # each try parses the whole body
-            break
-        candidate = body[:found.start(1)] + value + body[found.end(1):]
-        if clean_strings(json.loads(candidate.decode("utf-8-sig"))) == wanted:
-            return candidate
-    return dumps(wanted).encode("ascii")
+        if is_outermost(body, found.start()):
+            whole = memoryview(body)
+            return b"".join((whole[:found.start(1)], json_text(model_id).encode("utf-8"), whole[found.end(1):]))
+    return dumps({**data, "model": model_id}).encode("ascii")
 
 
-def has_repeated_keys(body: bytes) -> bool:
-    """Whether the top-level object of a JSON body may name its model twice: of two, a provider might take the other one
-    than the gateway has checked. Written with escapes, a key would not be found by its letters."""
-    if body.count(b'"model"') < 2 and b"\\u00" not in body:
+def is_outermost(body: bytes, place: int) -> bool:
+    """Whether the key at `place` is one of the outermost object of a JSON body: then what is before it is JSON with one
+    brace behind it, and so is the rest with one before it. The shorter of them tells."""
+    piece = body[:place] + b'"":0}' if place < len(body) // 2 else b"{" + body[place:]
+    try:
+        json.loads(piece.decode("utf-8"))
+        return True
+    except ValueError:
+        return False
+
+
+def has_repeated_keys(body: bytes, data: Mapping[str, Any]) -> bool:
+    """Whether the top-level object of a JSON body, which holds `data`, may name its model twice: of two, a provider might
+    take the other one than the gateway has checked. Not if `data` has all that are there, at whatever depth. Written with
+    escapes, a key would not be found by its letters."""
+    count, found = 0, _MODEL_KEY.search(body)
+    while found:
+        count, found = count + 1, _MODEL_KEY.search(body, found.end())
+    if count < 2 and b"\\u006" not in body or count == count_keys(data, "model") and not _ODD_KEY.search(body):
         return False
     repeated = False
 
@@ -6279,6 +6295,19 @@ def has_repeated_keys(body: bytes) -> bool:
 
     json.loads(body.decode("utf-8-sig"), object_pairs_hook=note)
     return repeated
+
+
+def count_keys(data: Any, name: str) -> int:
+    """How many objects inside a JSON value have a key of this name."""
+    count, rest = 0, [data]
+    while rest:
+        value = rest.pop()
+        if isinstance(value, dict):
+            count += name in value
+            rest.extend(value.values())
+        elif isinstance(value, list):
+            rest.extend(value)
+    return count
 
 
 class AnthropicReader(Reader):
@@ -9763,7 +9792,8 @@ class AnthropicLane(NativeLane):
         first = as_dict(next(iter(system_blocks(request.data.get("system"))), None)).get("text")
         lacks_identity = credential.kind == "oauth" and not str(first).startswith(OAUTH_IDENTITY)
         has_stray = any(name in request.data for name in STRAY_FIELDS)
-        if has_foreign or lacks_identity or has_stray or model.level or self.tool_names or has_repeated_keys(request.body):
+        if has_foreign or lacks_identity or has_stray or model.level or self.tool_names or has_repeated_keys(
+                request.body, request.data):
             body = dumps(self._edited(has_foreign, lacks_identity, dropped)).encode("ascii")
         else:
             body = splice_model(request.body, request.data, model.id)
@@ -10349,7 +10379,8 @@ class ResponsesLane(NativeLane):
         """The client's own bytes with the model's name put in, unless the host demands more."""
         request, model = self.request, self.model
         body, dropped = self.upstream.adapt(request, model, credential)
-        if body == {**request.data, "model": body["model"]} and not has_repeated_keys(request.body):
+        if body == {**request.data, "model": body["model"]} and not has_repeated_keys(
+                request.body, request.data):
             data = splice_model(request.body, request.data, body["model"])
         else:
             data = dumps(body).encode("ascii")

@@ -20680,7 +20680,35 @@ def test_model_that_is_named_twice_is_the_one_that_was_checked(tmp_path: Any, te
 
 
 def test_model_inside_the_conversation_is_nobody_s_business() -> None:
-    assert not pg.has_repeated_keys(b'{"model": "a", "metadata": {"model": "b"}, "x": "\\u0041"}')
+    body = b'{"model": "a", "metadata": {"model": "b"}, "x": "\\u0041"}'
+    assert not pg.has_repeated_keys(body, json.loads(body))
+
+
+FILLING = '"messages": [{"role": "user", "content": "\\"model\\": \\"p/m1\\" \\\\ ä"}]'
+
+
+@pytest.mark.parametrize("text", [
+    '{"model": MODEL, %s}', '{%s, "model": MODEL}', '{%s, "model": MODEL, "tools": [{"model": "p/m1"}]}',
+    '{"tools": [{"model": "p/m1"}, {"x": {"model": "p/m1"}}], "model" :\t\nMODEL , %s}', '\ufeff {"model":MODEL,%s} ',
+    '{"a": {"model": "p/m1"}, %s, "b": [[{"model": "p/m1"}]], "model": MODEL}', '{"x\\"model": "p/m1", %s, "model": MODEL}',
+    '{"x": "model", "model": MODEL, "required": ["model"], %s, "y": "\\\\"}', '{"model": MODEL, %s, "z": {"model": 5}}'])
+@pytest.mark.parametrize("size", [0, 3000])
+def test_splice_model_leaves_every_other_byte(text: str, size: int) -> None:
+    text = text % (FILLING + size * ', "n": [1]')
+    body = text.replace("MODEL", '"p/m1"').encode()
+    data = json.loads(body.decode("utf-8-sig"))
+    assert pg.splice_model(body, data, "ä/2") == text.replace("MODEL", '"ä/2"').lstrip("\ufeff").encode()
+    assert not pg.has_repeated_keys(body, data)
+
+
+@pytest.mark.parametrize("body, is_repeated", [
+    ('{"model": "a", "model": "a"}', True), ('{"model": "a", "x": {"model": "b"}, "model": "a"}', True),
+    ('{"model": "a", "mod\\u0065l": "a"}', True), ('{"\\u006Dodel": "a"}', False),
+    ('{"model": "a", "x": {"model": "b", "model": "c"}}', False), ('{"model": "a", "x": "model", "y\\"model": 1}', False),
+    ('{"model": "a", "model": "a", "x": {"mod\\ud800el": 1}}', True), ('{"model": "a", "x": 1, "x": {"model": "b"}}', False),
+    ('{"x": {"model": "b"}, "model": "a", "x": 1}', True), ('{"model": "a", "x": [{"model": 1}, {"model": 2}]}', False)])
+def test_model_that_may_be_named_twice(body: str, is_repeated: bool) -> None:
+    assert pg.has_repeated_keys(body.encode(), pg.parse_json_object(body.encode())) is is_repeated
 
 
 # ======================================================================================================================
