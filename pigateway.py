@@ -932,7 +932,7 @@ def may_hold_surrogates(body: bytes) -> bool:
 
 def clean_text(text: str) -> str:
     """`text` with surrogate pairs joined and lone surrogates, which have no UTF-8, left out."""
-    if not _SURROGATE.search(text):
+    if text.isascii() or not _SURROGATE.search(text):      # the first takes no time, however long it is
         return text
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "ignore")
 
@@ -943,13 +943,15 @@ def said_text(value: Any) -> str:
 
 
 def clean_strings(value: Any) -> Any:
-    """`clean_text` for every string inside a JSON value."""
+    """`clean_text` for every string inside a JSON value. A key that changes by that takes no other key's place: who gets
+    the bytes as they came goes by the other one."""
     if isinstance(value, str):
         return clean_text(value)
     if isinstance(value, list):
         return [clean_strings(item) for item in value]
     if isinstance(value, dict):
-        return {clean_text(key): clean_strings(item) for key, item in value.items()}
+        names = {key: clean_text(key) for key in value}
+        return {names[key]: clean_strings(item) for key, item in value.items() if key == names[key] or names[key] not in value}
     return value
 
 

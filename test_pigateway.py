@@ -20701,6 +20701,12 @@ def test_splice_model_leaves_every_other_byte(text: str, size: int) -> None:
     assert not pg.has_repeated_keys(body, data)
 
 
+@pytest.mark.parametrize("body", ['{"model": "m2", "mod\\ud800el": "m1"}', '{"mod\\ud800el": "m1", "model": "m2"}',
+                                  '{"model": "m2", "\\udC00model": "m1", "mode\\ud800l": "m3"}'])
+def test_key_with_half_a_character_is_not_taken_for_another(body: str) -> None:
+    assert pg.parse_json_object(body.encode()) == {"model": "m2"}
+
+
 @pytest.mark.parametrize("body, is_repeated", [
     ('{"model": "a", "model": "a"}', True), ('{"model": "a", "x": {"model": "b"}, "model": "a"}', True),
     ('{"model": "a", "mod\\u0065l": "a"}', True), ('{"\\u006Dodel": "a"}', False),
