@@ -1818,6 +1818,7 @@ class TokenMeter:
     keyed digest and its tokens. Safe to share between threads."""
 
     MODELS, PREFIXES = 64, 512
+    PIECE = 64 * KIB                # of a text, so that no second copy of all of it is made
     ALWAYS, EVERY = 200, 16         # so many of a model's first answers are learnt from, then one in that many
 
     def __init__(self, key: bytes) -> None:
@@ -1872,7 +1873,11 @@ class TokenMeter:
                                  digest_size=16, key=self._key)
         digests = []
         for message in request.messages or (Message("", ()),):
-            hasher.update(repr((message.role, [_counted(part) for part in message.parts])).encode("utf-8", "replace"))
+            texts = [message.role, *_counted(message.parts)]
+            hasher.update(str([*map(len, texts)]).encode("ascii"))
+            for text in texts:
+                for place in range(0, len(text), self.PIECE):
+                    hasher.update(text[place:place + self.PIECE].encode("utf-8", "replace"))
             digests.append(hasher.digest())
         return digests
 
@@ -1889,13 +1894,19 @@ class TokenMeter:
         return rest if place else [one + other for one, other in zip(rest, _head_features(request))]
 
 
-def _counted(part: Part) -> Any:
-    """What of a part can be in a prompt: its seals and ids may be others when it comes back."""
-    if isinstance(part, ToolCall):
-        return part.name, part.arguments
-    if isinstance(part, ToolResult):
-        return [_counted(inner) for inner in part.parts], part.is_error
-    return part.text if isinstance(part, (Text, Thinking)) else part
+def _counted(parts: Iterable[Part]) -> List[str]:
+    """What of parts can be in a prompt: their seals and ids may be others when they come back."""
+    texts: List[str] = []
+    for part in parts:
+        if isinstance(part, (Text, Thinking)):
+            texts += ("text", part.text)
+        elif isinstance(part, ToolCall):
+            texts += ("call", part.name, part.arguments)
+        elif isinstance(part, ToolResult):
+            texts += (f"result {part.is_error} {len(part.parts)}", *_counted(part.parts))
+        else:                                   # a picture may have megabytes
+            texts += (repr(replace(part, data=None)), part.data or "")
+    return texts
 
 
 # ======================================================================================================================

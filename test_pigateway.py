@@ -12989,6 +12989,27 @@ def test_repair_long_arguments(text: str, expected: Any) -> None:
     assert pg.repair_json_object(text) == expected
 
 
+LONG = "aé" * 50_000
+PROMPTS = [      # of each line all count the same, and none as one of another line
+    [(pg.Text("ab"),), (pg.Thinking("ab", "seal", maker="m"),)], [(pg.Text("a"), pg.Text("b"))], [(pg.Text("b"), pg.Text("a"))],
+    [(pg.ToolCall("1", "a", "b"),), (pg.ToolCall("2", "a", "b", signature="s"),)], [(pg.ToolCall("1", "ab", ""),)],
+    [(pg.ToolResult("1", (pg.Text("ab"),)),), (pg.ToolResult("2", (pg.Text("ab"),)),)],
+    [(pg.ToolResult("1", (pg.Text("ab"),), True),)], [(pg.ToolResult("1", (pg.Text("a"), pg.Text("b"))),)],
+    [(pg.ToolResult("1", (pg.Text("a"),)), pg.Text("b"))], [(pg.Image("image/png", "ab"),)], [(pg.Image("image/gif", "ab"),)],
+    [(pg.Document("image/png", "ab"),)], [(pg.Image(url="https://a/b"),)], [(pg.Text(LONG),)], [(pg.Text(LONG[:-1] + "b"),)],
+    [(pg.Image("image/png", LONG),)], [(pg.Image("image/png", "b" + LONG[1:]),)], [(pg.Text("\ud800"),)], [()]]
+
+
+def test_prompts_that_differ_are_not_taken_for_each_other() -> None:
+    meter, known = pg.TokenMeter(b"k" * 16), set()
+    for parts in PROMPTS:
+        digests = {tuple(meter._digests(pg.Request("m", (pg.Message("user", each), pg.Message("user", (pg.Text("c"),))))))
+                   for each in parts}
+        assert len(digests) == 1 and not digests & known
+        known |= digests
+    assert len({digest for digests in known for digest in digests}) == 2 * len(PROMPTS)
+
+
 @pytest.mark.parametrize("length", [4, 8, 12, 65536, 65540, 65544, 65548, 200_000])
 def test_base64_is_checked_to_its_last_letter(length: int) -> None:
     good = "Ab+/" * (length // 4)
