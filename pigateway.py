@@ -14839,9 +14839,10 @@ class ServerCounter:
 
 
 class Precedent(NamedTuple):
-    """What a request of plain text came to: the model that its name meant, the credential, the request without its
-    messages, and the call, cut where its messages stand."""
+    """What a request of plain text came to under a configuration: the model that its name meant, the credential, the
+    request without its messages, and the call, cut where its messages stand."""
 
+    config: Config
     candidate: Model
     credential: Credential
     request: Request
@@ -14954,7 +14955,10 @@ class Gateway:
         go the long way."""
         exchange.precedent_key = key = plain_chat_key(exchange.client, exchange.headers, data)
         known = self._precedents.get(key) if key else None
-        if known is None or self.quirks.of(known.candidate.full_id) or self.meter.is_due(known.candidate.full_id):
+        if known is None or known.config is not self.config:
+            return False
+        full_id = known.candidate.full_id
+        if self.quirks.of(full_id) or self.meter.is_due(full_id):
             return False
         candidates = self.candidates(known.request)
         if len(candidates) != 1 or candidates[0] is not known.candidate:
@@ -14985,8 +14989,8 @@ class Gateway:
         if len(self._precedents) >= self.PRECEDENTS:
             self._precedents.clear()
         bare = changed(request, messages=(), system=(), data={}, body=b"", headers={}, query="")
-        self._precedents[key] = Precedent(candidates[0], credential, bare, call._replace(body=b""), before, behind,
-                                          dict(exchange.answer_headers))
+        self._precedents[key] = Precedent(self.config, candidates[0], credential, bare, call._replace(body=b""), before,
+                                          behind, dict(exchange.answer_headers))
 
     def _fall_back(self, model: Model, reason: str, error: GatewayError, exchange: Exchange) -> None:
         """Notes why the next model of a chain has its turn, and lets this one rest."""

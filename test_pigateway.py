@@ -20606,6 +20606,8 @@ def test_precedents_end_with_what_they_rest_on(tmp_path: Any, monkeypatch: Any) 
             handle.gateway.config = pg.replace(config, model_map={"chat/m1": "chat/m2"})
             is_known, sent = asked()
             assert not is_known and sent.json["model"] == "m2"
+            handle.gateway.config = pg.replace(config, strict=True)
+            assert not asked()[0] and asked()[0]
             handle.gateway.config = config
             assert not asked()[0] and asked()[0]
             handle.gateway.quirks.note("chat/m1", "user", "")
