@@ -14078,7 +14078,12 @@ class Connection:
         """Sends everything."""
         if self._is_tls:
             self.sock.settimeout(timeout_s)
-            self.sock.sendall(data)
+            try:
+                self.sock.sendall(data)
+            except OSError as error:
+                if type(error).__name__ in ("SSLEOFError", "SSLZeroReturnError"):       # what TLS says for a broken pipe
+                    raise BrokenPipeError("the other side closed the connection") from None
+                raise
             self.sock.setblocking(False)
         else:
             send_all(self.sock, data, timeout_s)

@@ -5676,6 +5676,34 @@ def test_kept_connection_that_dies_under_a_request_is_replaced_once() -> None:
         assert (server.connections, len(server.requests)) == (2, 3)
 
 
+@pytest.mark.parametrize("size", [pg.LARGE_BODY_BYTES, pg.LARGE_BODY_BYTES + 1, 5_000_000])
+@pytest.mark.parametrize("is_tls", [False, True])
+def test_large_bodies_arrive_whole_also_the_second_time(monkeypatch: Any, certificate: Tuple[str, str], is_tls: bool,
+                                                        size: int) -> None:
+    import ssl
+    body = b"abcdefg" * (size // 7) + b"x" * (size % 7)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*certificate)
+    monkeypatch.setenv("SSL_CERT_FILE", certificate[0])
+
+    def serve(server: RawServer, sock: socket.socket, number: int) -> None:
+        with context.wrap_socket(sock, server_side=True) if is_tls else sock as secure:
+            server.read(secure)
+            secure.sendall(http_answer(b"%d" % number))
+            secure.recv(1)                          # and closes, with the rest of the next request unread
+
+    with raw_server(serve) as server, transport() as made:
+        url = f"https://localhost:{server.port}/" if is_tls else server.url + "/"
+        for number in (b"1", b"2"):
+            response = made.open(pg.Call("POST", url, {"x-a": "b"}, body), pg.Scope())
+            assert response.read(9) == number
+            response.close()
+    for request in server.requests:
+        head, _, sent = request.partition(b"\r\n\r\n")
+        assert sent == body and head.endswith(b"\r\nx-a: b\r\nContent-Length: %d" % size)
+    assert len(server.requests) == 2
+
+
 def test_fresh_connection_that_dies_is_not_tried_again() -> None:
     def serve(server: RawServer, sock: socket.socket, number: int) -> None:
         server.read(sock)
