@@ -14274,7 +14274,8 @@ class PooledHandler(urllib.request.BaseHandler):
     _connections: Mapping[str, Callable[..., http.client.HTTPConnection]] = {
         "http": http.client.HTTPConnection, "https": TlsConnection}
 
-    def _send(self, key: Any, message: bytes, scope: Scope, made: Callable[[], http.client.HTTPConnection]) -> Response:
+    def _send(self, key: Any, message: Tuple[bytes, ...], scope: Scope, made: Callable[[], http.client.HTTPConnection],
+              ) -> Response:
         """Sends a message on a kept connection, or a new one; a kept one that fails before any byte of an answer was
         closed by its other side meanwhile, and the message is sent once more on a new one."""
         kept = self.pool.take(key)
@@ -14295,10 +14296,11 @@ class PooledHandler(urllib.request.BaseHandler):
                 raise UpstreamProtocolError("the provider closed the connection without an answer") from None
             raise
 
-    def _exchange(self, connection: Connection, message: bytes, scope: Scope) -> Response:
+    def _exchange(self, connection: Connection, message: Tuple[bytes, ...], scope: Scope) -> Response:
         try:
             scope.attach(connection.sock)
-            scope.timed(connection.send)(message, self._limits.idle_s)
+            for piece in message:
+                scope.timed(connection.send)(piece, self._limits.idle_s)
             return self._read_head(connection, scope)
         except BaseException:
             connection.close()
@@ -14343,10 +14345,16 @@ _TARGET = re.compile(r"[!-~]+")
 _MESSAGE_HEAD = re.compile(rf"[^\0\r\n]+(?:\r\n{_TCHAR}+:[^\0\r\n]*)*")
 
 
-def request_message(method: str, selector: str, host: str, headers: Mapping[str, str], body: Optional[bytes]) -> bytes:
-    """A request as bytes. Raises `BadRequest` or `Unauthorized` for a header that cannot be sent."""
+def request_message(method: str, selector: str, host: str, headers: Mapping[str, str], body: Optional[bytes],
+                    ) -> Tuple[bytes, ...]:
+    """A request as the pieces to send: one, unless its body is so large that a copy costs more than a second send. Raises
+    `BadRequest` or `Unauthorized` for a header that cannot be sent."""
     head = _message_head(method, selector, host, tuple(headers.items()))
-    return head + (b"\r\n" if body is None else b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
+    if body is None:
+        return head + b"\r\n",
+    if len(body) > LARGE_BODY_BYTES:
+        return head + b"Content-Length: %d\r\n\r\n" % len(body), body
+    return head + b"Content-Length: %d\r\n\r\n%b" % (len(body), body),
 
 
 @functools.lru_cache(64)                        # calls to one provider differ in their bodies alone, as a rule
@@ -15196,7 +15204,7 @@ class Gateway:
             attempt.call = prepared or self._prepare(attempt.lane, attempt.credential, exchange)
             prepared = None
             try:
-                return self._call_provider(attempt.lane, attempt.call, scope, exchange)
+                return self._call_provider(attempt, scope, exchange)
             except GatewayError as error:
                 error.hide(attempt.lane.secrets)
                 if exchange.responder.has_begun:
@@ -15310,17 +15318,19 @@ class Gateway:
             self._note_precedent(lane, credential, call, exchange)
         return call
 
-    def _call_provider(self, lane: Lane, call: Call, scope: Scope, exchange: Exchange) -> None:
+    def _call_provider(self, attempt: Attempt, scope: Scope, exchange: Exchange) -> None:
+        lane = attempt.lane
         exchange.log["lane"] = lane.name
         if lane.request.stream:
             scope.on_beat = functools.partial(self._beat, exchange)
-        response = self.transport.open(call, scope)
+        response = self.transport.open(attempt.call, scope)
         try:
             carried = [(name, header_text(redact(value, lane.secrets))) for name, value in response.headers.items()
                        if name.startswith(CARRIED_TO_CLIENT)]
             exchange.answer_headers.update(carried[:MAX_CARRIED])
             if not 200 <= response.status < 300:
                 raise self._refusal(lane, response)
+            attempt.call = attempt.call._replace(body=b"")      # the answer may take minutes
             is_stream = lane.upstream.stream_type in response.headers.get("content-type", "")
             if isinstance(lane, NativeLane) and is_stream != lane.request.stream:
                 # the provider chose the other form: only the representation can turn one into the other
