@@ -14933,7 +14933,7 @@ class Gateway:
 
     def complete(self, exchange: Exchange, body: bytes) -> None:
         """Answers a completion request. Raises `GatewayError` while nothing has been sent, or `ClientGone`."""
-        data = self._with_model({**parse_json_object(body), **exchange.named})
+        data, body = self._with_model({**parse_json_object(body), **exchange.named}, body)
         if self._follow_precedent(data, body, exchange):
             return
         request = changed(exchange.client.parse(data), body=body, headers=exchange.headers, query=exchange.query,
@@ -15055,7 +15055,7 @@ class Gateway:
     def count_tokens(self, exchange: Exchange, body: bytes) -> None:
         """Answers a request to count tokens: from the provider where it speaks the same protocol, else by a guess."""
         client = exchange.client
-        data = self._with_model({**parse_json_object(body), **exchange.named})
+        data, body = self._with_model({**parse_json_object(body), **exchange.named}, body)
         request = replace(client.parse_prompt(data), body=body, headers=exchange.headers, query=exchange.query,
                           stream=False)
         exchange.log["stream"] = False
@@ -15101,12 +15101,13 @@ class Gateway:
         finally:
             self._track(scope, False)
 
-    def _with_model(self, data: Dict[str, Any]) -> Dict[str, Any]:
-        """A body that names no model, with the default one, if there is one."""
-        if data.get("model") not in (None, ""):
-            return data
-        name = self.config.routing.routes("")[0].model
-        return {**data, "model": name} if name else data
+    def _with_model(self, data: Dict[str, Any], body: bytes) -> Tuple[Dict[str, Any], bytes]:
+        """A body, parsed and as it came; one that names no model with the default one, if there is one."""
+        name = "" if data.get("model") not in (None, "") else self.config.routing.routes("")[0].model
+        if not name:
+            return data, body
+        data = {**data, "model": name}
+        return data, dumps(data).encode("ascii")
 
     def candidates(self, request: Request) -> List[Model]:
         """The models that a request's name means, in the order in which they are tried, each with the level of thinking
@@ -15330,7 +15331,8 @@ class Gateway:
             exchange.answer_headers.update(carried[:MAX_CARRIED])
             if not 200 <= response.status < 300:
                 raise self._refusal(lane, response)
-            attempt.call = attempt.call._replace(body=b"")      # the answer may take minutes
+            if len(attempt.call.body) > LARGE_BODY_BYTES:
+                attempt.call = attempt.call._replace(body=b"")      # the answer may take minutes
             is_stream = lane.upstream.stream_type in response.headers.get("content-type", "")
             if isinstance(lane, NativeLane) and is_stream != lane.request.stream:
                 # the provider chose the other form: only the representation can turn one into the other

@@ -18764,6 +18764,18 @@ def test_provider_in_charge_and_default_model(tmp_path: Any) -> None:
         pass
 
 
+@pytest.mark.parametrize("path, api", [("/v1/messages", "anthropic-messages"), ("/v1/responses", "openai-responses"),
+                                       ("/v1/messages/count_tokens", "anthropic-messages")])
+def test_default_model_reaches_a_provider_that_gets_the_client_s_bytes(tmp_path: Any, path: str, api: str) -> None:
+    with fake_upstream(Answer(400)) as fake:
+        write_agent_files(tmp_path, models={"providers": {"own": {
+            "baseUrl": fake.url, "api": api, "apiKey": "k", "models": [{"id": "m1"}]}}})
+        with running(tmp_path, provider="own", default_model="m1") as handle:
+            for model in ({}, {"model": ""}, {"model": None}):
+                call(handle.url, path, {"input": "Hi", "store": False, "messages": ASK["messages"], "max_tokens": 9, **model})
+        assert [received.json["model"] for received in fake.received] == ["m1"] * 3
+
+
 CODEX_ENTRY = {"api": "openai-codex-responses", "authMode": "oauth", "oauthProvider": "openai-codex",
                "authFile": "./piai-auth.json", "baseUrl": "https://chatgpt.com/backend-api",
                "defaultModel": "gpt-5.1-codex-mini"}
