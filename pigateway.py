@@ -5470,7 +5470,7 @@ class OpenAICompletions(UpstreamProtocol):
         """The call that sends a finished body to some path of the OpenAI API."""
         headers = {**session_headers(request, model),
                    **authorization(model, credential, model.flag("auth", "bearer"))}
-        return Call("POST", join_url(model.base_url, path), headers, dumps(body).encode("ascii"))
+        return Call("POST", join_url(model.base_url, path), headers, request_bytes(body, request))
 
     def _message(self, message: Message, model: Model) -> List[Dict[str, Any]]:
         if message.role == "tool":
@@ -6251,31 +6251,87 @@ def system_blocks(system: Any) -> List[Any]:
     return system or []
 
 
-# In JSON these letters between bare quotes and before a colon are a key, and nothing else.
-_MODEL_KEY = re.compile(rb'"model"(?<!\\"model")\s*:')
-_MODEL_VALUE = re.compile(_MODEL_KEY.pattern + rb'\s*("[^"\\]*(?:\\.[^"\\]*)*")')
+_MODEL_VALUE = re.compile(rb'"model"\s*:\s*("[^"\\]*(?:\\.[^"\\]*)*")')
 _ODD_KEY = re.compile(rb"\\u(?:006|[dD][89a-fA-F])")     # a letter of "model", or what `clean_strings` leaves out
+MEMBER_BYTES = 4096                     # the longest value that is looked for
+
+
+@functools.lru_cache(64)
+def key_pattern(name: str) -> re.Pattern[bytes]:
+    """What finds a key in JSON bytes: its letters between bare quotes and before a colon are nothing else there."""
+    quoted = re.escape(dumps(name).encode("ascii"))
+    return re.compile(quoted + rb"(?<!\\" + quoted + rb")\s*:\s*")
 
 
 def splice_model(body: bytes, data: Mapping[str, Any], model_id: str) -> bytes:
     """The JSON bytes `body`, which hold `data`, with the value of their top-level "model" replaced, every other byte as
-    it was. The first "model" in the text may be a nested one, so some are tried."""
+    it was."""
     body = body[len(codecs.BOM_UTF8):] if body.startswith(codecs.BOM_UTF8) else body    # no JSON for everybody
     if data.get("model") == model_id:
         return body
-    tries, place = 0, 0
-    while tries < 4:                            # each may parse half the body
-        found = _MODEL_VALUE.search(body, place)            # not `finditer`, which leaves what `Opener` tells of
-        if not found:
+    found = find_member(body, "model", data.get("model"))
+    if not found:
+        return dumps({**data, "model": model_id}).encode("ascii")
+    whole = memoryview(body)
+    return b"".join((whole[:found[1]], json_text(model_id).encode("utf-8"), whole[found[2]:]))
+
+
+def request_bytes(body: Mapping[str, Any], request: Request) -> bytes:
+    """A body for a provider as JSON; where it is large and little of it is new, the rest is as the client wrote it."""
+    is_large = len(request.body) > LARGE_BODY_BYTES
+    return is_large and splice(request.body, request.data, body) or dumps(body).encode("ascii")
+
+
+def splice(body: bytes, data: Mapping[str, Any], wanted: Mapping[str, Any]) -> bytes:
+    """The JSON bytes `body`, which hold `data`, made to hold `wanted` by putting top-level members in the place of others
+    or before them; b"" where that does not do."""
+    fresh = {name: value for name, value in wanted.items() if name not in data or data[name] != value}
+    gone = [name for name in data if name in fresh or name not in wanted]
+    if any(isinstance(data[name], list) for name in gone) or (
+            _ESCAPED_SURROGATE.search(body) or has_repeated_keys(body, data)):      # `data` is not all that is there
+        return b""
+    start = body.find(b"{") + 1
+    edits = []
+    for name in gone:
+        new = name if name in fresh else next((other for other in fresh if other not in data), "")
+        found = find_member(body, name, data[name])
+        if not new or not found:
+            return b""
+        edits.append((found[0], found[2], dumps({new: fresh.pop(new)})[1:-1].encode("ascii")))
+    if fresh:
+        edits.append((start, start, dumps(fresh)[1:-1].encode("ascii") + b","))
+    whole, place = memoryview(body), start - 1              # behind a byte order mark
+    pieces: List[Union[bytes, memoryview]] = []
+    for begin, end, text in sorted(edits):
+        pieces += (whole[place:begin], text)
+        place = end
+    return b"".join((*pieces, whole[place:]))
+
+
+def find_member(body: bytes, name: str, value: Any) -> Optional[Tuple[int, int, int]]:
+    """(where its key begins, where its value does, where it ends) of a member of the outermost object, None when it is
+    long or hard to find: the first key of that name in the text may be a nested one, so some are tried."""
+    pattern, tries = key_pattern(name), 0
+    found = pattern.search(body)                # not `finditer`, which leaves what `Opener` tells of
+    for _ in range(1000):
+        if not found or tries == 4:             # each may parse half the body
             break
-        place = found.end()
-        if found.end(1) - found.start(1) > 4096 or json.loads(found.group(1)) != data.get("model"):
-            continue
-        tries += 1
-        if is_outermost(body, found.start()):
-            whole = memoryview(body)
-            return b"".join((whole[:found.start(1)], json_text(model_id).encode("utf-8"), whole[found.end(1):]))
-    return dumps({**data, "model": model_id}).encode("ascii")
+        text = body[found.end():found.end() + MEMBER_BYTES].decode("utf-8", "ignore")
+        said, length = leading_json(text)
+        if length and said == value:
+            tries += 1
+            if is_outermost(body, found.start()):
+                return found.start(), found.end(), found.end() + len(text[:length].encode("utf-8"))
+        found = pattern.search(body, found.end())
+    return None
+
+
+def leading_json(text: str) -> Tuple[Any, int]:
+    """The JSON value that a text begins with and its length, 0 when there is none."""
+    try:
+        return _lenient_decoder.raw_decode(text)
+    except ValueError:
+        return None, 0
 
 
 def is_outermost(body: bytes, place: int) -> bool:
@@ -6293,9 +6349,10 @@ def has_repeated_keys(body: bytes, data: Mapping[str, Any]) -> bool:
     """Whether the top-level object of a JSON body, which holds `data`, may name its model twice: of two, a provider might
     take the other one than the gateway has checked. Not if `data` has all that are there, at whatever depth. Written with
     escapes, a key would not be found by its letters."""
-    count, found = 0, _MODEL_KEY.search(body)
+    pattern = key_pattern("model")
+    count, found = 0, pattern.search(body)
     while found:
-        count, found = count + 1, _MODEL_KEY.search(body, found.end())
+        count, found = count + 1, pattern.search(body, found.end())
     if count < 2 and b"\\u006" not in body or count == count_keys(data, "model") and not _ODD_KEY.search(body):
         return False
     repeated = False
@@ -9989,7 +10046,7 @@ class ChatLane(NativeLane):
         """The client's own body, field for field, edited only where a compat flag demands it."""
         request, model = self.request, self.model
         body = {**request.data, "model": model.id}
-        if request.foreign or _SEAL.encode("ascii") in request.body:
+        if any("reasoning_details" in message for message in body["messages"]):
             body["messages"] = [without_details(message, request.foreign) for message in body["messages"]]
         reasoning = request.reasoning if model.reasoning is not None or model.level else None
         if reasoning:                           # the host's own way of saying it replaces the client's
@@ -10396,7 +10453,7 @@ class ResponsesLane(NativeLane):
                 request.body, request.data):
             data = splice_model(request.body, request.data, body["model"])
         else:
-            data = dumps(body).encode("ascii")
+            data = request_bytes(body, request)
         headers = {**carried_headers(request), **self.upstream.headers(request, model, credential)}
         return Call("POST", self.upstream.url(model, credential), headers, data), dropped
 

@@ -20770,6 +20770,35 @@ def test_key_with_half_a_character_is_not_taken_for_another(body: str) -> None:
     assert pg.parse_json_object(body.encode()) == {"model": "m2"}
 
 
+@pytest.mark.parametrize("body, wanted, expected", [
+    ('\ufeff {"a" : 1, "m": [2.0] }\n', {"a": 1, "m": [2.0], "b": "ä"}, '{"b":"\\u00e4","a" : 1, "m": [2.0] }\n'),
+    ('{"a" : "ä", "m": [{"a": "ä"}], "b":{"c": 1}}', {"c": 3, "d": 4, "m": [{"a": "ä"}]},
+     '{"c":3, "m": [{"a": "ä"}], "d":4}'), ('{"m": [], "a": 1}', {"m": []}, ""), ('{"m": []}', {"m": {}}, ""),
+    ('{"m": [], "a": "%s"}' % ("x" * pg.MEMBER_BYTES), {"m": [], "b": 1}, ""), ('{"m": [], "\\u0061": 1}', {"m": [], "b": 1}, "")])
+def test_splice_members(body: str, wanted: Dict[str, Any], expected: str) -> None:
+    assert pg.splice(body.encode(), json.loads(body.lstrip("\ufeff")), wanted) == expected.encode()
+
+
+@pytest.mark.parametrize("fields, is_kept", [
+    ('"model": "chat/m1", %s', True), ('%s, "max_tokens" : 5 ,"model": "chat/m1"', True), ('"model": "m1", %s', True),
+    ('"x": {"max_tokens": 7, "model": "chat/m1"}, %s, "max_tokens": 7, "model": "chat/m1"', True),
+    ('%s, "stream": true, "stream_options": {"include_usage": false}, "model": "chat/m1"', True),
+    ('"stream": true, %s, "model": "chat/m1", "user": "ä"', True), ('"model": "chat/m1", "reasoning_effort": "low", %s', True),
+    ('"model": "chat/m1", "tools": [], %s', False), ('"model": "chat/m1", %s, "tool_choice": "none"', False),
+    ('"model": "chat/m2", "model": "chat/m1", %s', False), ('"mod\\u0065l": "chat/m1", %s', False),
+    ('"model": "chat/m1", "user": "\\ud800x", %s', False)])
+def test_large_chat_bodies_say_what_small_ones_do(tmp_path: Any, fields: str, is_kept: bool) -> None:
+    filling = '"messages"  : [{"role": "user", "content": "%s", "max_tokens": {"model": "chat/m1"}}]'
+    with served(tmp_path, Answer(400)) as (url, fake):
+        for text in ("Hé", "Hé" + "o" * pg.LARGE_BODY_BYTES):
+            assert call(url, "/v1/chat/completions", ("{" + fields % (filling % text) + "}").encode()).status == 400
+        small, large = fake.received
+    large_json = large.json
+    large_json["messages"][0]["content"] = large_json["messages"][0]["content"].rstrip("o")
+    assert large_json == small.json and small.json["model"] == "m1"
+    assert ((filling % text).encode() in large.body) is is_kept
+
+
 @pytest.mark.parametrize("body, is_repeated", [
     ('{"model": "a", "model": "a"}', True), ('{"model": "a", "x": {"model": "b"}, "model": "a"}', True),
     ('{"model": "a", "mod\\u0065l": "a"}', True), ('{"\\u006Dodel": "a"}', False),
