@@ -5672,7 +5672,7 @@ def adapt_messages(messages: Sequence[Dict[str, Any]], model: Model) -> List[Dic
 def mark_cache(body: Dict[str, Any]) -> None:
     """Cache marks in Anthropic's convention for hosts that pass them on: first system message, last tool, last message
     with text; nothing when the client set marks of its own."""
-    if '"cache_control"' in dumps(body):
+    if count_keys(body, "cache_control"):
         return
     mark = {"cache_control": {"type": "ephemeral"}}
     messages = body["messages"]
