@@ -14313,7 +14313,7 @@ class PooledHandler(urllib.request.BaseHandler):
 
     def send(self, way: Way, selector: str, host: str, call: Call, scope: Scope, connect_s: float) -> Response:
         """Sends a call to `host`."""
-        headers = call.headers if way.tunnel else {**call.headers, **way.proxy_headers}
+        headers = {**call.headers, **way.proxy_headers} if way.takes_url else call.headers
         message = request_message(call.method, selector, host, headers, call.body if call.method == "POST" else None)
 
         def made() -> http.client.HTTPConnection:
