@@ -18699,7 +18699,7 @@ def run(config: Config, argv: Sequence[str] = (), reload: Optional[Callable[[], 
         pid_file.claim()
     except (OSError, ValueError) as error:      # a locked-down machine; two gateways then only clash at the port
         log.warning("no lock file: %s", describe(error))
-    stop_asked = threading.Event()
+    stop_asked = StopAsked()
     at_once: List[Callable[[], None]] = [pid_file.release]
 
     def on_signal(number: int, frame: Any) -> None:
@@ -18742,6 +18742,31 @@ def keep_to_one_core(number: int) -> None:
 
 
 STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGBREAK", "SIGHUP")
+
+
+class StopAsked:
+    """What a signal handler sets while the main thread waits for it. A `threading.Event` must not be set there: waiting
+    takes its lock for a moment, and a handler that interrupts this very moment would wait for that lock for ever."""
+
+    def __init__(self) -> None:
+        self._is_set = False
+        self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()   # whose put may interrupt its get
+
+    def is_set(self) -> bool:
+        """Whether it has been asked."""
+        return self._is_set
+
+    def set(self) -> None:
+        """Asks."""
+        self._is_set = True
+        self._wake.put(None)
+
+    def wait(self, limit_s: float) -> bool:
+        """Waits so long at most; whether it has been asked."""
+        if not self._is_set:
+            with contextlib.suppress(queue.Empty):
+                self._wake.get(timeout=limit_s)
+        return self._is_set
 
 
 def serve_until(is_over: Callable[[float], bool], server: Server, reload: Optional[Callable[[], Config]]) -> None:
@@ -18787,7 +18812,7 @@ class Workers:
         listener.setblocking(False)
         return listener
 
-    def run(self, stop_asked: threading.Event) -> int:
+    def run(self, stop_asked: StopAsked) -> int:
         """Keeps the workers running until asked to stop. Returns the exit status."""
         for number in range(len(self._server.gateway.load)):
             self._fork(number)
@@ -18834,8 +18859,10 @@ class Workers:
 
     def _fork(self, number: int) -> None:
         sys.stdout.flush()
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # a child forgets what reaches it before it is ready
         pid = os.fork()
         if pid:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
             self._children[pid] = number
             return
         status = EXIT_FAILURE
@@ -18848,11 +18875,12 @@ class Workers:
             os._exit(status)
 
     def _work(self, number: int) -> None:
-        stop_asked = threading.Event()
-        for name in STOP_SIGNALS:               # Ctrl-C reaches all of them, and the parent passes it on
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), signal.SIG_IGN)
+        stop_asked = StopAsked()
         signal.signal(signal.SIGTERM, lambda number, frame: stop_asked.set())
+        for name in STOP_SIGNALS:               # Ctrl-C reaches all of them, and the parent passes it on
+            if hasattr(signal, name) and name != "SIGTERM":
+                signal.signal(getattr(signal, name), signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
         keep_to_one_core(number)
         self._server.gateway.worker = number
         self._server.socket = self._listeners[number]

@@ -7987,6 +7987,32 @@ def test_second_signal_ends_at_once(tmp_path: Any) -> None:
         assert status == 0 and took < 1.0 and not os.path.exists(os.path.join(folder, "gateway.pid"))
 
 
+def test_a_signal_may_come_at_any_line_of_a_wait() -> None:
+    def interrupted(number: int) -> None:       # as a handler does, which may come between any two steps
+        def at_line(frame: Any, event: str, argument: Any) -> Any:
+            lines.append(frame.f_lineno)
+            if len(lines) == number:
+                asked.set()
+            return at_line
+
+        lines: List[int] = []
+        asked = pg.StopAsked()
+        sys.settrace(at_line)                   # for this thread
+        asked.wait(0.001)
+        sys.settrace(None)
+        ended.append(len(lines) if asked.wait(0.001) else 0)
+
+    ended: List[int] = []
+    for number in itertools.count(1):
+        thread = threading.Thread(target=interrupted, args=(number,), daemon=True)
+        thread.start()
+        thread.join(5)
+        assert len(ended) == number, f"hangs at step {number}"
+        if not ended[-1]:                       # it was over before
+            break
+    assert number > 4
+
+
 def refuses(url: str) -> bool:
     """Whether nobody listens there any more."""
     split = urllib.parse.urlsplit(url)
