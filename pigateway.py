@@ -39,6 +39,77 @@ one transcript in the tests.
 """
 from __future__ import annotations
 
+import os
+import sys
+
+
+# --- Before all else: a script that is to stay goes on from its bytecode ---
+
+
+def bytecode_command(file: str, flags: Sequence[str] = ()) -> List[str]:
+    """What runs this file by importing it, with argv to follow: Python keeps the bytecode of what is imported. A script is
+    compiled at each start, and its syntax tree, 50 MB, stays until it ends."""
+    return [sys.executable, *flags, "-c", (
+        f"import sys; sys.path[0] = {os.path.dirname(file)!a}; del sys.argv[0]; "
+        "import pigateway; pigateway.run_program()")]
+
+
+def find_import(file: str) -> Any:
+    """How an import finds this file, None if it does not, or looks in other places first: then no bytecode is trusted."""
+    from importlib.util import find_spec        # only here and below
+    spec = find_spec("pigateway") if sys.executable and sys.path[:1] == [os.path.dirname(file)] else None
+    return spec if spec and spec.origin == file else None
+
+
+def keep_bytecode(spec: Any, code: Any) -> bool:
+    """Whether an import finds the bytecode of this file; it is written for that, as an import does, if it can be."""
+    import marshal
+    import time
+    from importlib.util import MAGIC_NUMBER
+
+    def is_kept() -> bool:
+        with open(spec.cached if os.path.exists(spec.cached) else os.devnull, "rb") as bytecode:
+            return bytecode.read(len(head)) == head
+
+    source = os.stat(spec.origin)
+    head = MAGIC_NUMBER + b"".join((number & 0xFFFFFFFF).to_bytes(4, "little")
+                                   for number in (0, int(source.st_mtime), source.st_size))
+    is_settled = time.time() - source.st_mtime > 5      # or else it may have been changed after it was compiled
+    if not is_kept() and is_settled and not sys.dont_write_bytecode:
+        mask = os.umask(0o022)
+        os.umask(mask | 0o022)                  # for nobody else to change
+        spec.loader.set_data(spec.cached, head + marshal.dumps(code))
+        os.umask(mask)
+    return is_kept()
+
+
+def go_on_from_bytecode() -> None:
+    """Lets a process that is to stay, and runs this file as a script, run its bytecode instead: it keeps all but the memory,
+    also its pid. Returns where that might be noticed, as in a debugger."""
+    script, word = sys._getframe(1), sys.argv[1] if len(sys.argv) > 1 else "--"
+    given = getattr(sys, "orig_argv", [""])[1:]         # from Python 3.10 on
+    flags = given[:-len(sys.argv)]
+    is_watched = script.f_back or sys.flags.inspect or sys.gettrace() or sys.getprofile()
+    is_to_stay = word in ("code", "codex", "gemini") or word.startswith("--") and word not in ("--help", "--version")
+    if os.name != "posix" or is_watched or not is_to_stay or given[len(flags):] != sys.argv or "--" in flags:
+        return
+    import signal
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        spec = find_import(os.path.realpath(script.f_globals.get("__file__", "")))
+        if spec and spec.cached and keep_bytecode(spec, script.f_code):
+            if handler == signal.default_int_handler:
+                signal.signal(signal.SIGINT, signal.SIG_DFL)    # a Ctrl-C that is noted but not yet raised would be lost
+            os.execv(sys.executable, [*bytecode_command(spec.origin, flags), *sys.argv])
+    except OSError:                             # as it began, then
+        signal.signal(signal.SIGINT, handler)
+
+
+if __name__ == "__main__":
+    go_on_from_bytecode()
+
+# --- And now what it needs ---
+
 import argparse
 import base64
 import binascii
@@ -63,7 +134,6 @@ import json
 import logging
 import math
 import operator
-import os
 import queue
 import random
 import re
@@ -77,7 +147,6 @@ import socketserver
 import stat
 import struct
 import subprocess
-import sys
 import textwrap
 import threading
 import time
@@ -18455,6 +18524,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return EXIT_FAILURE
 
 
+def run_program() -> None:
+    """Runs the command line in a process of its own."""
+    sys.exit(main())
+
+
 def run_quirks(quirks: Quirks, arguments: argparse.Namespace) -> int:
     """The command quirks."""
     if arguments.reset:
@@ -18524,8 +18598,10 @@ class Lifecycle:
         descriptor = os.open(self.log_path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600)
         with os.fdopen(descriptor, "ab") as out:
             begin = os.fstat(out.fileno()).st_size
-            process = subprocess.Popen([sys.executable, os.path.abspath(__file__), *self._argv], stdin=subprocess.DEVNULL,
-                                       stdout=out, stderr=out, env={**os.environ, **variables}, **detached())
+            file = os.path.realpath(__file__)
+            command = bytecode_command(file) if find_import(file) else [sys.executable]
+            process = subprocess.Popen([*command, file, *self._argv], stdin=subprocess.DEVNULL, stdout=out, stderr=out,
+                                       env={**os.environ, **variables}, **detached())
         deadline = time.monotonic() + self.START_S
         while time.monotonic() < deadline:
             state = self._pid_file.read_state()
@@ -20862,4 +20938,4 @@ gpt-oss-120b-medium|131072|32768|r
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program()

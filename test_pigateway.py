@@ -8046,6 +8046,131 @@ def test_the_file_alone_is_enough(tmp_path: Any) -> None:
         assert os.listdir(folder) == ["pigateway.py"]
 
 
+FROM_BYTECODE = pytest.mark.skipif(os.name == "nt" or sys.version_info < (3, 10), reason="only its source runs")
+TELLS = '''
+import json, signal
+def run_program():
+    signal.getsignal(signal.SIGINT) == signal.SIG_IGN or signal.signal(signal.SIGINT, signal.SIG_DFL)
+    print(json.dumps([__name__ == "pigateway", os.getpid(), sys.argv, __file__, sys.path[0], sys.flags.optimize, sys.warnoptions]))
+if __name__ == "__main__":
+    run_program()
+'''
+
+
+RUNS_SCRIPT = ("import os, runpy, sys; del sys.argv[0]; sys.path[0] = os.path.dirname(sys.argv[0]); "
+               "runpy.run_path(sys.argv[0], run_name='__main__')")
+
+
+def short_script(folder: Any, name: str = "pigateway.py", early: str = "") -> str:
+    """What comes before all else in the module, as a script that tells how it came to run."""
+    with open(MODULE, encoding="utf-8") as file:
+        before, mark, _ = file.read().partition("# --- And now what it needs ---")
+    assert mark
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, name)
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(before.replace("import sys\n", "import sys\n" + early, 1) + TELLS)
+    os.utime(path, (1_700_000_000, 1_700_000_000))
+    return path
+
+
+def run_short(tmp_path: Any, *command: str, **more: Any) -> Tuple[int, Tuple[bool, bool, List[Any]], str]:
+    """Status, (whether it was the bytecode, whether in the process that was started, what else it told), stderr."""
+    process = subprocess.Popen([sys.executable, *command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, cwd=tmp_path,
+                               stderr=subprocess.PIPE, env=child_environ(tmp_path, **more.pop("environ", {})), **more)
+    out, err = process.communicate(timeout=20)
+    told = json.loads(next((line for line in out.splitlines() if line.startswith(b"[")), b"[false, 0]"))
+    return process.returncode, (told[0], told[1] == process.pid, told[2:]), err.decode()
+
+
+@FROM_BYTECODE
+def test_a_script_goes_on_from_its_bytecode(tmp_path: Any) -> None:
+    folder = os.path.realpath(tmp_path / "it's here \u00e9")
+    script = short_script(folder)
+    kept = importlib.util.cache_from_source(script)
+    words = ["--port", "0", "", "two words", "\u00e9'"]
+
+    def told(*command: str) -> Any:
+        status, (kept, same, facts), err = run_short(tmp_path, *command, preexec_fn=lambda: os.umask(0))
+        assert (status, err, same) == (0, "", True)
+        return kept, facts
+
+    assert told(script, *words) == (True, [[script, *words], script, folder, 0, []])     # written, and used at once
+    assert os.stat(kept).st_mode & 0o777 == 0o644
+    written = os.stat(kept).st_mtime_ns
+    assert told(script, *words)[0] and os.stat(kept).st_mtime_ns == written
+    assert told("-O", "-W", "error", script) == (True, [[script], script, folder, 1, ["error"]])
+    assert told(script, "models") == (False, [[script, "models"], script, folder, 0, []])       # soon over
+    os.symlink(script, tmp_path / "gateway")
+    assert told("gateway") == (True, [["gateway"], script, folder, 0, []])
+    with open(script, "a", encoding="utf-8") as file:
+        file.write("# changed\n")
+    assert told(script)[0] is False             # only just changed, so perhaps while it was compiled
+    os.utime(script, (1_700_000_005, 1_700_000_005))
+    assert told(script)[0] and os.stat(kept).st_mtime_ns != written
+    assert told("-B", script)[0]                # what is there may be read
+    assert sorted(os.listdir(os.path.dirname(kept))) == sorted(
+        os.path.basename(importlib.util.cache_from_source(script, optimization=level)) for level in ("", 1))
+
+
+@FROM_BYTECODE
+@pytest.mark.parametrize("name, flags, environ", [
+    ("pigateway.py", ["-B"], {}),
+    ("pigateway.py", [], {"PYTHONDONTWRITEBYTECODE": "1"}),
+    ("pigateway.py", [], {"PYTHONPYCACHEPREFIX": os.devnull}),
+    ("pigateway.py", ["-I"], {}),
+    ("pigateway.py", ["--"], {}),
+    ("pigateway.py", ["-i"], {}),
+    ("pigateway.py", ["-m", "cProfile"], {}),
+    ("pigateway.py", ["-c", RUNS_SCRIPT], {}),
+    pytest.param("pigateway.py", [], {"PYTHONSAFEPATH": "1", "PYTHONPATH": "nowhere:a"}, marks=pytest.mark.skipif(
+        sys.version_info < (3, 11), reason="an import looks there first")),
+    ("gateway.py", [], {}),
+    ("pigateway", [], {}),
+    ("taken/pigateway.py", [], {})], ids=str)
+def test_a_script_that_had_better_not_go_on_from_bytecode(tmp_path: Any, name: str, flags: List[str],
+                                                          environ: Dict[str, str]) -> None:
+    folder = tmp_path / "a"
+    if name.startswith("taken"):                # an import would find the package
+        (folder / "taken" / "pigateway").mkdir(parents=True)
+        short_script(folder / "taken" / "pigateway", "__init__.py")
+    script = short_script(folder / os.path.dirname(name), os.path.basename(name))
+    status, (kept, same, facts), _ = run_short(tmp_path, *flags, script, "--port", "0", environ=environ)
+    assert (status, kept) == (0, False)
+    if not {"-m", "-c"} & set(flags):
+        assert same and facts[:2] == [[script, "--port", "0"], script]
+    assert not list(folder.rglob("*.pyc")) and not list(folder.rglob("*.pyc.*"))
+
+
+@FROM_BYTECODE
+@pytest.mark.parametrize("early, ignored, status, kept", [
+    ("os.kill(os.getpid(), 2)", False, -signal.SIGINT, False),
+    ("os.kill(os.getpid(), 2)", True, 0, True),
+    ("os.kill(os.getpid(), 15)", False, -signal.SIGTERM, False),
+    ("raise OSError", False, 0, False)], ids=str)
+def test_signals_on_the_way_to_the_bytecode(tmp_path: Any, early: str, ignored: bool, status: int, kept: bool) -> None:
+    script = short_script(tmp_path, early=(
+        f"real = os.execv\ndef execv(*words):\n    {early}\n    real(*words)\nos.execv = execv\n"))
+    found = run_short(tmp_path, script, preexec_fn=lambda: signal.signal(
+        signal.SIGINT, signal.SIG_IGN if ignored else signal.default_int_handler))
+    assert (found[0], found[1][0], found[2]) == (status, kept, "")
+
+
+@FROM_BYTECODE
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs /proc")
+def test_a_served_script_is_small(tmp_path: Any) -> None:
+    script = os.path.join(os.path.realpath(tmp_path), "pigateway.py")
+    shutil.copy2(MODULE, script)
+    os.utime(script, (1_700_000_000, 1_700_000_000))
+    with launched(tmp_path, command=(script,)) as made:
+        assert call(made.url, WAY_IN["chat"], ECHO).status == 200
+        with open(f"/proc/{made.process.pid}/status", encoding="ascii") as file:
+            memory_kib = int(re.search(r"VmRSS:\s+(\d+)", file.read()).group(1))
+        assert f"{script}\0--port" in (pg.process_command(made.process.pid) or b"").decode()
+        assert memory_kib < 60 * 1024           # about 30, and 90 with the syntax tree
+        assert made.stop()[0] == 0
+
+
 def test_import_does_no_work(tmp_path: Any) -> None:
     script = ("import builtins, io, os, socket, subprocess, sys, threading\n"
               "import pigateway as first\n"             # for its own imports
