@@ -39,6 +39,7 @@ one transcript in the tests.
 """
 from __future__ import annotations
 
+import gc
 import os
 import sys
 
@@ -50,7 +51,7 @@ def bytecode_command(file: str, flags: Sequence[str] = ()) -> List[str]:
     """What runs this file by importing it, with argv to follow: Python keeps the bytecode of what is imported. A script is
     compiled at each start, and its syntax tree, 50 MB, stays until it ends."""
     return [sys.executable, *flags, "-c", (
-        f"import sys; sys.path[0] = {os.path.dirname(file)!a}; del sys.argv[0]; "
+        f"import gc, sys; gc.disable(); sys.path[0] = {os.path.dirname(file)!a}; del sys.argv[0]; "
         "import pigateway; pigateway.run_program()")]
 
 
@@ -106,6 +107,7 @@ def go_on_from_bytecode() -> None:
 
 
 if __name__ == "__main__":
+    gc.disable()                                # nothing of what follows is garbage; see `run_program`
     go_on_from_bytecode()
 
 # --- And now what it needs ---
@@ -116,7 +118,6 @@ import binascii
 import bisect
 import codecs
 import collections
-import configparser
 import contextlib
 import datetime
 import difflib
@@ -13849,6 +13850,7 @@ class AwsChain:
 
 def read_profiles(path: str) -> Dict[str, Dict[str, str]]:
     """The sections of an AWS file, {} when there is none. Raises `Unauthorized` when it cannot be read as one."""
+    import configparser                         # only here
     parser = configparser.RawConfigParser(default_section=None)     # type: ignore[arg-type]  # raw: secrets hold %
     try:
         with open(path, encoding="utf-8-sig") as file:
@@ -18526,6 +18528,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 def run_program() -> None:
     """Runs the command line in a process of its own."""
+    if hasattr(gc, "freeze"):                   # CPython
+        gc.freeze()                             # what stays until the end is looked through neither now and then nor there
+    gc.enable()
     sys.exit(main())
 
 
