@@ -14310,8 +14310,8 @@ class Pool:
             connections.append(connection)
             return True
 
-    def reap(self) -> None:
-        """Closes what has been idle for too long, or was closed by its other side."""
+    def reap(self) -> int:
+        """Closes what has been idle for too long, or was closed by its other side; how many are left."""
         dead: List[Connection] = []
         now = time.monotonic()
         with self._lock:
@@ -14321,8 +14321,10 @@ class Pool:
                 self._idle[key] = kept
                 if not kept:
                     del self._idle[key]
+            left = sum(map(len, self._idle.values()))
         for connection in dead:
             connection.close()
+        return left
 
     def close(self) -> None:
         """Closes what is idle, and everything that comes back later."""
@@ -14623,9 +14625,9 @@ class Transport:
         split = urllib.parse.urlsplit(url)
         return split.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(split.netloc)
 
-    def reap(self) -> None:
-        """Closes idle connections that are of no more use."""
-        self._handler.pool.reap()
+    def reap(self) -> int:
+        """Closes idle connections that are of no more use; how many are left."""
+        return self._handler.pool.reap()
 
     def close(self) -> None:
         """Closes idle connections; those in use close when they come back."""
@@ -16815,6 +16817,7 @@ MODEL_PAGES: Dict[str, Callable[[Sequence[Model], float, Mapping[str, str]], Dic
     AnthropicClient.name: anthropic_model_page, GeminiClient.name: gemini_model_page}
 LARGE_BODY_BYTES = 256 * KIB
 TRIM_S, REAP_S = 0.25, 5.0
+CROWD = 64                          # when so many connections have closed, their memory is worth looking after
 
 
 def find_trim() -> Optional[Callable[[int], Any]]:
@@ -16866,6 +16869,8 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self, config: Config, gateway: Gateway, listener: Optional[socket.socket] = None) -> None:
         global TRIM
         TRIM = TRIM or find_trim()
+        if TRIM:
+            TRIM(0)                             # what an import has needed to compile this file
         self.config = config
         self.gateway = gateway
         self.started_at = gateway.clock()
@@ -16873,6 +16878,7 @@ class Server(http.server.ThreadingHTTPServer):
         self._sockets: set[socket.socket] = set()
         self._trimmed_at = self._reaped_at = 0.0
         self._trim_due = False
+        self._crowd = 0                         # the most connections since memory was last given back
         self._fresh: set[socket.socket] = set()     # connections whose first request has not come yet
         self._refused: collections.deque[Tuple[float, socket.socket]] = collections.deque()
         self.limit = connection_limit()
@@ -16934,6 +16940,7 @@ class Server(http.server.ThreadingHTTPServer):
             if not is_full:
                 self._sockets.add(request)
                 self._fresh.add(request)
+                self._crowd = max(self._crowd, len(self._sockets))
         if is_full:
             self._refuse(request, f"{self.limit} connections are open, which is the most")
             return
@@ -17025,12 +17032,16 @@ class Server(http.server.ThreadingHTTPServer):
         self._close_refused(now - self.REFUSED_S)
         if now > self._reaped_at + REAP_S:
             self._reaped_at = now
-            self.gateway.transport.reap()
+            left = self.gateway.transport.reap() + len(self._sockets)
+            if self._crowd >= CROWD and left <= self._crowd // 4:
+                self._crowd = left
+                gc.collect()                    # empties what Python keeps for the next objects, all over its memory
+                self.trim_memory()
         if self._trim_due:
             self.trim_memory()
 
     def trim_memory(self) -> None:
-        """Gives the memory of large requests back to the system, where the C library keeps it for each thread."""
+        """Gives the memory of large or many requests back to the system, where the C library keeps it for each thread."""
         now = time.monotonic()
         if TRIM is None or now < self._trimmed_at + TRIM_S:
             self._trim_due = TRIM is not None   # `service_actions` does it

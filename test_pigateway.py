@@ -8234,6 +8234,22 @@ def test_a_connection_too_many_is_told_so(tmp_path: Any, monkeypatch: Any) -> No
         until(lambda: not handle.server._refused)
 
 
+def test_memory_is_given_back_after_a_crowd(tmp_path: Any, monkeypatch: Any) -> None:
+    seen: List[int] = []
+    monkeypatch.setattr(pg, "REAP_S", 0.0)
+    with running(tmp_path) as handle:
+        monkeypatch.setattr(pg, "TRIM", lambda _: seen.append(len(handle.server._sockets)))
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(RawClient(handle.url)) for _ in range(pg.CROWD)]
+            assert [client.ask("GET", "/health").status for client in clients] == [200] * pg.CROWD
+            handle.server.service_actions()
+            assert not seen
+        until(lambda: not handle.server._sockets)
+        until(lambda: seen)
+        handle.server.service_actions()
+    assert len(seen) == 1 and seen[0] <= pg.CROWD // 4
+
+
 def no_more_threads(*_: Any) -> None:
     raise RuntimeError("can't start new thread")
 
