@@ -29,7 +29,8 @@ One request in twelve steps:
      7. Translated: `normalise(request, model)` makes a request that this model can take and names what it cannot.
      8. `upstream.build(...)` makes a `Call`: a value, nothing is sent.
      9. `transport.open(call, scope)` sends it. Status 400 or above: `upstream.parse_error` makes a `GatewayError`.
-    10. `lane.feed(data)` turns received bytes into bytes for the client: reader, settle, writer.
+    10. `lane.feed(data)` turns received bytes into bytes for the client: reader, settle, writer. A stream that waits for
+        more of them is left to `Carrier`, one thread for all.
     11. The status line goes out with the first event, so that an early failure still is an HTTP error.
     12. The response goes back to the pool or is closed; one access line is logged.
 
@@ -176,6 +177,7 @@ USER_AGENT = f"{NAME}/{VERSION}"
 
 KIB, MIB = 1024, 1024 * 1024
 RECEIVE_BYTES = 64 * KIB          # one receive; large enough that a busy stream needs few system calls
+PIECE_BYTES = 8 * KIB             # a stream of larger pieces keeps its own thread busy, see `Carrier`
 MAX_HEAD_BYTES = 64 * KIB         # request line and headers, from either side
 MAX_HEADERS = 200
 MAX_EVENT_BYTES = 32 * MIB        # one server-sent event, or one whole provider answer
@@ -13933,6 +13935,8 @@ class Scope:
         self._poller: Optional[Poller] = None
         self._client_spoke = False
         self._beat_at = time.monotonic() + heartbeat_s
+        self.is_carried = False                 # `Carrier` does the waiting: nothing else may
+        self._heard_at: Optional[float] = None
 
     def put_off_beat(self) -> None:
         """The client has just heard something; the next wait counts from its own beginning."""
@@ -13962,6 +13966,22 @@ class Scope:
         if self._cancelled is not None:
             raise self._cancelled
 
+    def note_heard(self, now: float) -> None:
+        """`Carrier` has waited for the provider until now; the next wait counts from here."""
+        self._heard_at = now
+
+    def due_at(self, limit_s: float) -> float:
+        """When what `Carrier` waits for is over: the client is to hear a sign of life, or the provider had its time."""
+        heard_at = self._heard_at or 0.0
+        if self._beat_at == math.inf:
+            self._beat_at = heard_at + self._heartbeat_s
+        return min(self._beat_at, heard_at + limit_s)
+
+    @property
+    def client_event(self) -> int:
+        """What `epoll` is to watch the client for: all that it says, or only its end when it has spoken."""
+        return select.EPOLLRDHUP if self._client_spoke else select.EPOLLIN
+
     def timed(self, wait: Callable[..., Any]) -> Callable[..., Any]:
         """The same function, which waits for the provider: kept apart where the gateway's own time is measured."""
         return wait
@@ -13972,7 +13992,7 @@ class Scope:
         if self._poller is None or self._poller.first is not upstream:
             self._poller = Poller(upstream, self._client, self._client_spoke)
         poller, now = self._poller, time.monotonic()
-        deadline = now + limit_s
+        deadline, self._heard_at = (self._heard_at or now) + limit_s, None
         while True:
             if self._cancelled is not None:
                 raise self._cancelled
@@ -14109,6 +14129,7 @@ class Response:
     all that one receive brought. Ends when the body does; raises `UpstreamProtocolError` when it is cut."""
 
     _INFLATED_BYTES = 8 * MIB
+    idle_s = 0.0
 
     def __init__(self, status: int, headers: Mapping[str, str], connection: Connection, rest: bytes, scope: Scope,
                  idle_s: float) -> None:
@@ -14117,7 +14138,7 @@ class Response:
         self._connection = connection
         self._rest = rest
         self._scope = scope
-        self._idle_s = idle_s
+        self.idle_s = idle_s
         self._complete = False
         self._length = 0 if status in (204, 304) else body_length(headers)
         self._dechunker = Dechunker() if self._length is None else None
@@ -14125,20 +14146,34 @@ class Response:
         self._inflate = zlib.decompressobj(47) if coding in ("gzip", "x-gzip", "deflate") else None
 
     def __iter__(self) -> Iterator[bytes]:
-        data = self._rest
+        data: Optional[bytes] = self._rest
         self._rest = b""
         while True:
             piece = self._decode(data) if data else b""
-            if piece:
+            if piece or data is None:
                 yield piece
-            if self._complete or self._length == 0:
+            if self.is_complete:
                 self._complete = True
                 return
-            data = self._connection.receive(self._scope, self._idle_s)
-            if not data:
+            if self._scope.is_carried:          # then an empty piece says that there is no more for now
+                self._scope.check()
+                data = self._connection.receive_now(self._scope)
+            else:
+                data = self._connection.receive(self._scope, self.idle_s)
+            if data == b"":
                 if self._length == -1:          # the body ends with the connection
                     return
                 raise UpstreamProtocolError("the provider closed the connection in the middle of its answer")
+
+    @property
+    def sock(self) -> Optional[socket.socket]:
+        """The socket on which the body comes, if it does."""
+        return self._connection.sock
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether no more of it will come."""
+        return self._complete or self._length == 0
 
     def _decode(self, data: bytes) -> bytes:
         try:
@@ -14223,15 +14258,21 @@ class Connection:
             is_waiting = self._is_tls and self.sock.pending()  # type: ignore[attr-defined]
             if not is_waiting and not scope.wait(self.sock, limit_s):
                 raise UpstreamTimeout(f"the provider sent nothing for {limit_s:g} seconds")
-            try:
-                return self.sock.recv(RECEIVE_BYTES)
-            except BlockingIOError:             # woken for nothing
-                continue
-            except OSError as error:
-                if type(error).__name__ == "SSLWantReadError":      # part of a record, or a session ticket
-                    continue
-                scope.check()
-                raise UpstreamProtocolError(f"the connection to the provider broke: {describe(error)}") from None
+            data = self.receive_now(scope)
+            if data is not None:                # else woken for nothing
+                return data
+
+    def receive_now(self, scope: Scope) -> Optional[bytes]:
+        """What has arrived, b"" at the end, None when nothing has."""
+        try:
+            return self.sock.recv(RECEIVE_BYTES)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            if type(error).__name__ == "SSLWantReadError":          # part of a record, or a session ticket
+                return None
+            scope.check()
+            raise UpstreamProtocolError(f"the connection to the provider broke: {describe(error)}") from None
 
     def is_stale(self) -> bool:
         """Whether the other side has closed it, or sent what nobody asked for."""
@@ -14545,6 +14586,8 @@ class DemoHandler(urllib.request.BaseHandler):
 
 class DemoResponse(Response):
     """The built-in model's answer, in pieces at a steady pace."""
+
+    sock = None
 
     def __init__(self, status: int, content_type: str, pieces: List[bytes], scope: Scope, delay_s: float) -> None:
         self.status = status
@@ -15022,6 +15065,164 @@ def plain_chat_key(client: ClientProtocol, headers: Mapping[str, str], data: Map
     return repr(fields), " ".join(sorted(roles))
 
 
+class Carried:
+    """A stream that `Carrier` carries, or did."""
+
+    def __init__(self, steps: Iterator[int], response: Response, scope: Scope, responder: HttpResponder) -> None:
+        self._steps = steps
+        self._response = response
+        self.scope = scope
+        self.responder = responder
+        self.provider = response.sock.fileno()  # type: ignore[union-attr]
+        self.client = responder.sock.fileno()
+        self.error: Optional[BaseException] = None
+        self.is_late = False                    # given back while its thread was about to register it
+        self.back = threading.Lock()            # free when it is its own thread's again
+        self.back.acquire()
+
+    def step(self, now: float) -> bool:
+        """Carries what has arrived; whether it can go on like this."""
+        self.scope.note_heard(now)
+        try:
+            next(self._steps)
+            return not (self._response.is_complete or self.responder.unsent)
+        except StopIteration:
+            return False
+        except BaseException as error:          # its own thread raises it
+            self.error = error
+            return False
+
+    @property
+    def due_at(self) -> float:
+        """See `Scope.due_at`."""
+        return self.scope.due_at(self._response.idle_s)
+
+
+class Carrier:
+    """Carries the streams that are under way, all in one thread: a thousand threads, each of which wants the interpreter's
+    lock for every piece, take longer to hand it round than to carry the pieces. A stream's own thread sleeps meanwhile. It
+    has the stream back for all but the next piece: the end, an error, a client that left, spoke or does not keep up, a
+    limit that is over.
+
+    Needs `epoll`, which takes sockets from other threads while it waits; elsewhere each thread carries its own stream."""
+
+    PAUSE_S = 0.1                               # between two looks at the limits
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()           # never held across a system call: the loop would wait for that, too
+        self._streams: Dict[int, Carried] = {}  # by the descriptor of the provider's socket
+        self._clients: Dict[int, Carried] = {}  # by that of the client's
+        self._epoll: Any = None
+        self._thread: Optional[threading.Thread] = None
+        self._is_closed = not hasattr(select, "epoll")
+
+    def carry(self, steps: Iterator[int], response: Response, scope: Scope, responder: HttpResponder) -> None:
+        """Takes the steps of a stream until its own thread, the caller, is needed again. Raises what ended it."""
+        now = time.monotonic()
+        scope.note_heard(now)
+        if self._is_closed or response.sock is None or response.is_complete or (
+                scope.due_at(response.idle_s) < now + self.PAUSE_S):
+            return
+        stream = Carried(steps, response, scope, responder)
+        scope.is_carried = True
+        if self._take(stream):
+            stream.back.acquire()
+            if stream.is_late:
+                self._forget(stream)
+        scope.is_carried = False
+        responder.send_rest()
+        error, stream.error = stream.error, None
+        if error:
+            try:
+                raise error
+            finally:
+                del error                       # its traceback leads back here
+
+    def _take(self, stream: Carried) -> bool:
+        with self._lock:
+            if self._thread is None and not self._is_closed:
+                self._start()
+            if self._is_closed:
+                return False
+            self._clients[stream.client] = self._streams[stream.provider] = stream
+        try:
+            self._epoll.register(stream.client, stream.scope.client_event)
+            self._epoll.register(stream.provider, select.EPOLLIN)
+        except (OSError, ValueError):           # no room; closed meanwhile
+            self._give_back(stream)
+        return True
+
+    def _start(self) -> None:
+        try:
+            self._epoll = select.epoll()
+            thread = threading.Thread(target=self._run, name="carrier", daemon=True)
+            thread.start()
+            self._thread = thread
+        except (OSError, RuntimeError):         # no descriptors or threads are left
+            self._is_closed = True
+
+    def _run(self) -> None:
+        try:
+            look_at = 0.0
+            while not self._is_closed:
+                events = self._epoll.poll(self.PAUSE_S if self._streams else 1.0)
+                now = time.monotonic()
+                for fd, _ in events:
+                    self._serve(fd, now)
+                if now >= look_at:
+                    look_at = now + self.PAUSE_S
+                    self._end_waits(now)
+        except OSError as error:
+            log.error("each stream keeps its own thread busy from now on: %s", describe(error))
+        finally:
+            with self._lock:
+                self._is_closed = True
+            self._end_waits(math.inf)
+
+    def _serve(self, fd: int, now: float) -> None:
+        stream = self._streams.get(fd)
+        if stream:
+            if not stream.step(now):
+                self._give_back(stream)
+        elif fd in self._clients:
+            self._give_back(self._clients[fd])
+
+    def _end_waits(self, now: float) -> None:
+        for stream in list(self._streams.values()):
+            if stream.due_at <= now:
+                self._give_back(stream)
+
+    def _give_back(self, stream: Carried) -> None:
+        with self._lock:
+            if self._streams.get(stream.provider) is not stream:        # it has been
+                return
+            del self._streams[stream.provider], self._clients[stream.client]
+        stream.is_late = not self._forget(stream)
+        stream.back.release()
+
+    def _forget(self, stream: Carried) -> bool:
+        """Whether both sockets had been registered."""
+        known = 0
+        for fd in (stream.client, stream.provider):
+            with contextlib.suppress(OSError, ValueError):
+                self._epoll.unregister(fd)
+                known += 1
+        return known == 2
+
+    def close(self) -> None:
+        """Gives back what is under way, and ends the thread."""
+        with self._lock:
+            self._is_closed = True
+            thread, self._thread = self._thread, None
+        if thread:
+            one, other = socket.socketpair()
+            with one, other:
+                with contextlib.suppress(OSError):              # it looks up by itself, too
+                    self._epoll.register(one, select.EPOLLOUT)  # ready at once, which wakes the thread
+                thread.join()
+            self._epoll.close()
+
+
 class Gateway:
     """Serves requests: finds model and credential, picks the lane, calls the provider, carries the answer back."""
 
@@ -15047,6 +15248,7 @@ class Gateway:
         self._precedents: Dict[Tuple[str, str], Precedent] = {}
         self._scopes: set[Scope] = set()
         self._scopes_lock = threading.Lock()
+        self.carrier = Carrier()
 
     PRECEDENTS, PRECEDENT_BYTES = 64, 4096
 
@@ -15468,7 +15670,7 @@ class Gateway:
                 # the provider chose the other form: only the representation can turn one into the other
                 lane = lane.again(TranslatedLane)
                 exchange.answer_headers["x-pigateway-lane"] = lane.name
-            self._carry(lane, response, is_stream, exchange)
+            self._carry(lane, response, is_stream, scope, exchange)
         finally:
             exchange.usage = lane.usage
             exchange.log.update(lane=lane.name, tokens_in=lane.usage.prompt, tokens_out=lane.usage.output,
@@ -15517,8 +15719,15 @@ class Gateway:
             exchange.responder.begin(200, {**exchange.answer_headers, "content-type": client.stream_type,
                                            **STREAM_HEADERS}, client.repack() if client.repack else None)
 
-    def _carry(self, lane: Lane, response: Response, is_stream: bool, exchange: Exchange) -> None:
+    def _carry(self, lane: Lane, response: Response, is_stream: bool, scope: Scope, exchange: Exchange) -> None:
         """Brings the answer to the client, streamed as it comes or whole at its end."""
+        steps = self._steps(lane, response, is_stream, exchange)
+        for size in steps:
+            if size < PIECE_BYTES and exchange.responder.has_begun:
+                self.carrier.carry(steps, response, scope, exchange.responder)
+
+    def _steps(self, lane: Lane, response: Response, is_stream: bool, exchange: Exchange) -> Iterator[int]:
+        """The same in steps: each sends what one receive brought, and tells how many bytes that were."""
         held, responder, streams = b"", exchange.responder, lane.request.stream
         for out in self._outputs(lane, response, is_stream):
             held += out
@@ -15533,6 +15742,7 @@ class Gateway:
                 held = b""
             if lane.finished:
                 break
+            yield len(out)
         if lane.error:
             if not lane.request.stream:
                 raise lane.error
@@ -15560,7 +15770,7 @@ class Gateway:
                 size += len(data)
                 if size > MAX_EVENT_BYTES and not lane.request.stream:
                     raise UpstreamProtocolError(f"the provider's answer is longer than {MAX_EVENT_BYTES} bytes")
-                yield lane.feed(data)
+                yield lane.feed(data) if data else b""
                 now = time.monotonic()
                 if lane.heard != heard:
                     heard, heard_at = lane.heard, now
@@ -16162,7 +16372,7 @@ class HttpResponder:
     SEND_TIMEOUT_S = 120.0
 
     def __init__(self, sock: socket.socket, head: Optional[Head], common: Mapping[str, str], heartbeat_s: float) -> None:
-        self._sock = sock
+        self.sock = sock
         self._is_head = head is not None and head.method == "HEAD"
         self._chunked = head is not None and head.minor_version == 1
         self._common = common
@@ -16175,6 +16385,7 @@ class HttpResponder:
         self.is_over = False                        # the whole answer is out: another byte would belong to the next one
         self.capture: Optional[Capture] = None      # what keeps the answer, where it is logged
         self.stopwatch: Optional[Stopwatch] = None  # where the client wants to know the gateway's own time
+        self.unsent = b""                           # what the client has not taken yet
         self._scope: Optional[Scope] = None
 
     def _head(self, status: int, headers: Mapping[str, str]) -> bytes:
@@ -16188,10 +16399,23 @@ class HttpResponder:
 
     def _send(self, data: bytes) -> None:
         try:
-            send_all(self._sock, data, self.SEND_TIMEOUT_S)
+            if self._scope and self._scope.is_carried:
+                self.unsent += data
+                try:
+                    self.unsent = self.unsent[self.sock.send(self.unsent):]
+                except BlockingIOError:
+                    pass
+                return
+            send_all(self.sock, data, self.SEND_TIMEOUT_S)
         except OSError:
             self.keep_alive = False
             raise ClientGone from None
+
+    def send_rest(self) -> None:
+        """Sends what the client did not take at once, while nothing was to wait for it."""
+        data, self.unsent = self.unsent, b""
+        if data:
+            self._send(data)
 
     def send(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
         """A whole answer."""
@@ -16244,8 +16468,8 @@ class HttpResponder:
 
     def scope(self) -> Scope:
         """A scope that watches this client."""
-        self._scope = (TimedScope(self.stopwatch, self._sock, self._heartbeat_s) if self.stopwatch else
-                       Scope(self._sock, self._heartbeat_s))
+        self._scope = (TimedScope(self.stopwatch, self.sock, self._heartbeat_s) if self.stopwatch else
+                       Scope(self.sock, self._heartbeat_s))
         return self._scope
 
 
@@ -17024,6 +17248,7 @@ class Server(http.server.ThreadingHTTPServer):
                     sock.shutdown(socket.SHUT_RDWR)
                 except OSError:
                     pass
+        self.gateway.carrier.close()
         self.gateway.transport.close()
 
     def service_actions(self) -> None:

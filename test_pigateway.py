@@ -20878,6 +20878,137 @@ def test_a_head_like_the_last_one_is_known(tmp_path: Any) -> None:
             assert sock.recv(65536).startswith(b"HTTP/1.1 400 ")
 
 
+# --- Streams that one thread carries ----------------------------------------------------------------------------------
+
+
+def spread(wire: bytes, rng: random.Random) -> List[Any]:
+    """A stream in pieces, cut anywhere, with pauses in which its reader has to wait."""
+    cuts = sorted(rng.randrange(len(wire) + 1) for _ in range(rng.randrange(2, 8)))
+    pieces = [wire[start:end] for start, end in zip([0, *cuts], [*cuts, len(wire)]) if start < end]
+    return [part for piece in pieces for part in (piece, rng.choice((0.001, 0.004)))]
+
+
+@contextlib.contextmanager
+def without_carrier() -> Iterator[None]:
+    """Each stream is carried by its own thread."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pg.Carrier, "carry", lambda *args: None)
+        yield
+
+
+def carried_steps(monkeypatch: Any) -> List[float]:
+    """The steps that the carrier takes from now on."""
+    steps: List[float] = []
+    step = pg.Carried.step
+    monkeypatch.setattr(pg.Carried, "step", lambda stream, now: steps.append(now) or step(stream, now))
+    return steps
+
+
+def plain_bytes(result: Result) -> Tuple[int, bytes]:
+    """An answer without the ids that are made up anew each time, and without the time."""
+    return result.status, re.sub(rb'(chatcmpl-|msg_|req_|"created":)\w+', rb"\1", result.body)
+
+
+HAS_EPOLL = hasattr(select, "epoll")
+
+
+def test_carried_streams_are_those_of_their_own_threads(tmp_path: Any, monkeypatch: Any) -> None:
+    rng = random.Random(20261122)
+    steps = carried_steps(monkeypatch)
+    with served(tmp_path, FINE) as (url, fake):
+        for number in range(30):
+            model_id = rng.choice(("chat/m1", "anth/m1"))
+            path = rng.choice(("/v1/chat/completions", "/v1/messages"))
+            script = Script(rng.choice(("ok", "a \U0001f600 b\u2028 " * 20)), rng.choice(("", "Hm " * 9)),
+                            rng.choice(((), (("call_1", "look", '{"city": "Bern"}'),))))
+            request = Received("POST", "/messages" if model_id == "anth/m1" else "/chat", {}, b'{"stream": true, "model": "m1", "messages": []}')
+            payloads, is_messages = stream_of(script, request)
+            wire = sse(payloads, is_messages, "" if is_messages else "[DONE]")
+            wire = wire[:rng.randrange(len(wire))] if number % 5 == 4 else wire             # cut in the middle
+            body = {"model": model_id, "max_tokens": 50, "stream": True, "messages": [{"role": "user", "content": "Hi"}],
+                    **({"stream_options": {"include_usage": True}} if path.endswith("completions") else {})}
+            fake.answers = [Answer(200, spread(wire, rng), "text/event-stream")]
+            carried = plain_bytes(call(url, path, body))
+            with without_carrier():
+                assert carried == plain_bytes(call(url, path, body)), (number, wire)
+    assert len(steps) > 50 or not HAS_EPOLL
+
+
+def test_carrier_waits_for_no_client(tmp_path: Any, monkeypatch: Any) -> None:
+    """One that does not read has its own thread again; the others go on, and it misses nothing."""
+    steps = carried_steps(monkeypatch)
+    chunk = sse([{"choices": [{"index": 0, "delta": {"content": "x" * 6000}}]}], False)
+    ending = sse([{"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}], end="[DONE]")
+    large = Answer(200, [part for _ in range(300) for part in (chunk, 0.0005)] + [ending], "text/event-stream")
+    body = {"model": "chat/m1", "stream": True, "messages": [{"role": "user", "content": "Hi"}]}
+    with served(tmp_path, large, saying(Script("ok"))) as (url, _):
+        split = urllib.parse.urlsplit(url)
+        with socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            sock.connect((split.hostname, split.port))
+            sock.settimeout(20)
+            data = json.dumps(body).encode()
+            sock.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(data) + data)
+            sock.recv(1)
+            for _ in range(20):
+                began = time.monotonic()
+                assert b"[DONE]" in call(url, "/v1/chat/completions", body).body and time.monotonic() - began < 5
+            time.sleep(0.3)
+            received, piece = b"", b"H"
+            while piece and b"[DONE]" not in received[-200:]:
+                piece = sock.recv(65536)
+                received += piece
+            assert received.count(b"x" * 6000) == 300 and b"[DONE]" in received, received[-300:]
+    assert steps or not HAS_EPOLL
+
+
+def test_crowd_of_streams_leaves_nothing_behind(tmp_path: Any, monkeypatch: Any) -> None:
+    steps = carried_steps(monkeypatch)
+    answer = Answer(200, [part for event in range(8) for part in (
+        sse([{"choices": [{"index": 0, "delta": {"content": f"{event} "}}]}], False), 0.01)] + [
+        sse([{"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}], end="[DONE]")], "text/event-stream")
+    body = {"model": "chat/m1", "stream": True, "messages": [{"role": "user", "content": "Hi"}]}
+    with served(tmp_path, answer) as (url, _):
+        with concurrent.futures.ThreadPoolExecutor(60) as pool:
+            results = list(pool.map(lambda _: call(url, "/v1/chat/completions", body), range(90)))
+        said = ["".join(event["choices"][0]["delta"].get("content", "") for event in result.events[:-1]) for result in results]
+        assert said == ["0 1 2 3 4 5 6 7 "] * 90
+        carrier = RUNNING[-1].gateway.carrier
+        assert not carrier._streams and not carrier._clients
+        thread = carrier._thread
+        assert thread and thread.is_alive() or not HAS_EPOLL
+    assert not thread or not thread.is_alive()
+    assert len(steps) > 90 or not HAS_EPOLL
+
+
+@pytest.mark.skipif(not HAS_EPOLL, reason="needs epoll")
+@pytest.mark.parametrize("broken", ["register", "poll", "epoll"])
+def test_streams_do_without_a_carrier_that_fails(broken: str, tmp_path: Any, monkeypatch: Any) -> None:
+    class Broken:
+        def __init__(self) -> None:
+            if broken == "epoll":
+                raise OSError(errno.EMFILE, "no descriptors")
+            self.real = EPOLL()
+
+        def __getattr__(self, name: str) -> Any:
+            def fail(*_: Any) -> None:
+                time.sleep(0.02)
+                raise OSError(errno.ENOSPC, "no room")
+            return fail if name == broken else getattr(self.real, name)
+
+    monkeypatch.setattr(select, "epoll", Broken)
+    rng = random.Random(1)
+    with served(tmp_path, FINE) as (url, fake):
+        body = {"model": "chat/m1", "stream": True, "messages": [{"role": "user", "content": "Hi"}]}
+        payloads, is_messages = stream_of(Script("ok then"), Received("POST", "/chat", {}, b'{"stream": true, "model": "m1", "messages": []}'))
+        for _ in range(5):
+            fake.answers = [Answer(200, spread(sse(payloads, is_messages, "[DONE]"), rng), "text/event-stream")]
+            assert b"[DONE]" in call(url, "/v1/chat/completions", body).body
+
+
+EPOLL = getattr(select, "epoll", None)
+
+
 # --- Signs of life, and two models in one request ---------------------------------------------------------------------
 
 
