@@ -15184,8 +15184,10 @@ class Carrier:
         if stream:
             if not stream.step(now):
                 self._give_back(stream)
-        elif fd in self._clients:
-            self._give_back(self._clients[fd])
+            return
+        stream = self._clients.get(fd)
+        if stream:
+            self._give_back(stream)
 
     def _end_waits(self, now: float) -> None:
         for stream in list(self._streams.values()):

@@ -20722,10 +20722,10 @@ def follows(monkeypatch: Any) -> List[bool]:
     follow = pg.Gateway._follow_precedent
 
     def noted(gateway: Any, data: Any, body: bytes, exchange: Any) -> bool:
-        found.append(False)
-        found[-1] = True                        # an error on the short way is one as well
-        found[-1] = follow(gateway, data, body, exchange)
-        return found[-1]
+        place = len(found)                      # the next request may be here before this one is through
+        found.append(True)                      # an error on the short way is one as well
+        found[place] = follow(gateway, data, body, exchange)
+        return found[place]
 
     monkeypatch.setattr(pg.TokenMeter, "is_due", lambda meter, model_id: False)
     monkeypatch.setattr(pg.Gateway, "_follow_precedent", noted)
