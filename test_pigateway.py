@@ -69,7 +69,7 @@ def run_half(number: int) -> int:
         def pytest_collection_modifyitems(self, items: List[Any]) -> None:
             # log-ins come back to fixed ports, so all of them are in one half, which gets less of the rest
             items[:] = [item for item in items if number == (item.originalname.startswith("test_log_in")
-                                                             or zlib.crc32(item.originalname.encode()) % 37 < 14)]
+                                                             or zlib.crc32(item.originalname.encode()) % 37 < 12)]
 
     # assertions that explain themselves take five seconds to compile; whoever looks into a failure has them
     return pytest.main(["-q", "-p", "no:cacheprovider", "--assert=plain", os.path.abspath(__file__)], [Half()])
@@ -20751,7 +20751,7 @@ def test_plain_chats_follow_a_precedent(tmp_path: Any, monkeypatch: Any) -> None
                                                  for number, row in enumerate(flags)]
         write_agent_files(tmp_path, models=models)
         with running(tmp_path) as handle:
-            for number, row in enumerate(flags * 5):
+            for number, row in enumerate(flags * 2):
                 messages = plain_messages(rng)
                 fields = {"model": f"chat/m{number % len(flags)}", **rng.choice(PLAIN_FIELDS), "messages": messages}
                 fields = dict(rng.sample(list(fields.items()), len(fields)))
