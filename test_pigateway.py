@@ -8284,6 +8284,26 @@ def test_stopping_waits_for_what_is_under_way(tmp_path: Any) -> None:
         assert not stopping.is_alive() and results[0].status == 200 and answer_text(results[0]) == "Hello"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux filters")
+def test_stopping_lets_nobody_in_whom_it_would_reset(tmp_path: Any, monkeypatch: Any) -> None:
+    accept_rest, late = pg.Server._accept_rest, []
+
+    def with_one_before_and_one_after(server: pg.Server) -> None:
+        early.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        accept_rest(server)
+        with socket.socket() as sock:
+            sock.settimeout(0.1)
+            with pytest.raises(socket.timeout):
+                sock.connect(server.server_address[:2])
+            late.append(sock)
+
+    monkeypatch.setattr(pg.Server, "_accept_rest", with_one_before_and_one_after)
+    handle = pg.start_server(environ={"HOME": str(tmp_path)}, port=0)
+    with socket.create_connection(handle.server.server_address[:2], 5) as early:
+        pg.stop_server(handle)
+        assert late and early.recv(100).startswith(b"HTTP/1.1 ")
+
+
 def test_embedding_checks_what_it_is_told(tmp_path: Any) -> None:
     with pytest.raises(pg.ConfigError):
         pg.start_server(pg.Config(port=0, bind_address="0.0.0.0"), {"HOME": str(tmp_path)})

@@ -115,6 +115,7 @@ def run(name: str, command: List[str], port: int, program: str, home: str) -> bo
         time.sleep(STEP_S)
         copies[0] = start_copy(program, PORTS[0], home)
         time.sleep(STEP_S)
+        draining_from = time.monotonic()
         copies[1].send_signal(signal.SIGTERM)
         status = copies[1].wait(20)
         time.sleep(STEP_S)
@@ -124,7 +125,9 @@ def run(name: str, command: List[str], port: int, program: str, home: str) -> bo
             if process and process.poll() is None:
                 process.terminate()
                 process.wait(20)
-    innocent = [problem for began, ended, problem in load.failed if began > dead_at or ended < dying_from]
+    innocent = [f"asked {began - dead_at:.3f} s after the kill and {began - draining_from:.3f} s after the drain began, ended "
+                f"{ended - began:.3f} s later: {problem}"
+                for began, ended, problem in load.failed if began > dead_at or ended < dying_from]
     is_good = status == 0 and not innocent and load.fine > 500
     print(f"{'ok  ' if is_good else 'FAIL'}  {name}: {load.fine} answered, {len(load.failed)} failed of those under way on "
           f"the killed copy, {len(innocent)} of others; the drained copy ended with {status}", *innocent[:5], sep="\n  ")
