@@ -15141,9 +15141,7 @@ class Carrier:
 
     def _take(self, stream: Carried) -> bool:
         with self._lock:
-            if self._thread is None and not self._is_closed:
-                self._start()
-            if self._is_closed:
+            if self._is_closed or not (self._thread or self._start()):
                 return False
             self._clients[stream.client] = self._streams[stream.provider] = stream
         try:
@@ -15153,14 +15151,15 @@ class Carrier:
             self._give_back(stream)
         return True
 
-    def _start(self) -> None:
+    def _start(self) -> bool:
         try:
-            self._epoll = select.epoll()
+            self._epoll = self._epoll or select.epoll()
             thread = threading.Thread(target=self._run, name="carrier", daemon=True)
             thread.start()
-            self._thread = thread
-        except (OSError, RuntimeError):         # no descriptors or threads are left
-            self._is_closed = True
+        except (OSError, RuntimeError):         # no descriptors or threads are left; the next stream tries again
+            return False
+        self._thread = thread
+        return True
 
     def _run(self) -> None:
         try:
@@ -15223,6 +15222,7 @@ class Carrier:
                 with contextlib.suppress(OSError):              # it looks up by itself, too
                     self._epoll.register(one, select.EPOLLOUT)  # ready at once, which wakes the thread
                 thread.join()
+        if self._epoll:
             self._epoll.close()
 
 
