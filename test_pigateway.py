@@ -21141,7 +21141,7 @@ def test_model_that_may_be_named_twice(body: str, is_repeated: bool) -> None:
 def reserve_port(port: int) -> Optional[socket.socket]:
     """Keeps the system from giving a port, which vendors know by its number, to somebody else meanwhile: bound, but not
     listened on, it is free for those who ask for it by number."""
-    for _ in range(50):                         # a connection of somebody else may have it for a moment
+    for _ in range(330):                        # a connection of somebody else has it for a minute after its end
         sock = socket.socket()
         try:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
