@@ -128,7 +128,6 @@ import errno
 import functools
 import hashlib
 import hmac
-import http
 import http.client
 import http.server
 import ipaddress
@@ -1028,10 +1027,14 @@ def clean_strings(value: Any) -> Any:
     return value
 
 
+def without_mark(body: bytes) -> bytes:
+    """`body` without the byte order mark that some put before UTF-8, and that is no JSON."""
+    return body[len(codecs.BOM_UTF8):] if body.startswith(codecs.BOM_UTF8) else body
+
+
 def parse_json_object(body: bytes) -> Dict[str, Any]:
     """A request body as a dict. Raises `BadRequest`, code invalid_json, that says where it stops being JSON."""
-    if body.startswith(b"\xef\xbb\xbf"):
-        body = body[3:]
+    body = without_mark(body)
     try:
         value = loads(body.decode("utf-8"))
         if may_hold_surrogates(body):
@@ -1269,8 +1272,7 @@ class EventSplitter:
 
 def split_events(block: bytes) -> List[bytes]:
     """Whole server-sent events, each without its blank line, with LF as line end; some may be empty."""
-    if block.startswith(b"\xef\xbb\xbf"):
-        block = block[3:]
+    block = without_mark(block)
     if b"\r" in block:
         block = block.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
     return block.split(b"\n\n")
@@ -1690,11 +1692,6 @@ def estimate_tokens(request: Request) -> int:
             text = "".join(getattr(part, name, "") or "" for name in ("text", "name", "arguments"))
             total += MEDIA_TOKENS.get(type(part), 0.0) + _text_tokens(text) + 3
     return math.ceil(total)
-
-
-def has_more_than_text(message: Message) -> bool:
-    """Whether a message has a part that is no text."""
-    return not all([isinstance(part, Text) for part in message.parts])
 
 
 def _flat_parts(parts: Iterable[Part]) -> Iterator[Part]:
@@ -6339,7 +6336,7 @@ def key_pattern(name: str) -> re.Pattern[bytes]:
 def splice_model(body: bytes, data: Mapping[str, Any], model_id: str) -> bytes:
     """The JSON bytes `body`, which hold `data`, with the value of their top-level "model" replaced, every other byte as
     it was."""
-    body = body[len(codecs.BOM_UTF8):] if body.startswith(codecs.BOM_UTF8) else body    # no JSON for everybody
+    body = without_mark(body)
     if data.get("model") == model_id:
         return body
     found = find_member(body, "model", data.get("model"))
@@ -6361,7 +6358,7 @@ def splice(body: bytes, data: Mapping[str, Any], wanted: Mapping[str, Any]) -> b
     fresh = {name: value for name, value in wanted.items() if name not in data or data[name] != value}
     gone = [name for name in data if name in fresh or name not in wanted]
     if any(isinstance(data[name], list) for name in gone) or (
-            _ESCAPED_SURROGATE.search(body) or has_repeated_keys(body, data)):      # `data` is not all that is there
+            may_hold_surrogates(body) or has_repeated_keys(body, data)):      # `data` is not all that is there
         return b""
     start = body.find(b"{") + 1
     edits = []
@@ -9844,7 +9841,7 @@ def parse_answer(body: bytes) -> Dict[str, Any]:
     """A provider's whole answer as a dict. Raises `UpstreamProtocolError` when it is not one: an HTML page from a proxy,
     a cut body, nothing at all."""
     try:
-        value = loads((body[3:] if body.startswith(b"\xef\xbb\xbf") else body).decode("utf-8"))
+        value = loads(without_mark(body).decode("utf-8"))
     except (ValueError, RecursionError):
         raise UpstreamProtocolError("the provider's answer is not JSON" if body.strip() else
                                     "the provider's answer is empty") from None
@@ -12897,6 +12894,8 @@ class Credentials:
     """Finds what authorises a call: auth.json first, then models.json's `apiKey`, then the environment (the order of pi
     0.77 and later). Values may be literal, `$NAME` or `!command`, and for older files the bare name of a variable."""
 
+    PLAIN = 256                                 # how many credentials that stay what they are, are kept
+
     def __init__(self, auth_file: str, environ: Mapping[str, str], clock: Callable[[], float] = time.time,
                  transport: Optional[Transport] = None, vendor_transport: Optional[Transport] = None) -> None:
         self._environ = environ
@@ -12967,8 +12966,6 @@ class Credentials:
                 self._plain.clear()
             self._plain[provider.name, model.id] = (provider, model, entry, credential)
         return credential
-
-    PLAIN = 256
 
     def _is_plain(self, provider: Provider, model: Model, entry: Mapping[str, Any]) -> bool:
         """Whether the credential stays what it is as long as these three do: a key that neither ends nor comes from a
@@ -14805,8 +14802,8 @@ def with_bytes(request: Request, wants: Callable[[Any], bool], fetch: Callable[[
             out.append(part)
         return tuple(out)
 
-    messages = tuple([changed(message, parts=fill(message.parts)) if has_more_than_text(message) else message
-                      for message in request.messages])
+    messages = tuple([message if all([isinstance(part, Text) for part in message.parts]) else
+                      changed(message, parts=fill(message.parts)) for message in request.messages])
     return changed(request, messages=messages) if count else request
 
 
@@ -15229,6 +15226,8 @@ class Carrier:
 class Gateway:
     """Serves requests: finds model and credential, picks the lane, calls the provider, carries the answer back."""
 
+    PRECEDENTS, PRECEDENT_BYTES = 64, 4096      # how many are kept, and how large each may be but for its messages
+
     def __init__(self, config: Config, catalogue: Catalogue, credentials: Credentials, transport: Transport,
                  clock: Callable[[], float] = time.time, quirks: Optional[Quirks] = None,
                  journal: Optional[Journal] = None) -> None:
@@ -15252,8 +15251,6 @@ class Gateway:
         self._scopes: set[Scope] = set()
         self._scopes_lock = threading.Lock()
         self.carrier = Carrier()
-
-    PRECEDENTS, PRECEDENT_BYTES = 64, 4096
 
     def is_usable(self, provider: Provider) -> bool:
         """Whether the provider has a credential that may be used on this address."""
