@@ -6321,8 +6321,8 @@ def system_blocks(system: Any) -> List[Any]:
     return system or []
 
 
-_MODEL_VALUE = re.compile(rb'"model"\s*:\s*("[^"\\]*(?:\\.[^"\\]*)*")')
 _ODD_KEY = re.compile(rb"\\u(?:006|[dD][89a-fA-F])")     # a letter of "model", or what `clean_strings` leaves out
+_ESCAPED_WORD = re.compile(rb"\\u00(?:3[0-9]|[4-7])")     # letters, digits and a few more, which no encoder has to escape
 MEMBER_BYTES = 4096                     # the longest value that is looked for
 
 
@@ -6357,8 +6357,9 @@ def splice(body: bytes, data: Mapping[str, Any], wanted: Mapping[str, Any]) -> b
     or before them; b"" where that does not do."""
     fresh = {name: value for name, value in wanted.items() if name not in data or data[name] != value}
     gone = [name for name in data if name in fresh or name not in wanted]
-    if any(isinstance(data[name], list) for name in gone) or (
-            may_hold_surrogates(body) or has_repeated_keys(body, data)):      # `data` is not all that is there
+    has_escaped_keys = b"\\u00" in body and _ESCAPED_WORD.search(body)       # or may have
+    if any(isinstance(data[name], list) for name in gone) or may_hold_surrogates(body) or has_escaped_keys or any(
+            not is_said_once(body, data, name) for name in {"model", *gone}):       # `data` is not all that is there
         return b""
     start = body.find(b"{") + 1
     edits = []
@@ -6415,14 +6416,26 @@ def is_outermost(body: bytes, place: int) -> bool:
         return False
 
 
-def has_repeated_keys(body: bytes, data: Mapping[str, Any]) -> bool:
-    """Whether the top-level object of a JSON body, which holds `data`, may name its model twice: of two, a provider might
-    take the other one than the gateway has checked. Not if `data` has all that are there, at whatever depth. Written with
-    escapes, a key would not be found by its letters."""
-    pattern = key_pattern("model")
+def count_in_text(body: bytes, name: str) -> int:
+    """How many objects in a JSON body have a key of this name, those left out that write it with escapes."""
+    pattern = key_pattern(name)
     count, found = 0, pattern.search(body)
     while found:
         count, found = count + 1, pattern.search(body, found.end())
+    return count
+
+
+def is_said_once(body: bytes, data: Mapping[str, Any], name: str) -> bool:
+    """Whether `data`, which a JSON body without escaped keys holds, has all that are there of a key, at whatever depth."""
+    count = count_in_text(body, name)
+    return count < 2 or count == count_keys(data, name)
+
+
+def may_name_two_models(body: bytes, data: Mapping[str, Any]) -> bool:
+    """Whether the top-level object of a JSON body, which holds `data`, may have two keys "model": a provider might take
+    the other one than the gateway has checked. Not if `data` has all that are there, at whatever depth. Written with
+    escapes, a key would not be found by its letters."""
+    count = count_in_text(body, "model")
     if count < 2 and b"\\u006" not in body or count == count_keys(data, "model") and not _ODD_KEY.search(body):
         return False
     repeated = False
@@ -9932,7 +9945,7 @@ class AnthropicLane(NativeLane):
         first = as_dict(next(iter(system_blocks(request.data.get("system"))), None)).get("text")
         lacks_identity = credential.kind == "oauth" and not str(first).startswith(OAUTH_IDENTITY)
         has_stray = any(name in request.data for name in STRAY_FIELDS)
-        if has_foreign or lacks_identity or has_stray or model.level or self.tool_names or has_repeated_keys(
+        if has_foreign or lacks_identity or has_stray or model.level or self.tool_names or may_name_two_models(
                 request.body, request.data):
             body = dumps(self._edited(has_foreign, lacks_identity, dropped)).encode("ascii")
         else:
@@ -10519,7 +10532,7 @@ class ResponsesLane(NativeLane):
         """The client's own bytes with the model's name put in, unless the host demands more."""
         request, model = self.request, self.model
         body, dropped = self.upstream.adapt(request, model, credential)
-        if body == {**request.data, "model": body["model"]} and not has_repeated_keys(
+        if body == {**request.data, "model": body["model"]} and not may_name_two_models(
                 request.body, request.data):
             data = splice_model(request.body, request.data, body["model"])
         else:
