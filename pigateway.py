@@ -1900,7 +1900,7 @@ class TokenMeter:
     def is_due(self, model_id: str) -> bool:
         """Whether there is still much to learn about a model, or it is time to see whether it holds."""
         known = self._models.get(model_id)
-        return known is None or known.heard < self.ALWAYS or not random.randrange(self.EVERY)
+        return known is not None and known.heard < self.ALWAYS or not random.randrange(self.EVERY)
 
     def observe(self, model_id: str, request: Request, tokens: int) -> None:
         """Notes how many tokens the provider counted in a request's prompt."""
@@ -12971,7 +12971,7 @@ class Credentials:
         """The credential for a call. Raises `Unauthorized`, code no_credentials, that says what to set."""
         entry = self.entry_of(provider)
         known = self._plain.get((provider.name, model.id))
-        if known and known[0] is provider and known[1] is model and known[2] == entry:
+        if known and known[:3] == (provider, model, entry):
             return known[3]
         credential = self._find(provider, model, entry)
         if self._is_plain(provider, model, entry):
@@ -14850,6 +14850,7 @@ class Exchange:
     usage: Usage = Usage()
     secrets: set[str] = field(default_factory=set)      # what no log may show
     precedent_key: Optional[Tuple[str, str]] = None     # of a request of plain text
+    config: Optional[Config] = None             # under which the request was read
 
 
 @dataclass
@@ -15311,18 +15312,21 @@ class Gateway:
         would come to the same call around them, and are a third of what a request costs. What may have changed since is
         found anew: the model that its name means, the credential, and what the model does not take. False when it has to
         go the long way."""
+        if len(body) > LARGE_BODY_BYTES:        # the client's own bytes go out then, see `request_bytes`
+            return False
+        exchange.config = config = self.config
         exchange.precedent_key = key = plain_chat_key(exchange.client, exchange.headers, data)
         known = self._precedents.get(key) if key else None
-        if known is None or known.config is not self.config:
+        if known is None or known.config is not config:
             return False
         full_id = known.candidate.full_id
         if self.quirks.of(full_id) or self.meter.is_due(full_id):
             return False
         candidates = self.candidates(known.request)
-        if len(candidates) != 1 or candidates[0] is not known.candidate:
+        if len(candidates) != 1 or candidates[0] != known.candidate:
             return False
         model, credential = self._authorise(known.candidate, exchange)
-        if credential is not known.credential:
+        if credential != known.credential:
             return False
         exchange.log["stream"], exchange.asked = known.request.stream, known.request.model
         exchange.answer_headers.update(known.answer_headers)
@@ -15337,7 +15341,8 @@ class Gateway:
         """Keeps what a request of plain text came to, if nothing in it depends on the text or the moment."""
         key, request, model = exchange.precedent_key, lane.request, lane.model
         if not key or type(lane) is not ChatLane or credential.is_passed or request.foreign or len(key[0]) > 500 or (
-                model.flag("requestHeaders") or type(lane.upstream).sign is not UpstreamProtocol.sign):
+                model.flag("requestHeaders") or lane.upstream.marks_cache(model) or
+                type(lane.upstream).sign is not UpstreamProtocol.sign):
             return
         candidates = self.candidates(request)
         before, texts, behind = call.body.partition(dumps(request.data["messages"]).encode("ascii"))
@@ -15347,7 +15352,7 @@ class Gateway:
         if len(self._precedents) >= self.PRECEDENTS:
             self._precedents.clear()
         bare = changed(request, messages=(), system=(), data={}, body=b"", headers={}, query="")
-        self._precedents[key] = Precedent(self.config, candidates[0], credential, bare, call._replace(body=b""), before,
+        self._precedents[key] = Precedent(exchange.config, candidates[0], credential, bare, call._replace(body=b""), before,
                                           behind, dict(exchange.answer_headers))
 
     def _fall_back(self, model: Model, reason: str, error: GatewayError, exchange: Exchange) -> None:

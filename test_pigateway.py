@@ -20719,7 +20719,8 @@ NOT_PLAIN: Tuple[Tuple[Dict[str, Any], Dict[str, str]], ...] = (
     ({"tools": [WEATHER]}, {}), ({"stop": ["a"]}, {}), ({"metadata": {"effort": "high"}}, {}), ({}, {"x_pigateway_strict": "1"}),
     ({}, {"x_session_id": "s"}), ({}, {"openai_organization": "o"}), ({"messages": [{"role": "developer", "content": "x"}]}, {}),
     ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}]}, {}),
-    ({"messages": [{"role": "user", "content": "x", "name": "n"}]}, {}))
+    ({"messages": [{"role": "user", "content": "x", "name": "n"}]}, {}),
+    ({"messages": [{"role": "user", "content": "x" * pg.LARGE_BODY_BYTES}]}, {}))
 
 
 def plain_messages(rng: random.Random) -> List[Dict[str, str]]:
@@ -20784,6 +20785,34 @@ def test_plain_chats_follow_a_precedent(tmp_path: Any, monkeypatch: Any) -> None
                     assert short == traces_the_long_way(handle.url, fake, body)
                     changes_messages = row.keys() & {"cacheControlFormat", "requiresReasoningContentOnAssistantMessages"}
                     assert is_known or changes_messages or body["messages"] is not said, (row, body)
+
+
+@pytest.mark.parametrize("model_id", ["chat/unlisted", "chat/m1:high", "chat/keyed", "mapped"])
+def test_plain_chats_of_models_with_no_row_of_their_own(tmp_path: Any, monkeypatch: Any, model_id: str) -> None:
+    """What is looked up for them is made anew each time, and says the same."""
+    known = follows(monkeypatch)
+    with fake_upstream(saying(Script("ok"))) as fake:
+        models = two_providers(fake.url)
+        models["providers"]["chat"]["models"] += [{"id": "keyed", "headers": {"x-own": "$X_OWN"}}, {"id": "t", "reasoning": True}]
+        write_agent_files(tmp_path, models=models)
+        with running(tmp_path, model_map={"mapped": "chat/t:low"}, environ={"X_OWN": "own"}) as handle:
+            body = {"model": model_id, "messages": [{"role": "user", "content": "Hi"}]}
+            for _ in range(3):
+                assert traces(handle.url, fake, body) == traces_the_long_way(handle.url, fake, body)
+    assert known == [False, False, True, False, True, False]
+
+
+def test_cache_marks_do_not_come_from_a_precedent(tmp_path: Any, monkeypatch: Any) -> None:
+    """Of a text with nothing in it there is none."""
+    follows(monkeypatch)
+    with fake_upstream(saying(Script("ok"))) as fake:
+        models = two_providers(fake.url)
+        models["providers"]["chat"]["models"] = [{"id": "m1", "compat": {"cacheControlFormat": "anthropic"}}]
+        write_agent_files(tmp_path, models=models)
+        with running(tmp_path) as handle:
+            for text, is_marked in (("Hi", True), ("", False), ("Hi", True)):
+                call(handle.url, "/v1/chat/completions", {"model": "chat/m1", "messages": [{"role": "user", "content": text}]})
+                assert (b"cache_control" in fake.received[-1].body) is is_marked
 
 
 @pytest.mark.parametrize("fields, headers", NOT_PLAIN, ids=lambda value: ",".join(value))
@@ -20861,6 +20890,17 @@ def test_precedents_hide_no_fault(tmp_path: Any, monkeypatch: Any) -> None:
             assert len(fake.received) - before == tries
         with contextlib.suppress(FileNotFoundError):
             os.unlink(os.path.join(str(tmp_path), ".pi", "agent", pg.QUIRKS_FILE))
+
+
+def test_meter_wants_no_chats_of_a_model_that_counts_none(monkeypatch: Any) -> None:
+    monkeypatch.setattr(random, "randrange", lambda most: 1)
+    meter, request = pg.TokenMeter(b"key"), pg.Request("m", (pg.Message("user", (pg.Text("Hi"),)),))
+    assert not meter.is_due("m")
+    for number in range(meter.ALWAYS):
+        meter.observe("m", request, 5)
+        assert meter.is_due("m") is (number + 1 < meter.ALWAYS)
+    monkeypatch.setattr(random, "randrange", lambda most: 0)
+    assert meter.is_due("m") and meter.is_due("other")
 
 
 def test_meter_learns_from_some_of_many_plain_chats(tmp_path: Any, monkeypatch: Any) -> None:
