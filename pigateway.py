@@ -15096,8 +15096,8 @@ class Carried:
         """Carries what has arrived; whether it can go on like this."""
         self.scope.note_heard(now)
         try:
-            next(self._steps)
-            return not (self._response.is_complete or self.responder.unsent)
+            size = next(self._steps)
+            return size < PIECE_BYTES and not (self._response.is_complete or self.responder.unsent)
         except StopIteration:
             return False
         except BaseException as error:          # its own thread raises it
@@ -15112,9 +15112,9 @@ class Carried:
 
 class Carrier:
     """Carries the streams that are under way, all in one thread: a thousand threads, each of which wants the interpreter's
-    lock for every piece, take longer to hand it round than to carry the pieces. A stream's own thread sleeps meanwhile. It
-    has the stream back for all but the next piece: the end, an error, a client that left, spoke or does not keep up, a
-    limit that is over.
+    lock for every piece, take longer to hand it round than to carry the pieces. A stream's own thread sleeps meanwhile, and
+    gets it back for whatever is not simply the next piece: the end, an error, a large piece, a client that left, spoke or
+    does not keep up, a limit that is over.
 
     Needs `epoll`, which takes sockets from other threads while it waits; elsewhere each thread carries its own stream."""
 

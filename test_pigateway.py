@@ -21022,6 +21022,18 @@ def test_carrier_waits_for_no_client(tmp_path: Any, monkeypatch: Any) -> None:
     assert steps or not HAS_EPOLL
 
 
+def test_large_pieces_are_left_to_the_stream_s_own_thread(tmp_path: Any, monkeypatch: Any) -> None:
+    steps = carried_steps(monkeypatch)
+    small, large = [sse([{"choices": [{"index": 0, "delta": {"content": "x" * size}}]}], False)
+                    for size in (10, 3 * pg.PIECE_BYTES)]
+    ending = sse([{"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}], end="[DONE]")
+    pieces = [part for piece in (small, *[large] * 20) for part in (piece, 0.002)]
+    with served(tmp_path, Answer(200, [*pieces, ending], "text/event-stream")) as (url, _):
+        body = {"model": "chat/m1", "stream": True, "messages": [{"role": "user", "content": "Hi"}]}
+        result = call(url, "/v1/chat/completions", body)
+    assert len(result.events) > 20 and (1 <= len(steps) < 10 or not HAS_EPOLL)
+
+
 def test_crowd_of_streams_leaves_nothing_behind(tmp_path: Any, monkeypatch: Any) -> None:
     steps = carried_steps(monkeypatch)
     answer = Answer(200, [part for event in range(8) for part in (
