@@ -14769,7 +14769,10 @@ class MediaFetcher:
                                                               "user-agent": USER_AGENT}), scope)
             try:
                 if response.status in (301, 302, 303, 307, 308) and response.headers.get("location"):
-                    url = urllib.parse.urljoin(url, response.headers["location"])
+                    try:
+                        url = urllib.parse.urljoin(url, response.headers["location"])
+                    except ValueError:
+                        raise UpstreamError("its redirect is no address") from None
                     continue
                 if response.status != 200:
                     raise UpstreamError(f"the server answered {response.status}")

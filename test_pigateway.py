@@ -20405,6 +20405,7 @@ MEDIA: List[Tuple[Answer, str]] = [
     (Answer(200, TINY_PNG + bytes(300)), "more than 0 MiB"), (Answer(200, [TINY_PNG, bytes(300)]), "longer than 256"),
     (Answer(302, b"", headers={"location": "http://169.254.169.254/"}), "not on the open internet"),
     (Answer(302, b"", headers={"location": "file:///etc/passwd"}), "no address to fetch"),
+    (Answer(302, b"", headers={"location": "http://[bad"}), "redirect is no address"),
     (Answer(302, b"", headers={"location": "/again"}), "too many redirects")]
 
 
