@@ -86,8 +86,9 @@ def keep_bytecode(spec: Any, code: Any) -> bool:
 
 
 def go_on_from_bytecode() -> None:
-    """Lets a process that is to stay, and runs this file as a script, run its bytecode instead: it keeps all but the memory,
-    also its pid. Returns where that might be noticed, as in a debugger."""
+    """Replaces a process that is to stay, and runs this file as a script, by one that imports it, from bytecode: without
+    the tens of megabytes that compiling took. Pid, arguments, flags, environment and files are the same (`execv`). Returns
+    where somebody might notice, as in a debugger."""
     script, word = sys._getframe(1), sys.argv[1] if len(sys.argv) > 1 else "--"
     given = getattr(sys, "orig_argv", [""])[1:]         # from Python 3.10 on
     flags = given[:-len(sys.argv)]
@@ -184,8 +185,11 @@ MAX_EVENT_BYTES = 32 * MIB        # one server-sent event, or one whole provider
 MAX_VECTORS_BYTES = 128 * MIB     # one provider answer of embeddings: 2048 of 3072 numbers, written out, are 80 MB
 MAX_ERROR_BYTES = 64 * KIB        # a provider's error body; more is cut
 MAX_MESSAGE_CHARS = 4000          # a provider's error text as shown to a client
+LARGE_BODY_BYTES = 256 * KIB      # not written anew where the client's own bytes do, and memory worth giving back
 BACKLOG = 1024                    # the default of 5 drops connections when a few hundred clients start at once
 MAX_CONNECTIONS = 4096            # of clients, each with a thread; one more is told 503
+CROWD = 64                        # when of so many connections three quarters have closed, memory is given back
+TRIM_S, REAP_S = 0.25, 5.0        # the least between two times of giving it back; between two looks at what is idle
 
 FRESH_S = 1.0                     # a connection made just before the end has so long to send its request
 KEEP_ALIVE_S = 75.0               # an idle client connection is closed after this
@@ -750,7 +754,7 @@ class Request:
     foreign: FrozenSet[str] = field(default=frozenset(), repr=False, compare=False)
 
 
-NO_REQUEST = Request("", ())            # made into real ones by `changed`, which spares them an `__init__` of 34 fields
+NO_REQUEST = Request("", ())            # `changed` makes real ones of it, without an `__init__`; they share its dicts
 
 
 class Usage(NamedTuple):
@@ -1975,7 +1979,7 @@ def _counted(parts: Iterable[Part]) -> List[str]:
         elif isinstance(part, ToolResult):
             texts += (f"result {part.is_error} {len(part.parts)}", *_counted(part.parts))
         else:                                   # a picture may have megabytes
-            texts += (repr(replace(part, data=None)), part.data or "")
+            texts += (repr(changed(part, data=None)), part.data or "")
     return texts
 
 
@@ -3678,11 +3682,11 @@ class ResponsesClient(OpenAIClient):
             elif kind == "custom":
                 yield custom_tool(item, item.get("format"), where)
             elif kind == RESPONSES_SEARCH and item.get("execution") == "client":
-                yield replace(function_tool({**item, "name": RESPONSES_SEARCH}, where), item=RESPONSES_SEARCH_CALL)
+                yield changed(function_tool({**item, "name": RESPONSES_SEARCH}, where), item=RESPONSES_SEARCH_CALL)
             elif kind == "namespace":
                 space = required(item, "name", "a string", where)
                 for tool in self._tools(item.get("tools"), f"{where}.tools", notes):
-                    yield replace(tool, name=spaced_name(space, tool.name), path=(space, tool.name))
+                    yield changed(tool, name=spaced_name(space, tool.name), path=(space, tool.name))
             elif kind.startswith(RESPONSES_OWN_TOOLS):
                 notes.refused.append((where, f"the tool type {kind[:60]} is for OpenAI's models only"))
             else:
@@ -3872,7 +3876,7 @@ def joined_results(parts: Iterable[Part]) -> List[Part]:
         if isinstance(part, ToolResult):
             known = out.setdefault(part.call_id, part)
             if known.parts[-len(part.parts):] != part.parts:
-                out[part.call_id] = replace(known, parts=known.parts + part.parts,
+                out[part.call_id] = changed(known, parts=known.parts + part.parts,
                                             is_error=known.is_error or part.is_error)
     return list(out.values())
 
@@ -4278,7 +4282,7 @@ def join_pieces(parts: Sequence[Part], riders: Iterable[Tuple[Thinking, bool]]) 
             groups[-1].append(part)
         else:
             groups.append([part])
-    return [group[0] if len(group) == 1 else replace(group[-1], text="".join(part.text for part in group))
+    return [group[0] if len(group) == 1 else changed(group[-1], text="".join(part.text for part in group))
             for group in groups]
 
 
@@ -4353,7 +4357,7 @@ class GeminiClient(ClientProtocol):
         """The body of countTokens: contents, or a whole request in a wrapper."""
         data = camel_keys(data)
         inner = optional(data, "generateContentRequest", "an object") or {}
-        return replace(self.parse({**data, **inner, "model": data.get("model")}), data=data)
+        return changed(self.parse({**data, **inner, "model": data.get("model")}), data=data)
 
     def _extra(self, data: Dict[str, Any], notes: Notes) -> Dict[str, Any]:
         said = {name: value for name, value in data.items() if value not in ([], {})}
@@ -5288,8 +5292,8 @@ class SoundCalls:
                 text = f"[call of {call.name}, cut off before its arguments]"
             return [PartStart(index, Text()), PartDelta(index, text), PartEnd(index, Text(text))]
         self._has_call = True
-        return [PartStart(index, replace(call, arguments="")), PartDelta(index, arguments),
-                PartEnd(index, replace(call, arguments=arguments))]
+        return [PartStart(index, changed(call, arguments="")), PartDelta(index, arguments),
+                PartEnd(index, changed(call, arguments=arguments))]
 
     def _done(self, event: Done) -> List[Event]:
         self._stop = event.stop_reason
@@ -9870,8 +9874,7 @@ class NativeLane(Lane):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        if self.request.stream:                 # else no event is read here
-            self._splitter = EventSplitter()
+        self._splitter = EventSplitter()
         self._opened = False
         self._said: Optional[str] = None        # the text that was all the last event said, see `TextMemo`
 
@@ -10121,7 +10124,7 @@ class ChatLane(NativeLane):
         self._newest: Dict[Tuple[int, Any], int] = {}
         self._call_ids = CallIds(self.stamp)
         self._mender = Mender()
-        self._memo = TextMemo() if self.request.stream else None
+        self._memo = TextMemo()
         self._finished_choices: set[int] = set()
         self._raw_usage: Optional[Dict[str, Any]] = None
 
@@ -10478,12 +10481,9 @@ class EmbeddingLane(Lane):
     def _same_but_model(self, body: bytes, data: Dict[str, Any], answer: Dict[str, Any]) -> bytes:
         """The provider's bytes with the one model name in them replaced, b"" when more has to change: writing millions
         of numbers takes seconds, in which no other thread runs."""
-        found = _MODEL_VALUE.search(body)
-        is_plain = body.startswith(b"{") and b"\\" not in body and body.count(b'"model"') == 1
-        if not found or not is_plain or answer != {**data, "model": self.request.model} or (
-                json.loads(found.group(1)) != data.get("model")):
-            return b""
-        return body[:found.start(1)] + dumps(self.request.model).encode("ascii") + body[found.end(1):]
+        is_plain = body.startswith(b"{") and b"\\" not in body and count_in_text(body, "model") == 1
+        return splice_model(body, data, self.request.model) if is_plain and answer == {
+            **data, "model": self.request.model} else b""
 
     def _answer(self, data: Dict[str, Any]) -> Dict[str, Any]:
         """The host's answer, in OpenAI's shape, put right."""
@@ -13047,7 +13047,7 @@ class Credentials:
 
     def _code_assist(self, provider: Provider, entry: Mapping[str, Any]) -> Credential:
         project = entry.get("projectId") or self._variable("GOOGLE_CLOUD_PROJECT", entry)
-        return replace(self._key(provider, entry), parts=present(project=project))
+        return changed(self._key(provider, entry), parts=present(project=project))
 
     def _copilot(self, provider: Provider, entry: Mapping[str, Any]) -> Credential:
         credential = self._key(provider, entry)
@@ -13181,7 +13181,7 @@ METADATA_HEADERS = {"Metadata-Flavor": "Google"}
 METADATA_ROOT = "/computeMetadata/v1"
 # DigestInfo of SHA-256 up to the digest itself (RFC 8017 §9.2, note 1)
 _SHA256_PREFIX = bytes.fromhex("3031300d060960864801650304020105000420")
-_DER_INTEGER, _DER_OCTETS, _DER_SEQUENCE = 0x02, 0x04, 0x30
+_DER_INTEGER, _DER_SEQUENCE = 0x02, 0x30
 
 
 class RsaKey(NamedTuple):
@@ -14441,7 +14441,7 @@ class PooledHandler(urllib.request.BaseHandler):
         headers = {**call.headers, **way.proxy_headers} if way.takes_url else call.headers
         message = request_message(call.method, selector, host, headers, call.body if call.method == "POST" else None)
 
-        def made() -> http.client.HTTPConnection:
+        def open_new() -> http.client.HTTPConnection:
             context = {"context": self._tls()} if way.scheme == "https" else {}
             opened = self._connections[way.scheme](way.host, timeout=connect_s, **context)
             if way.tunnel:
@@ -14451,13 +14451,13 @@ class PooledHandler(urllib.request.BaseHandler):
                 opened._create_connection = self._connect       # type: ignore[attr-defined]
             return opened
 
-        return self._send(way[:3], message, scope, made)
+        return self._send(way[:3], message, scope, open_new)
 
     _connections: Mapping[str, Callable[..., http.client.HTTPConnection]] = {
         "http": http.client.HTTPConnection, "https": TlsConnection}
 
-    def _send(self, key: Any, message: Tuple[bytes, ...], scope: Scope, made: Callable[[], http.client.HTTPConnection],
-              ) -> Response:
+    def _send(self, key: Any, message: Tuple[bytes, ...], scope: Scope,
+              open_new: Callable[[], http.client.HTTPConnection]) -> Response:
         """Sends a message on a kept connection, or a new one; a kept one that fails before any byte of an answer was
         closed by its other side meanwhile, and the message is sent once more on a new one."""
         kept = self.pool.take(key)
@@ -14466,7 +14466,7 @@ class PooledHandler(urllib.request.BaseHandler):
                 return self._exchange(kept, message, scope)
             except (StaleConnection, ConnectionError):
                 scope.check()
-        opened = made()
+        opened = open_new()
         session = opened.session = self.pool.session(key)       # type: ignore[attr-defined]    # none without TLS
         try:
             scope.timed(opened.connect)()
@@ -15124,7 +15124,7 @@ class Carrier:
     PAUSE_S = 0.1                               # between two looks at the limits
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()           # never held across a system call: the loop would wait for that, too
+        self._lock = threading.Lock()           # held across no system call but at the start: the loop would wait, too
         self._streams: Dict[int, Carried] = {}  # by the descriptor of the provider's socket
         self._clients: Dict[int, Carried] = {}  # by that of the client's
         self._epoll: Any = None
@@ -15409,7 +15409,7 @@ class Gateway:
         """Answers a request to count tokens: from the provider where it speaks the same protocol, else by a guess."""
         client = exchange.client
         data, body = self._with_model({**parse_json_object(body), **exchange.named}, body)
-        request = replace(client.parse_prompt(data), body=body, headers=exchange.headers, query=exchange.query,
+        request = changed(client.parse_prompt(data), body=body, headers=exchange.headers, query=exchange.query,
                           stream=False)
         exchange.log["stream"] = False
         model, credential = self._authorise(self.candidates(request)[0], exchange)
@@ -15748,7 +15748,7 @@ class Gateway:
                 self.carrier.carry(steps, response, scope, exchange.responder)
 
     def _steps(self, lane: Lane, response: Response, is_stream: bool, exchange: Exchange) -> Iterator[int]:
-        """The same in steps: each sends what one receive brought, and tells how many bytes that were."""
+        """The same in steps: each sends what became of one receive, and tells how many bytes that are."""
         held, responder, streams = b"", exchange.responder, lane.request.stream
         for out in self._outputs(lane, response, is_stream):
             held += out
@@ -17060,9 +17060,7 @@ MODEL_SHAPES: Dict[str, Callable[[Model, float], Dict[str, Any]]] = {
     AnthropicClient.name: anthropic_model, GeminiClient.name: gemini_model}
 MODEL_PAGES: Dict[str, Callable[[Sequence[Model], float, Mapping[str, str]], Dict[str, Any]]] = {
     AnthropicClient.name: anthropic_model_page, GeminiClient.name: gemini_model_page}
-LARGE_BODY_BYTES = 256 * KIB
-TRIM_S, REAP_S = 0.25, 5.0
-CROWD = 64                          # when so many connections have closed, their memory is worth looking after
+
 
 
 def find_trim() -> Optional[Callable[[int], Any]]:
@@ -18802,10 +18800,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 def run_program() -> None:
     """Runs the command line in a process of its own."""
     if hasattr(gc, "freeze"):                   # CPython
-        gc.freeze()                             # what stays until the end is looked through neither now and then nor there
+        gc.freeze()                             # loaded code and tables stay until the end: no look needs to visit them
+        # and a full look seldom: 1000 streams are 80,000 objects, which held all of them up for 50 ms; requests leave no rings
+        gc.set_threshold(*gc.get_threshold()[:2], 50)
     gc.enable()
-    # and a full look seldom: 1000 streams are 80,000 objects, which held all of them up for 50 ms; requests leave no rings
-    gc.set_threshold(*gc.get_threshold()[:2], 50)
     sys.exit(main())
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import _thread
 import argparse
+import ast
 import asyncio
 import base64
 import binascii
@@ -8081,6 +8082,13 @@ def run_short(tmp_path: Any, *command: str, **more: Any) -> Tuple[int, Tuple[boo
     out, err = process.communicate(timeout=20)
     told = json.loads(next((line for line in out.splitlines() if line.startswith(b"[")), b"[false, 0]"))
     return process.returncode, (told[0], told[1] == process.pid, told[2:]), err.decode()
+
+
+def test_commands_that_stay() -> None:
+    """They are told from others before the rest of the module is there."""
+    with open(MODULE, encoding="utf-8") as file:
+        told = re.search(r"is_to_stay = word in (\(.*?\)) or", file.read())
+    assert told and ast.literal_eval(told[1]) == pg.LAUNCH_COMMANDS
 
 
 @FROM_BYTECODE
