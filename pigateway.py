@@ -64,19 +64,24 @@ def find_import(file: str) -> Any:
 
 
 def keep_bytecode(spec: Any, code: Any) -> bool:
-    """Whether an import finds the bytecode of this file; it is written for that, as an import does, if it can be."""
+    """Whether an import finds the bytecode of this file, which nobody else may write; it is written for that, as an
+    import does, if it can be."""
     import marshal
     import time
     from importlib.util import MAGIC_NUMBER
 
     def is_kept() -> bool:
-        with open(spec.cached if os.path.exists(spec.cached) else os.devnull, "rb") as bytecode:
-            return bytecode.read(len(head)) == head
+        if not os.path.exists(spec.cached):
+            return False
+        with open(spec.cached, "rb") as bytecode:
+            places = os.fstat(bytecode.fileno()), os.stat(os.path.dirname(spec.cached))
+            is_ours = all(place.st_uid in (0, os.geteuid()) and not place.st_mode & 0o022 for place in places)
+            return is_ours and bytecode.read(len(head)) == head
 
     source = os.stat(spec.origin)
     head = MAGIC_NUMBER + b"".join((number & 0xFFFFFFFF).to_bytes(4, "little")
                                    for number in (0, int(source.st_mtime), source.st_size))
-    is_settled = time.time() - source.st_mtime > 5      # or else it may have been changed after it was compiled
+    is_settled = time.time() - max(source.st_mtime, source.st_ctime) > 5        # or it may not be what was compiled
     if not is_kept() and is_settled and not sys.dont_write_bytecode:
         mask = os.umask(0o022)
         os.umask(mask | 0o022)                  # for nobody else to change

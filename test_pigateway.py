@@ -8062,6 +8062,10 @@ RUNS_SCRIPT = ("import os, runpy, sys; del sys.argv[0]; sys.path[0] = os.path.di
                "runpy.run_path(sys.argv[0], run_name='__main__')")
 
 
+# The clock of the scripts: their files have not been touched for a while, unless they are to be new.
+LATER = 'import os, time; time.time = lambda now=time.time: now() + (0 if os.environ.get("IS_NEW") else 9)\n'
+
+
 def short_script(folder: Any, name: str = "pigateway.py", early: str = "") -> str:
     """What comes before all else in the module, as a script that tells how it came to run."""
     with open(MODULE, encoding="utf-8") as file:
@@ -8070,7 +8074,7 @@ def short_script(folder: Any, name: str = "pigateway.py", early: str = "") -> st
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, name)
     with open(path, "w", encoding="utf-8") as file:
-        file.write(before.replace("import sys\n", "import sys\n" + early, 1) + TELLS)
+        file.write(before.replace("import sys\n", "import sys\n" + LATER + early, 1) + TELLS)
     os.utime(path, (1_700_000_000, 1_700_000_000))
     return path
 
@@ -8098,8 +8102,8 @@ def test_a_script_goes_on_from_its_bytecode(tmp_path: Any) -> None:
     kept = importlib.util.cache_from_source(script)
     words = ["--port", "0", "", "two words", "\u00e9'"]
 
-    def told(*command: str) -> Any:
-        status, (kept, same, facts), err = run_short(tmp_path, *command, preexec_fn=lambda: os.umask(0))
+    def told(*command: str, **environ: str) -> Any:
+        status, (kept, same, facts), err = run_short(tmp_path, *command, preexec_fn=lambda: os.umask(0), environ=environ)
         assert (status, err, same) == (0, "", True)
         return kept, facts
 
@@ -8113,9 +8117,16 @@ def test_a_script_goes_on_from_its_bytecode(tmp_path: Any) -> None:
     assert told("gateway") == (True, [["gateway"], script, folder, 0, []])
     with open(script, "a", encoding="utf-8") as file:
         file.write("# changed\n")
-    assert told(script)[0] is False             # only just changed, so perhaps while it was compiled
     os.utime(script, (1_700_000_005, 1_700_000_005))
+    assert told(script, IS_NEW="1")[0] is False         # only just put there, so perhaps while another was compiled
     assert told(script)[0] and os.stat(kept).st_mtime_ns != written
+    for mode in (0o646, 0o664):                 # others may have written it
+        os.chmod(kept, mode)
+        assert told("-B", script)[0] is False
+        assert told(script)[0] and os.stat(kept).st_mode & 0o777 == 0o644
+    for mode in (0o757, 0o775, 0o755):
+        os.chmod(os.path.dirname(kept), mode)
+        assert told(script)[0] is (mode == 0o755)
     assert told("-B", script)[0]                # what is there may be read
     assert sorted(os.listdir(os.path.dirname(kept))) == sorted(
         os.path.basename(importlib.util.cache_from_source(script, optimization=level)) for level in ("", 1))
