@@ -1115,7 +1115,19 @@ _TOKEN = re.compile(_TCHAR + "{1,1000}")
 _HEADER_LINE = re.compile((_TCHAR + r"+:[^\0\r\n]*").encode("ascii"))
 
 
-def parse_head(head: bytes) -> Tuple[str, Dict[str, str]]:
+def header_line(line: str) -> Tuple[str, str]:
+    """A header's name in lower case, and its value. Raises ValueError for what is none (RFC 9110 §5.6.2)."""
+    raw, colon, value = line.partition(":")
+    if not colon or not _TOKEN.fullmatch(raw):
+        raise ValueError("malformed header line")
+    return raw.lower(), value.strip(" \t")
+
+
+# For providers, most of whose lines come with every answer; those of clients hold keys, which are not for keeping.
+known_header_line = functools.lru_cache(512)(header_line)
+
+
+def parse_head(head: bytes, read_line: Callable[[str], Tuple[str, str]] = header_line) -> Tuple[str, Dict[str, str]]:
     """The start line and the headers (names in lower case, repeated ones joined by commas) of an HTTP/1 message head
     without its blank line. Raises ValueError for what RFC 9112 forbids: folded lines, blanks before the colon, stray
     CR, LF or NUL, and differing Content-Length values."""
@@ -1126,7 +1138,7 @@ def parse_head(head: bytes) -> Tuple[str, Dict[str, str]]:
         raise ValueError("stray CR, LF or NUL")
     headers: Dict[str, str] = {}
     for line in lines:
-        name, value = _known_header_line(line) if len(line) < 256 else header_line(line)
+        name, value = read_line(line) if len(line) < 256 else header_line(line)
         if name not in headers:
             headers[name] = value
         elif name in ("content-length", "host", "transfer-encoding"):
@@ -1134,17 +1146,6 @@ def parse_head(head: bytes) -> Tuple[str, Dict[str, str]]:
         else:
             headers[name] += ", " + value
     return start, headers
-
-
-def header_line(line: str) -> Tuple[str, str]:
-    """A header's name in lower case, and its value. Raises ValueError for what is none (RFC 9110 §5.6.2)."""
-    raw, colon, value = line.partition(":")
-    if not colon or not _TOKEN.fullmatch(raw):
-        raise ValueError("malformed header line")
-    return raw.lower(), value.strip(" \t")
-
-
-_known_header_line = functools.lru_cache(512)(header_line)      # most of them come with every message
 
 
 def body_length(headers: Mapping[str, str]) -> Optional[int]:
@@ -14518,7 +14519,7 @@ class PooledHandler(urllib.request.BaseHandler):
 
     def _parse_head(self, head: bytes) -> Tuple[str, Dict[str, str]]:
         try:
-            start, headers = parse_head(head)
+            start, headers = parse_head(head, known_header_line)
             body_length(headers)
             if not _STATUS_LINE.match(start):
                 raise ValueError("not HTTP/1.1")
