@@ -6331,7 +6331,8 @@ def system_blocks(system: Any) -> List[Any]:
     return system or []
 
 
-_ODD_KEY = re.compile(rb"\\u(?:006|[dD][89a-fA-F])")     # a letter of "model", or what `clean_strings` leaves out
+# "model" with letters written as escapes, or with what `clean_strings` leaves out
+_ODD_MODEL = re.compile(rb'"(?:[model]|\\u(?:006[0-9a-fA-F]|[dD][89a-fA-F][0-9a-fA-F]{2}))+"\s*:')
 _ESCAPED_WORD = re.compile(rb"\\u00(?:3[0-9]|[4-7])")     # letters, digits and a few more, which no encoder has to escape
 MEMBER_BYTES = 4096                     # the longest value that is looked for
 
@@ -6445,14 +6446,14 @@ def may_name_two_models(body: bytes, data: Mapping[str, Any]) -> bool:
     """Whether the top-level object of a JSON body, which holds `data`, may have two keys "model": a provider might take
     the other one than the gateway has checked. Not if `data` has all that are there, at whatever depth. Written with
     escapes, a key would not be found by its letters."""
-    count = count_in_text(body, "model")
-    if count < 2 and b"\\u006" not in body or count == count_keys(data, "model") and not _ODD_KEY.search(body):
+    is_odd = b"\\u" in body and any("\\" in found.decode("ascii") for found in _ODD_MODEL.findall(body))
+    if not is_odd and is_said_once(body, data, "model"):
         return False
     repeated = False
 
     def note(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
         nonlocal repeated
-        names = [name for name, _ in pairs]
+        names = [clean_text(name) for name, _ in pairs]
         repeated = len(set(names)) != len(names)        # the outermost object comes last
         return {}
 
@@ -15462,6 +15463,9 @@ class Gateway:
 
     def _with_model(self, data: Dict[str, Any], body: bytes) -> Tuple[Dict[str, Any], bytes]:
         """A body, parsed and as it came; one that names no model with the default one, if there is one."""
+        odd = [name for name in data if len(name) == 5 and name.lower() == "model" != name]
+        if odd:                                 # hosts that take no heed of case would take it for the model's name
+            raise BadRequest(f'the body has "{odd[0]}"; the field is called "model"', param=odd[0])
         name = "" if data.get("model") not in (None, "") else self.config.routing.routes("")[0].model
         if not name:
             return data, body

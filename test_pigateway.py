@@ -21158,6 +21158,17 @@ def test_splice_model_leaves_every_other_byte(text: str, size: int) -> None:
     assert not pg.may_name_two_models(body, data)
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/responses", "/v1/embeddings"])
+@pytest.mark.parametrize("field", ["Model", "MODEL", "mo\ud800Del"])
+def test_model_in_other_letters(tmp_path: Any, path: str, field: str) -> None:
+    """Hosts that take no heed of case would go by it."""
+    with served(tmp_path, FINE) as (url, fake):
+        for known in ({"model": "chat/m1"}, {}):
+            result = call(url, path, {**known, field: "dear", "max_tokens": 5, "input": "Hi",
+                                      "messages": [{"role": "user", "content": "Hi"}]})
+            assert result.status == 400 and "model" in result.body.decode() and not fake.received
+
+
 @pytest.mark.parametrize("body", ['{"model": "m2", "mod\\ud800el": "m1"}', '{"mod\\ud800el": "m1", "model": "m2"}',
                                   '{"model": "m2", "\\udC00model": "m1", "mode\\ud800l": "m3"}'])
 def test_key_with_half_a_character_is_not_taken_for_another(body: str) -> None:
@@ -21200,6 +21211,8 @@ def test_large_chat_bodies_say_what_small_ones_do(tmp_path: Any, fields: str, is
     ('{"model": "a", "model": "a"}', True), ('{"model": "a", "x": {"model": "b"}, "model": "a"}', True),
     ('{"model": "a", "mod\\u0065l": "a"}', True), ('{"\\u006Dodel": "a"}', False),
     ('{"model": "a", "x": {"model": "b", "model": "c"}}', False), ('{"model": "a", "x": "model", "y\\"model": 1}', False),
+    ('{"model": "a", "mod\\ud800el": "b"}', True), ('{"mod\\uDBFFel": "b"}', False), ('{"x": {"mod\\u0065l": 1}, "model": 1}', False),
+    ('{"model": "a", "x": "\\ud83d\\ude00", "y": {"model": 1}}', False),
     ('{"model": "a", "model": "a", "x": {"mod\\ud800el": 1}}', True), ('{"model": "a", "x": 1, "x": {"model": "b"}}', False),
     ('{"x": {"model": "b"}, "model": "a", "x": 1}', True), ('{"model": "a", "x": [{"model": 1}, {"model": 2}]}', False)])
 def test_model_that_may_be_named_twice(body: str, is_repeated: bool) -> None:
