@@ -5759,8 +5759,8 @@ def mark_cache(body: Dict[str, Any]) -> None:
     first = next((place for place, m in enumerate(messages) if m.get("role") in ("system", "developer")), None)
     last = next((place for place in reversed(range(len(messages))) if messages[place].get("content")), None)
     for place in {first, last} - {None}:
-        content = messages[place]["content"]
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+        content = messages[place].get("content")
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content or ())
         if parts and parts[-1].get("type") == "text":
             parts[-1] = {**parts[-1], **mark}
             messages[place] = {**messages[place], "content": parts}

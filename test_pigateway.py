@@ -20833,6 +20833,10 @@ def test_cache_marks_do_not_come_from_a_precedent(tmp_path: Any, monkeypatch: An
             for text, is_marked in (("Hi", True), ("", False), ("Hi", True)):
                 call(handle.url, "/v1/chat/completions", {"model": "chat/m1", "messages": [{"role": "user", "content": text}]})
                 assert (b"cache_control" in fake.received[-1].body) is is_marked
+            for silent in ({"role": "system"}, {"role": "developer", "content": None}, {"role": "system", "content": []}):
+                body = {"model": "chat/m1", "messages": [silent, {"role": "user", "content": "Hi"}]}
+                assert call(handle.url, "/v1/chat/completions", body).status == 200
+                assert fake.received[-1].body.count(b"cache_control") == 1
 
 
 @pytest.mark.parametrize("fields, headers", NOT_PLAIN, ids=lambda value: ",".join(value))
