@@ -15350,6 +15350,8 @@ class Gateway:
     def _note_precedent(self, lane: Lane, credential: Credential, call: Call, exchange: Exchange) -> None:
         """Keeps what a request of plain text came to, if nothing in it depends on the text or the moment."""
         key, request, model = exchange.precedent_key, lane.request, lane.model
+        if key:
+            self._precedents.pop(key, None)     # whoever went the long way knows better
         if not key or type(lane) is not ChatLane or credential.is_passed or request.foreign or len(key[0]) > 500 or (
                 model.flag("requestHeaders") or lane.upstream.marks_cache(model) or
                 type(lane.upstream).sign is not UpstreamProtocol.sign):

@@ -20890,6 +20890,11 @@ def test_precedents_end_with_what_they_rest_on(tmp_path: Any, monkeypatch: Any) 
             assert not asked()[0] and asked()[0]
             handle.gateway.config = config
             assert not asked()[0] and asked()[0]
+            with monkeypatch.context() as patch:                        # one that went the long way and stands for none
+                patch.setattr(pg.TokenMeter, "is_due", lambda meter, model_id: True)
+                patch.setattr(pg.Gateway, "PRECEDENT_BYTES", 0)
+                assert not asked()[0]
+            assert not asked()[0] and asked()[0]
             handle.gateway.quirks.note("chat/m1", "user", "")
             is_known, sent = asked()
             assert not is_known and "user" not in sent.json and not asked()[0]
