@@ -15134,6 +15134,7 @@ class Carrier:
         self._lock = threading.Lock()           # held across no system call but at the start: the loop would wait, too
         self._streams: Dict[int, Carried] = {}  # by the descriptor of the provider's socket
         self._clients: Dict[int, Carried] = {}  # by that of the client's
+        self._has_work = threading.Event()      # not set while the thread has no streams, whose limits it would look at
         self._epoll: Any = None
         self._thread: Optional[threading.Thread] = None
         self._is_closed = not hasattr(select, "epoll")
@@ -15165,6 +15166,8 @@ class Carrier:
             if self._is_closed or not (self._thread or self._start()):
                 return False
             self._clients[stream.client] = self._streams[stream.provider] = stream
+        if not self._has_work.is_set():
+            self._has_work.set()
         try:
             self._epoll.register(stream.client, stream.scope.client_event)
             self._epoll.register(stream.provider, select.EPOLLIN)
@@ -15186,7 +15189,9 @@ class Carrier:
         try:
             look_at = 0.0
             while not self._is_closed:
-                events = self._epoll.poll(self.PAUSE_S if self._streams else 1.0)
+                if not self._streams:
+                    self._rest()
+                events = self._epoll.poll(self.PAUSE_S)
                 now = time.monotonic()
                 for fd, _ in events:
                     self._serve(fd, now)
@@ -15199,6 +15204,12 @@ class Carrier:
             with self._lock:
                 self._is_closed = True
             self._end_waits(math.inf)
+
+    def _rest(self) -> None:
+        with self._lock:
+            if not self._streams and not self._is_closed:
+                self._has_work.clear()
+        self._has_work.wait()
 
     def _serve(self, fd: int, now: float) -> None:
         stream = self._streams.get(fd)
@@ -15237,6 +15248,7 @@ class Carrier:
         with self._lock:
             self._is_closed = True
             thread, self._thread = self._thread, None
+        self._has_work.set()
         if thread:
             one, other = socket.socketpair()
             with one, other:

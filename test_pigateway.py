@@ -5769,7 +5769,9 @@ def test_idle_limit_in_mid_stream(tmp_path: Any, client: str, row: str) -> None:
     cut = STREAMS[row].index(b"lo\"")
     pieces = [STREAMS[row][:STREAMS[row].rindex(b"\n\n", 0, cut) + 2], None]
     with serving(tmp_path, Answer(200, pieces, "text/event-stream"), idle_timeout_ms=100) as (handle, fake):
+        began = time.monotonic()
         result = call(handle.url, WAY_IN[client], question(row, True))
+        assert time.monotonic() - began < 0.7
         fake.release.set()
     assert answer_text(result) == "Hel"
     assert stream_failure(client, result)["type"] == {"chat": "server_error", "messages": "timeout_error"}[client]
