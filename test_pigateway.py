@@ -5765,7 +5765,8 @@ def test_first_byte_limit(tmp_path: Any, client: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("client, row", WAYS)
-def test_idle_limit_in_mid_stream(tmp_path: Any, client: str, row: str) -> None:
+def test_idle_limit_in_mid_stream(tmp_path: Any, monkeypatch: Any, client: str, row: str) -> None:
+    taken = taken_streams(monkeypatch)
     cut = STREAMS[row].index(b"lo\"")
     pieces = [STREAMS[row][:STREAMS[row].rindex(b"\n\n", 0, cut) + 2], None]
     with serving(tmp_path, Answer(200, pieces, "text/event-stream"), idle_timeout_ms=100) as (handle, fake):
@@ -5775,6 +5776,7 @@ def test_idle_limit_in_mid_stream(tmp_path: Any, client: str, row: str) -> None:
         fake.release.set()
     assert answer_text(result) == "Hel"
     assert stream_failure(client, result)["type"] == {"chat": "server_error", "messages": "timeout_error"}[client]
+    assert len(taken) == 1 or not HAS_EPOLL
 
 
 @pytest.mark.parametrize("sizes", [(1,), (2, 3), (7,), (1, 40), (65536,)])
@@ -6424,7 +6426,9 @@ HEARTBEATS = {"chat": b": heartbeat", "messages": b"event: ping\ndata: {"}
 
 
 @pytest.mark.parametrize("client, row", WAYS)
-def test_heartbeat_while_the_provider_is_silent(tmp_path: Any, client: str, row: str) -> None:
+def test_heartbeat_while_the_provider_is_silent(tmp_path: Any, monkeypatch: Any, client: str, row: str) -> None:
+    taken = taken_streams(monkeypatch)
+    monkeypatch.setattr(pg.Carrier, "PAUSE_S", 0.005)
     gates = [threading.Event(), threading.Event(), threading.Event()]
     cut = STREAMS[row].index(b"\n\n", STREAMS[row].index(b"Hel")) + 2
 
@@ -6452,6 +6456,7 @@ def test_heartbeat_while_the_provider_is_silent(tmp_path: Any, client: str, row:
         gates[2].set()
         opened.read_until(b"[DONE]" if client == "chat" else b"message_stop")
         opened.close()
+    assert taken or not HAS_EPOLL
 
 
 @pytest.mark.parametrize("client", ["chat", "messages"])
@@ -6491,9 +6496,9 @@ def drip(row: str) -> Iterator[Any]:
 
 @pytest.mark.parametrize("client, row", WAYS)
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
-def test_client_that_leaves_ends_the_provider_request(tmp_path: Any, lines: LogLines, client: str, row: str,
-                                                      stream: bool) -> None:
-    begun = threading.Event()
+def test_client_that_leaves_ends_the_provider_request(tmp_path: Any, monkeypatch: Any, lines: LogLines, client: str,
+                                                      row: str, stream: bool) -> None:
+    begun, taken = threading.Event(), taken_streams(monkeypatch)
 
     def pieces() -> Iterator[Any]:
         begun.set()
@@ -6503,11 +6508,13 @@ def test_client_that_leaves_ends_the_provider_request(tmp_path: Any, lines: LogL
         opened = OpenCall(handle.url, WAY_IN[client], question(row, stream))
         if stream:
             opened.read_until(b"Hel")
+            until(lambda: taken or not HAS_EPOLL)
         assert begun.wait(5)
         opened.close()
         assert fake.client_gone.wait(1.0)
         assert lines.access()["status"] == 499
         until(lambda: handle.gateway.open_requests == 0)
+    assert len(taken) == int(stream) or not HAS_EPOLL
 
 
 def test_client_that_leaves_a_silent_provider(tmp_path: Any, lines: LogLines) -> None:
@@ -13091,7 +13098,9 @@ def comments_only() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("client, row", WAYS)
-def test_heartbeat_beside_comments(tmp_path: Any, client: str, row: str) -> None:
+def test_heartbeat_beside_comments(tmp_path: Any, monkeypatch: Any, client: str, row: str) -> None:
+    taken = taken_streams(monkeypatch)
+    monkeypatch.setattr(pg.Carrier, "PAUSE_S", 0.005)
     with serving(tmp_path, lambda request: Answer(200, comments_only(), "text/event-stream"),
                  heartbeat_interval_ms=30) as (handle, fake):
         opened = OpenCall(handle.url, WAY_IN[client], question(row, True))
@@ -13100,6 +13109,7 @@ def test_heartbeat_beside_comments(tmp_path: Any, client: str, row: str) -> None
             opened.seen = b""
         opened.close()
         assert fake.client_gone.wait(5)
+    assert len(taken) >= 2 or not HAS_EPOLL             # given back for the second beat
 
 
 def test_heartbeat_while_a_call_is_held(tmp_path: Any) -> None:
@@ -20995,6 +21005,19 @@ def carried_steps(monkeypatch: Any) -> List[float]:
     return steps
 
 
+def taken_streams(monkeypatch: Any) -> List[str]:
+    """The providers' content types of the streams that the carrier takes from now on."""
+    taken: List[str] = []
+    make = pg.Carried.__init__
+
+    def init(stream: Any, steps: Any, response: pg.Response, *others: Any) -> None:
+        make(stream, steps, response, *others)
+        taken.append(response.headers["content-type"])
+
+    monkeypatch.setattr(pg.Carried, "__init__", init)
+    return taken
+
+
 def plain_bytes(result: Result) -> Tuple[int, bytes]:
     """An answer without the ids that are made up anew each time, and without the time."""
     return result.status, re.sub(rb'(chatcmpl-|msg_|req_|"created":)\w+', rb"\1", result.body)
@@ -21114,6 +21137,193 @@ def test_streams_do_without_a_carrier_that_fails(broken: str, tmp_path: Any, mon
 
 
 EPOLL = getattr(select, "epoll", None)
+
+
+# Streams without a last event: the end of the body is the end.
+ENDLESS = {"gemini": gemini_wire(gemini_chunk({"text": "Hel"}), gemini_chunk({"text": "lo"}, reason="STOP")),
+           "chat": sse(CHAT_CHUNKS)}
+BODY_ENDS = ["length", "last chunk", "end of connection"]
+
+
+def body_in_sends(wire: bytes, end: str, cut: int) -> List[bytes]:
+    """An HTTP answer in two sends, the first of which has `cut` bytes of the body."""
+    parts = [part for part in (wire[:cut], wire[cut:]) if part]
+    header = {"length": f"Content-Length: {len(wire)}", "last chunk": "Transfer-Encoding: chunked"}.get(end, "Connection: close")
+    if end == "last chunk":
+        parts = [b"%x\r\n%b\r\n" % (len(part), part) for part in parts]
+        parts[-1] += b"0\r\n\r\n"
+    parts[0] = f"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n{header}\r\n\r\n".encode() + parts[0]
+    return parts
+
+
+def test_stream_without_a_last_event_ends_with_its_body(tmp_path: Any, monkeypatch: Any) -> None:
+    """Also where all of it is here before anybody waits: on a connection that stays open nothing more would come."""
+    sends: List[bytes] = []
+    asked, taken = [], taken_streams(monkeypatch)
+    carry = pg.Carrier.carry
+    monkeypatch.setattr(pg.Carrier, "carry", lambda *args: asked.append(1) or carry(*args))
+
+    def serve(server: RawServer, sock: socket.socket, number: int) -> None:
+        while server.read(sock):
+            for number, data in enumerate(sends):
+                time.sleep(0.02 * number)
+                sock.sendall(data)
+            if b"Connection: close" in sends[0]:
+                return
+
+    facts = {"apiKey": "k", "models": [{"id": "m1"}]}
+    with raw_server(serve) as server:
+        write_agent_files(tmp_path, models={"providers": {
+            "chat": {"baseUrl": server.url, "api": "openai-completions", **facts},
+            "gemini": {"baseUrl": server.url, "api": "google-generative-ai", **facts}}})
+        with running(tmp_path, idle_timeout_ms=3000) as handle:
+            for row, end, whole, client in itertools.product(ENDLESS, BODY_ENDS, (True, False), ("chat", "messages")):
+                case, wire = (row, end, whole, client), ENDLESS[row]
+                sends[:] = body_in_sends(wire, end, len(wire) if whole else wire.index(b"data", 9))
+                before, began = (len(asked), len(taken)), time.monotonic()
+                result = call(handle.url, WAY_IN[client], question(row, True))
+                assert time.monotonic() - began < 1.5, case
+                assert answer_text(result) == "Hello" and is_clean_end(client, result), (case, result.body)
+                assert len(asked) > before[0], case
+                is_here = whole and end != "end of connection"
+                assert len(taken) - before[1] == (0 if is_here else 1) or not HAS_EPOLL, case
+
+
+def test_carried_stream_over_tls(tmp_path: Any, monkeypatch: Any, certificate: Tuple[str, str]) -> None:
+    """Several events in one record, and several records at once: the socket does not show what TLS has decrypted, so
+    each receive has to take a record whole."""
+    monkeypatch.setenv("SSL_CERT_FILE", certificate[0])
+    steps, taken = carried_steps(monkeypatch), taken_streams(monkeypatch)
+    more = threading.Semaphore(0)
+
+    def event(text: str) -> Dict[str, Any]:
+        return {"choices": [{"index": 0, "delta": {"content": text}}]}
+
+    sizes = (1, 40, 120, 300)                   # events of about 135 bytes; a record has at most 16384
+
+    def pieces() -> Iterator[bytes]:
+        for number, size in enumerate(sizes):
+            yield sse([*[event("one more word, " * 5)] * size, event(f"<{number}>")])
+            assert more.acquire(timeout=5)
+        yield sse([chunk({}, "stop")], end="[DONE]")
+
+    with tls_upstream(certificate, lambda request: Answer(200, pieces(), "text/event-stream")) as fake:
+        with before_url(tmp_path, fake.url, idle_timeout_ms=2000) as handle:
+            opened = OpenCall(handle.url, WAY_IN["chat"], question("chat", True))
+            for number in range(len(sizes)):
+                opened.read_until(f"<{number}>".encode())
+                more.release()
+            seen = opened.read_until(b"0\r\n\r\n")
+            opened.close()
+    assert seen.count(b"one more word, " * 5) == sum(sizes) and b"[DONE]" in seen
+    assert len(taken) == 1 and len(steps) >= len(sizes) or not HAS_EPOLL
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="the system does not show what is open")
+def test_clients_that_leave_carried_streams_leave_nothing(tmp_path: Any, monkeypatch: Any, lines: LogLines) -> None:
+    taken = taken_streams(monkeypatch)
+    cut = CHAT_STREAM.index(b"\n\n") + 2
+    silent = Answer(200, [CHAT_STREAM[:cut], None], "text/event-stream")
+
+    def opened_files() -> set[str]:
+        found = set()
+        for name in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):
+                found.add(os.readlink(f"/proc/self/fd/{name}"))
+        return found
+
+    answers = [Answer(200, [CHAT_STREAM[:cut], 0.02, CHAT_STREAM[cut:]], "text/event-stream"),
+               *[Answer(200, drip("chat"), "text/event-stream") for _ in range(3)], silent]
+    with serving(tmp_path, *answers) as (handle, fake):
+        call(handle.url, WAY_IN["chat"], question("chat", True))
+        carrier = handle.gateway.carrier
+        assert carrier._thread or not HAS_EPOLL
+        until(lambda: not handle.server._sockets)
+        lines.records.clear()
+        files, threads = opened_files(), set(sys._current_frames())
+        clients = []
+        for number in range(6):
+            clients.append(OpenCall(handle.url, WAY_IN["messages" if number % 2 else "chat"], question("chat", True)))
+            clients[-1].read_until(b"Hel")
+        until(lambda: len(carrier._streams) == 6 or not HAS_EPOLL)
+        for number, client in enumerate(clients):
+            if number > 3:                      # as a process that is killed does
+                client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            client.close()
+        began = time.monotonic()
+        until(lambda: handle.gateway.open_requests == 0)
+        assert time.monotonic() - began < 1.0
+        fake.release.set()
+        until(lambda: not opened_files() - files)
+        until(lambda: not set(sys._current_frames()) - threads)
+        said = [record.fields for record in list(lines.records) if record.getMessage() == "access"]
+        assert [fields["status"] for fields in said] == [499] * 6
+        assert not carrier._streams and not carrier._clients
+    assert len(taken) == 7 or not HAS_EPOLL
+
+
+def test_stopping_ends_carried_streams(tmp_path: Any, monkeypatch: Any) -> None:
+    """What is through within the grace time is whole; the others are told why not, in the words of their protocol."""
+    taken = taken_streams(monkeypatch)
+    cut = CHAT_STREAM.index(b"\n\n") + 2
+    kinds = {"finishes": lambda: [CHAT_STREAM[:cut], None, CHAT_STREAM[cut:]], "drips": lambda: drip("chat"),
+             "is silent": lambda: [CHAT_STREAM[:cut], 3.0]}
+    cases, opened = list(itertools.product(kinds, ("chat", "messages"))), []
+    with fake_upstream(*[Answer(200, kinds[kind](), "text/event-stream") for kind, _ in cases]) as fake:
+        write_agent_files(tmp_path, models=two_providers(fake.url))
+        handle = pg.start_server(environ={"HOME": str(tmp_path)}, port=0)
+        stopping = threading.Thread(target=pg.stop_server, args=(handle, 0.5))
+        try:
+            for _, client in cases:
+                opened.append(OpenCall(handle.url, WAY_IN[client], question("chat", True)))
+                opened[-1].read_until(b"Hel")
+            carrier = handle.gateway.carrier
+            until(lambda: len(carrier._streams) == len(cases) or not HAS_EPOLL)
+            thread = carrier._thread
+            end_accepting(handle.server)
+        finally:
+            stopping.start()
+        until(lambda: handle.server.is_stopping)
+        fake.release.set()
+        for (kind, client), stream in zip(cases, opened):
+            seen = stream.read_until(b"0\r\n\r\n")
+            stream.close()
+            ending = b"data: [DONE]" if client == "chat" else b"event: message_stop"
+            if kind == "finishes":
+                assert ending in seen and b'"lo"' in seen and b"error" not in seen, (kind, client, seen)
+            else:
+                assert b"the gateway is stopping" in seen and ending not in seen, (kind, client, seen)
+                assert (b"event: error\n" if client == "messages" else b'data: {"error":') in seen
+        stopping.join(5)
+        assert not stopping.is_alive() and not carrier._streams and not carrier._clients
+    assert thread and not thread.is_alive() and len(taken) == len(cases) or not HAS_EPOLL
+
+
+@pytest.mark.parametrize("beat_s, speaks, due", [(1000.0, False, 125.0), (15.0, False, 115.0), (15.0, True, 120.0)])
+def test_limits_count_from_what_a_carried_stream_brought_last(beat_s: float, speaks: bool, due: float) -> None:
+    """The provider's from any step; the next sign of life from a step that the client heard of."""
+    one, other = socket.socketpair()
+    with one, other:
+        response = types.SimpleNamespace(sock=one, idle_s=20.0, is_complete=False)
+        scope = pg.Scope(None, beat_s)
+        scope.put_off_beat()
+        scope.note_heard(100.0)
+        assert scope.due_at(20.0) == 100.0 + min(beat_s, 20.0)
+        steps = (scope.put_off_beat() if speaks else None for _ in range(1))
+        stream = pg.Carried(steps, response, scope, types.SimpleNamespace(sock=other, unsent=b""))
+        assert stream.step(105.0) and stream.due_at == due
+        assert not stream.step(106.0) and not stream.error
+
+
+def test_wait_of_a_stream_that_comes_back_began_before() -> None:
+    one, other = socket.socketpair()
+    with one, other:
+        scope = pg.Scope(None, 1000.0)
+        began = time.monotonic()
+        scope.note_heard(began - 19.98)
+        assert not scope.wait(one, 20.0) and time.monotonic() - began < 10
+        began = time.monotonic()
+        assert not scope.wait(one, 0.02) and time.monotonic() - began >= 0.019          # it counts for one wait only
 
 
 # --- Signs of life, and two models in one request ---------------------------------------------------------------------
