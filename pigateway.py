@@ -14179,6 +14179,7 @@ class Response:
             else:
                 data = self._connection.receive(self._scope, self.idle_s)
             if data == b"":
+                self._scope.check()             # who has cut it may be on this side
                 if self._length == -1:          # the body ends with the connection
                     return
                 raise UpstreamProtocolError("the provider closed the connection in the middle of its answer")

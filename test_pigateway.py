@@ -21299,6 +21299,22 @@ def test_stopping_ends_carried_streams(tmp_path: Any, monkeypatch: Any) -> None:
     assert thread and not thread.is_alive() and len(taken) == len(cases) or not HAS_EPOLL
 
 
+@pytest.mark.parametrize("is_carried", [True, False])
+@pytest.mark.parametrize("headers", [{"content-length": "9"}, {"transfer-encoding": "chunked"}, {"connection": "close"}])
+def test_connection_that_is_cut_on_this_side(headers: Dict[str, str], is_carried: bool) -> None:
+    """Also between the look at what was given up and the receive: not the provider's fault, and not the body's end."""
+    scope = pg.Scope()
+    scope.is_carried = is_carried
+
+    def receive(*_: Any) -> bytes:
+        scope.cancel(pg.ShuttingDown("the gateway is stopping"))
+        return b""
+
+    connection = types.SimpleNamespace(receive=receive, receive_now=receive)
+    with pytest.raises(pg.ShuttingDown):
+        list(pg.Response(200, headers, connection, b"", scope, 1.0))
+
+
 @pytest.mark.parametrize("beat_s, speaks, due", [(1000.0, False, 125.0), (15.0, False, 115.0), (15.0, True, 120.0)])
 def test_limits_count_from_what_a_carried_stream_brought_last(beat_s: float, speaks: bool, due: float) -> None:
     """The provider's from any step; the next sign of life from a step that the client heard of."""
