@@ -182,7 +182,8 @@ NAME = "pigateway"
 USER_AGENT = f"{NAME}/{VERSION}"
 
 KIB, MIB = 1024, 1024 * 1024
-RECEIVE_BYTES = 64 * KIB          # one receive; large enough that a busy stream needs few system calls
+RECEIVE_BYTES = 64 * KIB          # one receive; few system calls for a busy stream, and no less than a TLS record (16 KiB):
+                                  # what TLS keeps decrypted does not show on the socket that `Carrier` watches
 PIECE_BYTES = 8 * KIB             # a stream of larger pieces keeps its own thread busy, see `Carrier`
 MAX_HEAD_BYTES = 64 * KIB         # request line and headers, from either side
 MAX_HEADERS = 200
