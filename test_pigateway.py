@@ -21196,6 +21196,7 @@ def test_carried_stream_over_tls(tmp_path: Any, monkeypatch: Any, certificate: T
     """Several events in one record, and several records at once: the socket does not show what TLS has decrypted, so
     each receive has to take a record whole."""
     monkeypatch.setenv("SSL_CERT_FILE", certificate[0])
+    monkeypatch.setattr(pg, "PIECE_BYTES", pg.MIB)          # for large pieces, too, to be carried
     steps, taken = carried_steps(monkeypatch), taken_streams(monkeypatch)
     more = threading.Semaphore(0)
 
@@ -21328,7 +21329,7 @@ def test_limits_count_from_what_a_carried_stream_brought_last(beat_s: float, spe
         scope.put_off_beat()
         scope.note_heard(100.0)
         assert scope.due_at(20.0) == 100.0 + min(beat_s, 20.0)
-        steps = (scope.put_off_beat() if speaks else None for _ in range(1))
+        steps = (scope.put_off_beat() or 1 if speaks else 1 for _ in range(1))
         stream = pg.Carried(steps, response, scope, types.SimpleNamespace(sock=other, unsent=b""))
         assert stream.step(105.0) and stream.due_at == due
         assert not stream.step(106.0) and not stream.error
@@ -21468,20 +21469,29 @@ def test_model_that_may_be_named_twice(body: str, is_repeated: bool) -> None:
 
 def reserve_port(port: int) -> Optional[socket.socket]:
     """Keeps the system from giving a port, which vendors know by its number, to somebody else meanwhile: bound, but not
-    listened on, it is free for those who ask for it by number."""
-    for _ in range(330):                        # a connection of somebody else has it for a minute after its end
-        sock = socket.socket()
-        try:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.bind(("127.0.0.1", port))
-            return sock
-        except OSError:
-            sock.close()
+    listened on, it is free for those who ask for it by number. None when somebody has it."""
+    sock = socket.socket()
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(("127.0.0.1", port))
+        return sock
+    except OSError:
+        sock.close()
+        return None
+
+
+LOGIN_PORTS = {"anthropic": 53692, "openai-codex": 1455, "google-gemini-cli": 8085, "google-antigravity": 51121}
+RESERVED = {port: reserve_port(port) for port in LOGIN_PORTS.values()} if sys.platform == "linux" else {}
+
+
+def await_ports() -> None:
+    """Reserves the rest. A connection that has one by chance keeps it for a minute after its end."""
+    deadline = time.monotonic() + 65
+    for port in RESERVED:
+        while not RESERVED[port] and time.monotonic() < deadline:
             time.sleep(0.2)
-    return None
+            RESERVED[port] = reserve_port(port)
 
-
-RESERVED = [reserve_port(port) for port in (53692, 1455, 8085, 51121)] if sys.platform == "linux" else []
 
 LOGIN_DEVICE_GRANT = "urn:ietf:params:oauth:grant-type:device_code"
 LOGIN_ENTERPRISE = "ghe.example.com"
@@ -22592,6 +22602,7 @@ def vendors(tmp_path_factory: Any) -> Iterator[FakeVendors]:
     """All vendors, behind one proxy."""
     if not shutil.which("openssl"):
         pytest.skip("needs the openssl program")
+    await_ports()
     world = FakeVendors(str(tmp_path_factory.mktemp("vendors")))
     yield world
     world.close()
@@ -22676,7 +22687,6 @@ LOGIN_CASES: Dict[str, LoginCase] = {
 LOGIN_LOOPBACK = [name for name, case in LOGIN_CASES.items() if not case.is_device]
 LOGIN_DEVICE = [name for name, case in LOGIN_CASES.items() if case.is_device]
 LOGIN_RESTRICTED = ["anthropic", "openai-codex", "github-copilot", "google-gemini-cli", "google-antigravity"]
-LOGIN_PORTS = {"anthropic": 53692, "openai-codex": 1455, "google-gemini-cli": 8085, "google-antigravity": 51121}
 
 
 def steps_of(desk: LoginDesk, provider: str) -> List[str]:
