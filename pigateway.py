@@ -6335,7 +6335,7 @@ def system_blocks(system: Any) -> List[Any]:
 # "model" with letters written as escapes, or with what `clean_strings` leaves out
 _ODD_MODEL = re.compile(rb'"(?:[model]|\\u(?:006[0-9a-fA-F]|[dD][89a-fA-F][0-9a-fA-F]{2}))+"\s*:')
 _ESCAPED_WORD = re.compile(rb"\\u00(?:3[0-9]|[4-7])")     # letters, digits and a few more, which no encoder has to escape
-MEMBER_BYTES = 4096                     # the longest value that is looked for
+MEMBER_BYTES, NAME_CHARS = 4096, 64     # the longest value that is looked for, and the longest key
 
 
 @functools.lru_cache(64)
@@ -6369,8 +6369,10 @@ def splice(body: bytes, data: Mapping[str, Any], wanted: Mapping[str, Any]) -> b
     or before them; b"" where that does not do."""
     fresh = {name: value for name, value in wanted.items() if name not in data or data[name] != value}
     gone = [name for name in data if name in fresh or name not in wanted]
+    if len(gone) > len(fresh) or any(isinstance(data[name], list) or len(name) > NAME_CHARS for name in gone):
+        return b""
     has_escaped_keys = b"\\u00" in body and _ESCAPED_WORD.search(body)       # or may have
-    if any(isinstance(data[name], list) for name in gone) or may_hold_surrogates(body) or has_escaped_keys or any(
+    if may_hold_surrogates(body) or has_escaped_keys or any(
             not is_said_once(body, data, name) for name in {"model", *gone}):       # `data` is not all that is there
         return b""
     start = body.find(b"{") + 1
