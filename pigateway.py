@@ -163,8 +163,8 @@ import urllib.request
 import zlib
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import (Any, Callable, Dict, FrozenSet, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence,
-                    TextIO, Tuple, Type, TypeVar, Union)
+from typing import (Any, Callable, Dict, FrozenSet, Iterable, Iterator, List, Mapping, NamedTuple, NoReturn, Optional,
+                    Sequence, TextIO, Tuple, Type, TypeVar, Union)
 
 __all__ = [
     "main", "start_server", "stop_server", "Config", "Gateway", "Server", "ClientProtocol", "UpstreamProtocol",
@@ -9744,6 +9744,14 @@ class Lane:
         """One event of `split_events` for the client."""
         raise NotImplementedError
 
+    def raise_error(self) -> NoReturn:
+        """Raises `error`, which the lane lets go: it, its traceback and this would keep each other, and the request."""
+        error, self.error = self.error, None
+        try:
+            raise error or UpstreamProtocolError("the answer failed")
+        finally:
+            del error
+
     def again(self, kind: Optional[Type[Lane]] = None, request: Optional[Request] = None) -> Lane:
         """The same request, or a changed one, from its beginning, on the same lane or another."""
         lane = (kind or type(self))(self.client, self.upstream, request or self.request, self.model, self.stamp)
@@ -15783,7 +15791,7 @@ class Gateway:
             if lane.signed_calls or lane.issued:
                 self._remember(lane)
             if lane.error and not responder.has_begun and not lane.started:
-                raise lane.error                # nothing was shown yet: it can still be an HTTP status
+                lane.raise_error()              # nothing was shown yet: it can still be an HTTP status
             if streams and held and (lane.started or responder.has_begun):
                 if not responder.has_begun:
                     self._begin(exchange)
@@ -15794,7 +15802,7 @@ class Gateway:
             yield len(out)
         if lane.error:
             if not lane.request.stream:
-                raise lane.error
+                lane.raise_error()
             exchange.log["error"] = redact(lane.error.message)
         if lane.request.stream:
             exchange.responder.finish(lane.error is None)
@@ -16675,6 +16683,7 @@ class Handler(socketserver.BaseRequestHandler):
             exchange.log["gone"] = True
         except GatewayError as error:
             self._send_error(error, exchange)
+            error.__traceback__ = None          # its frames hold the request, and may hold the error in turn
         except RecursionError:
             self._send_error(BadRequest("the body is nested too deeply", code="invalid_json"), exchange)
         except Exception as error:              # the outermost edge of the request: nothing may end the thread

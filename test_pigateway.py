@@ -18,6 +18,7 @@ import copy
 import datetime
 import errno
 import functools
+import gc
 import glob
 import hashlib
 import hmac
@@ -8276,6 +8277,29 @@ def test_memory_is_given_back_after_a_crowd(tmp_path: Any, monkeypatch: Any) -> 
         until(lambda: seen)
         handle.server.service_actions()
     assert len(seen) == 1 and seen[0] <= pg.CROWD // 4
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("answer", [
+    Answer(500, b"{}"), Answer(200, b""), Answer(200, b"{"), Answer(200, b'{"error": {"message": "no"}}'),
+    Answer(200, b"data: {\n\n", "text/event-stream"), Answer(200, [CHAT_STREAM[:200]], "text/event-stream")])
+def test_failed_requests_leave_no_rings(tmp_path: Any, answer: Answer, stream: bool) -> None:
+    """Full looks for garbage are seldom, and a ring would keep the request's body so long."""
+    with served(tmp_path, answer) as (url, _):
+        body = {**question("chat", stream), "model": "chat/m1"}
+        call(url, WAY_IN["chat"], body)
+        gc.collect()
+        gc.disable()
+        try:
+            call(url, WAY_IN["chat"], body)
+            until(lambda: not RUNNING[-1].server._active)
+            gc.set_debug(gc.DEBUG_SAVEALL)
+            gc.collect()
+            assert not [thing for thing in gc.garbage if isinstance(thing, (types.FrameType, pg.Lane, pg.Request))]
+        finally:
+            gc.set_debug(0)
+            gc.garbage.clear()
+            gc.enable()
 
 
 def no_more_threads(*_: Any) -> None:
