@@ -14902,6 +14902,14 @@ def retry_pause(error: GatewayError, number: int, passed_s: float, chance: float
     return pause_s if passed_s + pause_s <= RETRY_BUDGET_S else None
 
 
+class Missing(NamedTuple):
+    """A model of a chain that is not here: how many that are stand before it, its name, and why it has no turn."""
+
+    place: int
+    name: str
+    reason: str
+
+
 # Why the next model of a chain has its turn; the first that fits.
 FALLBACK_REASONS: Tuple[Tuple[Type[GatewayError], str], ...] = (
     (QuotaExceeded, "out_of_quota"), (RateLimited, "rate_limited"), (ContextOverflow, "too_long"),
@@ -15319,10 +15327,12 @@ class Gateway:
         request = changed(exchange.client.parse(data), body=body, headers=exchange.headers, query=exchange.query,
                           session=session_of(exchange.headers, data))
         exchange.log["stream"], exchange.asked = request.stream, request.model
-        candidates = self.candidates(request)
-        if len(candidates) == 1:
+        missing: List[Missing] = []
+        candidates = self.candidates(request, missing)
+        if len(candidates) == 1 and not missing:
             self._complete_on(candidates[0], request, exchange)
             return
+        order = {id(model): place for place, model in enumerate(candidates)}
         # what a client brought for one provider is not shown to the next
         passed = [model for model in candidates if self.takes_passed(self.catalogue.providers[model.provider])]
         candidates = [model for model in candidates if model not in passed[1:]]
@@ -15330,6 +15340,8 @@ class Gateway:
         candidates.sort(key=lambda model: self._rests(model, now))      # stable: in their order otherwise
         for model in candidates:
             exchange.is_last = model is candidates[-1]
+            while missing and missing[0].place <= order[id(model)]:
+                self._note_fallback(missing[0].name, missing.pop(0).reason, exchange)
             headers = dict(exchange.answer_headers)
             try:
                 return self._complete_on(model, request, exchange)
@@ -15356,8 +15368,9 @@ class Gateway:
         full_id = known.candidate.full_id
         if self.quirks.of(full_id) or self.meter.is_due(full_id):
             return False
-        candidates = self.candidates(known.request)
-        if len(candidates) != 1 or candidates[0] != known.candidate:
+        missing: List[Missing] = []
+        candidates = self.candidates(known.request, missing)
+        if len(candidates) != 1 or missing or candidates[0] != known.candidate:
             return False
         model, credential = self._authorise(known.candidate, exchange)
         if credential != known.credential:
@@ -15380,9 +15393,10 @@ class Gateway:
                 model.flag("requestHeaders") or lane.upstream.marks_cache(model) or
                 type(lane.upstream).sign is not UpstreamProtocol.sign):
             return
-        candidates = self.candidates(request)
+        missing: List[Missing] = []
+        candidates = self.candidates(request, missing)
         before, texts, behind = call.body.partition(dumps(request.data["messages"]).encode("ascii"))
-        if len(candidates) != 1 or candidates[0].full_id != model.full_id or not texts or (
+        if len(candidates) != 1 or missing or candidates[0].full_id != model.full_id or not texts or (
                 len(before) + len(behind) > self.PRECEDENT_BYTES):
             return
         if len(self._precedents) >= self.PRECEDENTS:
@@ -15393,12 +15407,16 @@ class Gateway:
 
     def _fall_back(self, model: Model, reason: str, error: GatewayError, exchange: Exchange) -> None:
         """Notes why the next model of a chain has its turn, and lets this one rest."""
-        exchange.log.setdefault("fallbacks", []).append({"model": model.full_id, "reason": reason})
-        exchange.answer_headers["x-pigateway-fallback"] = header_text(", ".join(
-            f"{passed['model']}: {passed['reason']}" for passed in exchange.log["fallbacks"]))
+        self._note_fallback(model.full_id, reason, exchange)
         if reason not in ("too_long", "not_supported"):     # that is the request's fault, not the model's
             rest_s = min(max(error.retry_after or 0.0, COOL_DOWN_S), 3600.0)
             self.cooling.put(model.full_id, exchange.account, self.clock() + rest_s - self.cooling.ttl_s)
+
+    def _note_fallback(self, name: str, reason: str, exchange: Exchange) -> None:
+        """Notes why the next model of a chain has its turn."""
+        exchange.log.setdefault("fallbacks", []).append({"model": name, "reason": reason})
+        exchange.answer_headers["x-pigateway-fallback"] = header_text(", ".join(
+            f"{passed['model']}: {passed['reason']}" for passed in exchange.log["fallbacks"]))
 
     def _rests(self, model: Model, now: float) -> bool:
         """Whether a model failed not long ago, with the account that it would be called with now."""
@@ -15498,17 +15516,34 @@ class Gateway:
         data = {**data, "model": name}
         return data, dumps(data).encode("ascii")
 
-    def candidates(self, request: Request) -> List[Model]:
+    def candidates(self, request: Request, missing: Optional[List[Missing]] = None) -> List[Model]:
         """The models that a request's name means, in the order in which they are tried, each with the level of thinking
-        that the model map gives it. Raises `ModelNotFound`."""
+        that the model map gives it; those of a chain that are not here are left out, and noted in `missing`. Raises
+        `ModelNotFound` when none is left."""
         level = request.reasoning.level if request.reasoning else None
-        models = []
+        models: List[Model] = []
+        error = None
         for route in self.config.routing.routes(request.model):
-            model = self.catalogue.resolve(self.target_name(route.model), self.is_usable)
+            try:
+                model = self.catalogue.resolve(self.target_name(route.model), self.is_usable)
+            except ModelNotFound as not_found:
+                error = error or self._misled(request.model, route, not_found)
+                if missing is not None:
+                    missing.append(Missing(len(models), route.model, fallback_reason(not_found)))
+                continue
             mapped = map_effort(route.effort, level)
             # a model of which nothing is known thinks when the user's own map says how hard
             models.append(changed(model, level=mapped, reasoning=model.reasoning is not False) if mapped else model)
+        if error and not models:
+            raise error
         return models
+
+    def _misled(self, name: str, route: Route, error: ModelNotFound) -> ModelNotFound:
+        """The error for a client's name: it may not know the one to which the model map led it."""
+        key = route.reason.partition(":")[2]
+        if key:
+            error.message = f'no model for "{name[:200]}" here (modelMap, key "{key}"): {error.message}'
+        return error
 
     def target_name(self, name: str) -> str:
         """A model's name, with the provider that is in charge where it names none."""
@@ -15526,22 +15561,22 @@ class Gateway:
         names with "claude" such a name for each of the others."""
         models = {**self._aliases(), **{model.full_id: model for model in self.models()}}
         if for_claude:
-            named = [f"{CLAUDE_ALIAS}{model.provider}--{model.id}" for name, model in models.items() if "claude" not in name]
-            models.update((alias, self._aliased(alias)) for alias in named)
+            models.update(self._aliased([f"{CLAUDE_ALIAS}{model.provider}--{model.id}" for name, model in models.items()
+                                         if "claude" not in name]))
         return [models[name] for name in sorted(models)]
 
-    def _aliased(self, name: str) -> Model:
-        first = self.config.routing.routes(name)[0].model
-        return replace(self.catalogue.resolve(self.target_name(first), self.is_usable), alias=name)
-
     def _aliases(self) -> Dict[str, Model]:
-        """The names that the model map knows and that lead to a model which can be used, each with that model."""
+        """The names that the model map knows."""
+        return self._aliased([*self.config.routing.aliases(), *self.config.routing.targets()])
+
+    def _aliased(self, names: Iterable[str]) -> Dict[str, Model]:
+        """Those of a client's names that lead to a model which can be used, each with the first such model."""
         found = {}
-        for name in [*self.config.routing.aliases(), *self.config.routing.targets()]:
+        for name in names:
             with contextlib.suppress(ModelNotFound):
-                model = self._aliased(name)
-                if self.is_usable(self.catalogue.providers[model.provider]):
-                    found[name] = model
+                models = [model for model in self.candidates(Request(name, ()))
+                          if self.is_usable(self.catalogue.providers[model.provider])]
+                found.update((name, replace(model, alias=name)) for model in models[:1])
         return found
 
     def _authorise(self, model: Model, exchange: Exchange) -> Tuple[Model, Credential]:

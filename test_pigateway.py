@@ -18745,7 +18745,7 @@ def test_parameter_without_which_a_request_is_another_one_stays(tmp_path: Any) -
         assert call(url, "/v1/chat/completions", {**ASK, "tools": tools}).status == 400 and len(fake.received) == 1
 
 
-CHAIN = {"both": ["chat/m1", "anth/m1"], "one": "anth/m1", "gone": ["nobody/x", "anth/m1"]}
+CHAIN = {"both": ["chat/m1", "anth/m1"], "one": "anth/m1"}
 ANTH_FINE = Answer(200, json.dumps({**SIGNED_ANSWER, "content": [{"type": "text", "text": "other"}]}).encode())
 
 
@@ -18772,7 +18772,6 @@ def test_model_that_failed_rests(tmp_path: Any) -> None:
             assert call(url, "/v1/chat/completions", {**ASK, "model": "both"}).status == 200
         assert [received.path for received in fake.received] == ["/v1/chat/completions"] + ["/v1/messages"] * 3
         assert call(url, "/v1/chat/completions", {**ASK, "model": "one"}).headers["x-pigateway-model"] == "anth/m1"
-        assert call(url, "/v1/chat/completions", {**ASK, "model": "gone"}).status == 404
         write_agent_files(tmp_path, auth={"chat": {"type": "api_key", "key": "sk-another-account"}})
         before = len(fake.received)             # another account has not failed
         assert call(url, "/v1/chat/completions", {**ASK, "model": "both"}).status == 200
@@ -18783,6 +18782,28 @@ def test_last_model_of_a_chain_is_tried_again_as_any_other(tmp_path: Any, quick:
     with served(tmp_path, failing(503), model_map=CHAIN, retries=1) as (url, fake):
         assert call(url, "/v1/chat/completions", {**ASK, "model": "both"}).status == 503
         assert [received.path for received in fake.received] == ["/v1/chat/completions", "/v1/messages", "/v1/messages"]
+
+
+HOLED = {"first": ["nobody/x", "chat/m1"], "last": ["chat/m1", "nobody/x"], "between": ["chat/m1", "nobody/x", "anth/m1"],
+         "keyless": ["groq/x", "chat/m1"], "none": ["nobody/x", "nobody/y"], "sole": "nobody/x", "no-*": "nobody/*"}
+
+
+@pytest.mark.parametrize("name, answers, answered, passed", [
+    ("first", [FINE], "chat/m1", "nobody/x: no_such_model"), ("last", [FINE], "chat/m1", None),
+    ("between", [FINE], "chat/m1", None),
+    ("between", [failing(429), ANTH_FINE], "anth/m1", "chat/m1: rate_limited, nobody/x: no_such_model"),
+    ("none", [], "(modelMap, key \"none\"): no model \"nobody/x\"", None), ("sole", [], "for \"sole\" here (modelMap", None),
+    ("no-one", [], "for \"no-one\" here (modelMap, key \"no-*\"): no model \"nobody/one\"", None)])
+def test_model_of_a_chain_that_is_not_there_is_passed_over(tmp_path: Any, name: str, answers: List[Answer], answered: str,
+                                                           passed: Optional[str]) -> None:
+    with served(tmp_path, *answers, *answers, model_map=HOLED, retries=0) as (url, fake):
+        for _ in range(2 if len(answers) == 1 else 1):      # the second could follow a precedent
+            result = call(url, "/v1/chat/completions", {**ASK, "model": name})
+            assert result.headers.get("x-pigateway-fallback") == passed
+            assert result.status == (200 if answers else 404)
+            assert answered in (result.headers["x-pigateway-model"] if answers else result.json["error"]["message"])
+        listed = [model["id"] for model in call(url, "/v1/models").json["data"]]
+        assert {"first", "last", "between", "keyless"} < {*listed} and not {"none", "sole"} & {*listed}
 
 
 @pytest.mark.parametrize("value", [[], {"a": []}, {"a": 1}, {"a": ["x", 2]}, {"a": ""}, "x"])
