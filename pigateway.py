@@ -14970,10 +14970,14 @@ class Quirks:
             os.unlink(self.path or "")
 
 
-# Without these a request is another one.
+# Without these a request is another one, or its answer has another shape: what translation refuses is here for the
+# provider to refuse.
 KEPT_PARAMETERS = frozenset({"model", "messages", "input", "contents", "request", "stream", "system", "instructions",
-                             "tools", "response_format", "text", "output_config", "prompt", "suffix", "echo", "content",
-                             "requests", "dimensions", "output_dimension", "outputDimensionality"})
+                             "systemInstruction", "tools", "tool_choice", "toolConfig", "functions", "function_call",
+                             "response_format", "text", "output_config", "generationConfig", "prompt", "content",
+                             "requests", "dimensions", "output_dimension", "outputDimensionality", *CHAT_REFUSALS,
+                             *TEXT_REFUSALS, *RESPONSES_REFUSALS, *MESSAGES_REFUSALS, *GEMINI_REFUSALS})
+KEPT_DEFAULTS = {**TEXT_DEFAULTS, **CHAT_DEFAULTS, "tool_choice": "auto"}     # but with these values they ask for nothing
 _UNSUPPORTED = tuple(re.compile(pattern, re.IGNORECASE) for pattern in (
     r"(?:unsupported|unknown|unrecognized|invalid) (?:parameter|argument|field|value)s?:? ['\"`]?([a-z_][\w.]*)",
     r"unrecognized request arguments? supplied: ['\"`]?([a-z_][\w.]*)",
@@ -15001,13 +15005,18 @@ def unsupported_parameter(error: GatewayError, body: bytes) -> Tuple[str, str]:
     return (name, other.group(1) if other else "") if re.fullmatch(r"[a-z]\w*", name, re.IGNORECASE) else ("", "")
 
 
+def can_go_without(data: Mapping[str, Any], name: str) -> bool:
+    """Whether a request body holds a parameter that it does not depend on."""
+    return name in data and (name not in KEPT_PARAMETERS or name in KEPT_DEFAULTS and data[name] == KEPT_DEFAULTS[name])
+
+
 def without_parameters(body: bytes, quirks: Mapping[str, str]) -> Tuple[bytes, List[str]]:
     """A request body without what the model does not take, and the names that went and have nothing in their place."""
     if not quirks:
         return body, []
     data = loads(body.decode("utf-8-sig"))
     gone = []
-    for name in [name for name in quirks if name in data]:
+    for name in [name for name in quirks if can_go_without(data, name)]:
         value = data.pop(name)
         if quirks[name]:
             data.setdefault(quirks[name], value)
@@ -15680,7 +15689,7 @@ class Gateway:
             return False
         attempt.may_leave_out = False
         data = loads(attempt.call.body.decode("utf-8"))
-        if name in KEPT_PARAMETERS or name not in data:
+        if not can_go_without(data, name):
             return False
         replacement = error.replacement if error.replacement not in data else ""
         log.info("%s does not take %s; %s from now on", attempt.lane.model.full_id, name,

@@ -18738,11 +18738,24 @@ def test_parameter_that_a_model_refuses_is_left_out_and_remembered(tmp_path: Any
     assert not os.path.exists(stored) and pg.Quirks(stored).all() == {}
 
 
-def test_parameter_without_which_a_request_is_another_one_stays(tmp_path: Any) -> None:
-    refusal = failing(400, "Unknown parameter: 'tools'.")
-    with served(tmp_path, refusal) as (url, fake):
-        tools = [{"type": "function", "function": {"name": "f"}}]
-        assert call(url, "/v1/chat/completions", {**ASK, "tools": tools}).status == 400 and len(fake.received) == 1
+KEPT: List[Dict[str, Any]] = [
+    {"tools": [{"type": "function", "function": {"name": "f"}}]}, {"n": 2}, {"logprobs": True}, {"top_logprobs": 3},
+    {"modalities": ["text", "audio"]}, {"audio": {"voice": "a"}}, {"response_format": {"type": "json_object"}},
+    {"tool_choice": "none"}, {"functions": [{"name": "f"}]}, {"generationConfig": {}}, {"mcp_servers": []}]
+LEFT_OUT: List[Dict[str, Any]] = [{"n": 1}, {"logprobs": False}, {"tool_choice": "auto"}, {"seed": 0}]
+
+
+@pytest.mark.parametrize("fields, goes", [(fields, False) for fields in KEPT] + [(fields, True) for fields in LEFT_OUT])
+def test_what_was_learnt_leaves_out_nothing_that_shapes_an_answer(fields: Dict[str, Any], goes: bool) -> None:
+    name = next(iter(fields))
+    body, gone = pg.without_parameters(json.dumps({**ASK, **fields}).encode(), {name: ""})
+    assert (json.loads(body), gone) == ((ASK, [name]) if goes else ({**ASK, **fields}, []))
+
+
+@pytest.mark.parametrize("fields", KEPT[:4])
+def test_parameter_without_which_a_request_is_another_one_stays(tmp_path: Any, fields: Dict[str, Any]) -> None:
+    with served(tmp_path, failing(400, f"Unknown parameter: '{next(iter(fields))}'.")) as (url, fake):
+        assert call(url, "/v1/chat/completions", {**ASK, **fields}).status == 400 and len(fake.received) == 1
 
 
 CHAIN = {"both": ["chat/m1", "anth/m1"], "one": "anth/m1"}
