@@ -18902,6 +18902,9 @@ def run_quirks(quirks: Quirks, arguments: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+KEY_ASKED = "it asks for its apiKey (PI_GATEWAY_API_KEY, or apiKey in pigateway.json)"
+
+
 class Lifecycle:
     """The commands start, stop, restart and status: they deal with the gateway that holds the lock file.
 
@@ -19040,7 +19043,7 @@ class Lifecycle:
         return self.ask(url, "/status", "/healthz")
 
     def ask(self, url: str, *paths: str) -> Dict[str, Any]:
-        """The first good answer of a gateway to one of these requests, {} for none."""
+        """The first good answer of a gateway to one of these requests, {} for none; one that is not for us is a problem."""
         for path in paths:
             split = urllib.parse.urlsplit(url)
             connection = http.client.HTTPConnection(split.hostname or "", split.port, timeout=self.PROBE_S)
@@ -19051,6 +19054,8 @@ class Lifecycle:
                 facts = as_dict(json.loads(response.read(MAX_EVENT_BYTES)))
                 if response.status == 200:
                     return facts
+                if response.status == 401:
+                    return {"problem": KEY_ASKED}
             except (OSError, http.client.HTTPException, ValueError):
                 return {}
             finally:
@@ -19612,7 +19617,7 @@ def default_model(client: Client, config: Config, models: Mapping[str, int]) -> 
         return ""
     if len(offered) == 1:
         return offered[0]
-    some = f": {', '.join(offered[:3])} ..." if offered else ""
+    some = f": {', '.join(offered[:3])} ..." if offered else "."
     raise NoModel(f"which model? {client.title}'s own names mean nothing to what there is here{some} Name one: "
                   f"{own_command()} --default-model MODEL ..., or keep one with the command init; the command models lists "
                   "them")
@@ -19812,8 +19817,11 @@ class Session:
 
 
 def listed_models(lifecycle: Lifecycle, url: str) -> Dict[str, int]:
-    """What a gateway lists, with the windows that it knows."""
-    items = [as_dict(item) for item in as_list(lifecycle.ask(url, "/v1/models").get("data"))]
+    """What a gateway lists, with the windows that it knows. Raises `ConfigError` when that is not for us."""
+    answer = lifecycle.ask(url, "/v1/models")
+    if "problem" in answer:
+        raise ConfigError(f"the gateway at {url} does not say what it lists: {answer['problem']}")
+    items = [as_dict(item) for item in as_list(answer.get("data"))]
     return {str(item.get("id")): int(number_of(item.get("context_window"))) for item in items}
 
 

@@ -19893,6 +19893,22 @@ def test_start_that_fails_says_why(own_home: Any, capsys: Any) -> None:
     assert "cannot listen on 127.0.0.1" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("key", [None, "another", "k" * 20])
+def test_gateway_that_asks_for_its_key_is_told_from_one_that_is_silent(own_home: Any, capsys: Any, monkeypatch: Any,
+                                                                      key: Optional[str]) -> None:
+    is_ours = key == "k" * 20
+    with running(own_home, api_key="k" * 20, require_key_on_loopback=True) as handle, monkeypatch.context() as patch:
+        patch.setattr(pg.Lifecycle, "running_pid", lambda self: 2 ** 30)        # nobody's
+        patch.setattr(pg.PidFile, "read_state", lambda self: {"pid": 2 ** 30, "url": handle.url})
+        if key:
+            patch.setenv("PI_GATEWAY_API_KEY", key)
+        assert pg.main(["status"]) == 0
+        told = capsys.readouterr().out
+        assert ("asks for its apiKey (PI_GATEWAY_API_KEY" in told, "models" in told) == (not is_ours, is_ours)
+        assert pg.main(["env", "openai", "--shell", "bash"]) == (0 if is_ours else 2)
+        assert ("asks for its apiKey" in capsys.readouterr().err) != is_ours
+
+
 def test_status_of_somebody_else_s_number(own_home: Any, capsys: Any) -> None:
     folder = own_home / ".pi" / "agent"
     folder.mkdir(parents=True)
@@ -24305,6 +24321,7 @@ WITH_CLAUDE = {**SOME_MODELS, "anthropic/claude-9": 1_000_000}
      ("", 400_000, True)),
     ({"model_map": {"default": {"groq": "llama"}}, "provider": "groq"}, SOME_MODELS, "", ("", 131_072, True)),
     ({"model_map": {"default": {"groq": "llama"}}}, SOME_MODELS, "", None),      # the map leads nobody there
+    ({"provider": "mistral"}, SOME_MODELS, "", None),
     ({"model_map": {"default": {"groq": "llama", "default": "openai/gpt-9"}}}, SOME_MODELS, "", ("", 400_000, True)),
     ({"model_map": {"claude-x": {"groq": "llama", "openai": "gpt-9"}}, "provider": "openai"}, SOME_MODELS, "",
      ("", 400_000, True)),
@@ -24318,7 +24335,7 @@ def test_which_model_claude_code_is_given(config: Dict[str, Any], models: Dict[s
         return pg.choose_target(pg.CLIENTS["code"], pg.Config(**config), "http://h", models, named)
 
     if expected is None:
-        with pytest.raises(pg.NoModel, match="which model.*--default-model"):
+        with pytest.raises(pg.NoModel, match=r"which model.*there is here(\.|: .* \.\.\.) Name one: .*--default-model"):
             choose()
     else:
         assert choose()[2:] == expected
