@@ -18871,7 +18871,6 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         print(f"{NAME}: {error}; stop it first, or use --pid-file for a second one", file=sys.stderr)
         return EXIT_RUNNING
     except BrokenPipeError:                     # the reader of our output has seen enough
-        sys.stderr.close()
         return EXIT_OK
     except OSError as error:
         print(f"{NAME}: {describe(error)}", file=sys.stderr)
@@ -18885,7 +18884,26 @@ def run_program() -> None:
         # and a full look seldom: 1000 streams are 80,000 objects, which held all of them up for 50 ms; requests leave no rings
         gc.set_threshold(*gc.get_threshold()[:2], 50)
     gc.enable()
-    sys.exit(main())
+    try:
+        status = main()
+    except SystemExit as done:                  # argparse, when it has printed its help
+        status = int(done.code or EXIT_OK)
+    sys.exit(end_output(status))
+
+
+def end_output(status: int) -> int:
+    """The exit status, once what was printed is written: at its own end Python could only complain that it cannot be."""
+    try:
+        if sys.stdout:
+            sys.stdout.flush()
+    except OSError as error:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())   # for what is still in the buffer
+        if isinstance(error, BrokenPipeError) or status != EXIT_OK:     # has seen enough, or main has told
+            return status
+        print(f"{NAME}: standard output: {describe(error)}", file=sys.stderr)
+        return EXIT_FAILURE
+    return status
 
 
 def run_quirks(quirks: Quirks, arguments: argparse.Namespace) -> int:

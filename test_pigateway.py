@@ -7681,6 +7681,26 @@ def child_environ(home: Any, **more: str) -> Dict[str, str]:
     return {**kept, "HOME": str(home), "USERPROFILE": str(home), "PYTHONIOENCODING": "utf-8", **more}
 
 
+@pytest.mark.skipif(os.name != "posix", reason="POSIX pipes")
+@pytest.mark.parametrize("words", [("models",), ("--help",), ("show",)])
+@pytest.mark.parametrize("place, status", [("", 0), ("/dev/full", 1)])
+def test_output_that_nobody_takes(tmp_path: Any, words: Tuple[str, ...], place: str, status: int) -> None:
+    if place and not os.path.exists(place):
+        pytest.skip(f"there is no {place} here")
+    if place:
+        end = os.open(place, os.O_WRONLY)
+    else:
+        reader, end = os.pipe()
+        os.close(reader)
+    try:
+        done = subprocess.run([sys.executable, "-m", "pigateway", *words], cwd=HERE, env=child_environ(tmp_path), stdout=end,
+                              stderr=subprocess.PIPE, timeout=30, check=False)
+    finally:
+        os.close(end)
+    assert done.returncode == status
+    assert done.stderr == (b"pigateway: standard output: No space left on device\n" if status else b"")
+
+
 def run_program(home: Any, *arguments: str, **more: str) -> Tuple[int, str, str]:
     """Runs the module to its end: exit status, stdout, stderr."""
     done = subprocess.run([sys.executable, "-m", "pigateway", *arguments], cwd=HERE, env=child_environ(home, **more),
