@@ -15957,6 +15957,7 @@ class Discovery:
         self._wake = threading.Event()
         self._thread: Optional[threading.Thread] = None
         self._asking: set[str] = set()          # a server that drips its list is not asked again meanwhile
+        self._silent: set[str] = set()          # those of which the log says that they give no list
 
     def start(self) -> None:
         """Starts the thread, if there is anybody to ask."""
@@ -16003,10 +16004,14 @@ class Discovery:
     def ask(self, provider: Provider, scope: Scope) -> bool:
         """Takes over one server's list; False when it gave none."""
         gateway = self._gateway
+        model, problem = unlisted_model(provider, ""), "it lists no models"
+        base_url = model.base_url
+        secret_values: Sequence[str] = ()
+        found: Dict[str, Model] = {}
         self._asking.add(provider.name)
         try:
-            model = unlisted_model(provider, "")
             credential = gateway.credentials.get(provider, model)
+            secret_values = credential.secrets
             base_url = credential.parts.get("endpoint") or gateway.credentials.fill(model.base_url, provider)
             model = changed(model, base_url=base_url, headers={})
             get = functools.partial(self._get, model, credential, scope)
@@ -16014,13 +16019,25 @@ class Discovery:
             found = {model_id: changed(model, name=said_text(model.name)) for model_id, model in listed.items()
                      if model_id and said_text(model_id) == model_id}
         except (GatewayError, *MALFORMED) as error:
-            log.debug("no model list from %s: %s", provider.name, redact(str(error)))
-            return False
+            problem = str(error)
         finally:
             self._asking.discard(provider.name)
         if found:
             gateway.catalogue.discover(provider, found, provider.source == "copilot")
+        place = re.sub(r"//[^/]*@", "//", base_url)
+        self._tell(provider.name, redact(f"{provider.name} ({place})", secret_values),
+                   "" if found else printable(redact(problem, secret_values)))
         return bool(found)
+
+    def _tell(self, name: str, server: str, problem: str) -> None:
+        """Logs that a server gives no list, loudly the first time, and that one does again."""
+        if problem:
+            level = logging.DEBUG if name in self._silent else logging.WARNING
+            log.log(level, "no model list from %s: %s", server, problem)
+            self._silent.add(name)
+        elif name in self._silent:
+            self._silent.discard(name)
+            log.info("%s gives its model list now", server)
 
     def _get(self, model: Model, credential: Credential, scope: Scope, call: Call) -> Dict[str, Any]:
         gateway = self._gateway

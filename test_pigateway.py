@@ -6850,6 +6850,27 @@ def test_discovery(tmp_path: Any, monkeypatch: Any) -> None:
         assert {request.path for request in fake.received if request.method == "GET"} == {"/v1/models"}
 
 
+def test_server_without_a_list_is_named_once(tmp_path: Any, caplog: Any) -> None:
+    up, key = Answer(200, b'{"data": [{"id": "m"}]}'), PLANTED[1]
+    script = [(Answer(503, b""), "WARNING answered 503"), (Answer(503, b""), "DEBUG answered 503"), (up, "INFO gives"),
+              (up, ""), (Answer(200, b"{}"), "WARNING lists no models"), (Answer(200, key.encode()), "DEBUG list")]
+    with fake_upstream(*(answer for answer, _ in script)) as fake:
+        write_agent_files(tmp_path, models={"providers": {
+            "mine": {"baseUrl": f"{fake.url}/v1", "apiKey": key}, "open": {"baseUrl": "http://me:word@127.0.0.1:1/v1"}}})
+        gateway = pg.build_gateway(pg.Config(), {"HOME": str(tmp_path)})
+        discovery = pg.Discovery(gateway)
+        for answer, expected in script:
+            caplog.clear()
+            with caplog.at_level(logging.DEBUG, logger="pigateway"):
+                assert discovery.ask(gateway.catalogue.providers["mine"], pg.Scope()) is (answer is up)
+            lines = [f"{record.levelname} {record.getMessage()}" for record in caplog.records if "list" in record.getMessage()]
+            level, _, words = expected.partition(" ")
+            assert len(lines) == bool(expected) and all(line.startswith(level) and words in line for line in lines)
+            assert all(f"mine ({fake.url}/v1)" in line and key not in line for line in lines)
+        assert not discovery.ask(gateway.catalogue.providers["open"], pg.Scope())
+        assert "open (http://127.0.0.1:1/v1): no connection" in caplog.text and "me:word" not in caplog.text
+
+
 def test_requests_never_wait_for_discovery(tmp_path: Any) -> None:
     hold = threading.Event()
 
