@@ -18885,7 +18885,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         print(f"{NAME}: {redact(str(error))}", file=sys.stderr)
         return EXIT_CONFIG
     except AlreadyRunning as error:
-        print(f"{NAME}: {error}; stop it first, or use --pid-file for a second one", file=sys.stderr)
+        print(f"{NAME}: {error}; stop it first, or use --pid-file and --port for a second one", file=sys.stderr)
         return EXIT_RUNNING
     except BrokenPipeError:                     # the reader of our output has seen enough
         return EXIT_OK
@@ -18989,10 +18989,15 @@ class Lifecycle:
         pid = self.running_pid()
         if pid:
             raise AlreadyRunning(pid, self._pid_file.path)
-        make_private_folder(os.path.dirname(self.log_path))
-        if os.path.exists(self.log_path) and os.path.getsize(self.log_path) > self.LOG_BYTES:
-            os.replace(self.log_path, self.log_path + ".1")
-        descriptor = os.open(self.log_path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600)
+        try:
+            make_private_folder(os.path.dirname(self.log_path))
+            if os.path.exists(self.log_path) and os.path.getsize(self.log_path) > self.LOG_BYTES:
+                os.replace(self.log_path, self.log_path + ".1")
+            descriptor = os.open(self.log_path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600)
+        except OSError as error:
+            print(f"{NAME}: cannot write the log {self.log_path}: {describe(error)}; run it in the foreground, with "
+                  "--pid-file for the lock file", file=sys.stderr)
+            return EXIT_FAILURE, 0, ""
         with os.fdopen(descriptor, "ab") as out:
             begin = os.fstat(out.fileno()).st_size
             file = os.path.realpath(__file__)
@@ -19173,7 +19178,7 @@ def run(config: Config, argv: Sequence[str] = (), reload: Optional[Callable[[], 
     try:
         pid_file.claim()
     except (OSError, ValueError) as error:      # a locked-down machine; two gateways then only clash at the port
-        log.warning("no lock file: %s", describe(error))
+        log.warning("no lock file %s: %s; --pid-file puts it elsewhere", pid_file.path, describe(error))
     stop_asked = StopAsked()
     at_once: List[Callable[[], None]] = [pid_file.release]
 
@@ -19192,7 +19197,8 @@ def run(config: Config, argv: Sequence[str] = (), reload: Optional[Callable[[], 
         try:
             server = Server(config, build_gateway(config, os.environ))
         except OSError as error:
-            print(f"{NAME}: cannot listen on {config.bind_address}:{config.port}: {describe(error)}", file=sys.stderr)
+            advice = "; use another --port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else ""
+            print(f"{NAME}: cannot listen on {config.bind_address}:{config.port}: {describe(error)}{advice}", file=sys.stderr)
             return EXIT_FAILURE
         pid_file.write_state(local_url(config.bind_address, server.server_address[1]), argv)
         print_banner(server)

@@ -19931,7 +19931,22 @@ def test_start_that_fails_says_why(own_home: Any, capsys: Any) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         assert pg.main(["start", "--port", str(taken.getsockname()[1])]) == 1
-    assert "cannot listen on 127.0.0.1" in capsys.readouterr().err
+    assert re.search(r"cannot listen on 127.0.0.1:\d+: Address already in use; use another --port", capsys.readouterr().err)
+
+
+def test_home_that_nothing_can_be_written_to_is_named(own_home: Any, capsys: Any, caplog: Any, monkeypatch: Any) -> None:
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(own_home / "file"))
+    (own_home / "file").write_text("no folder")
+    folder = str(own_home / "file" / ".pi" / "agent" / "gateway")
+    assert pg.main(["start", "--port", "0"]) == 1
+    assert re.search(rf"cannot write the log {re.escape(folder)}.log: .*--pid-file", capsys.readouterr().err)
+    monkeypatch.setattr(pg.signal, "signal", lambda *_: None)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        assert pg.main(["--port", str(taken.getsockname()[1])]) == 1        # it would serve on another
+    assert re.search(rf"no lock file {re.escape(folder)}.pid: .*; --pid-file puts it elsewhere", caplog.text)
 
 
 @pytest.mark.parametrize("key", [None, "another", "k" * 20])
