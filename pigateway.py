@@ -1052,6 +1052,8 @@ def parse_json_object(body: bytes) -> Dict[str, Any]:
     except UnicodeDecodeError as error:
         raise BadRequest(f"the body is not UTF-8: byte {error.start} is invalid", code="invalid_json") from None
     except json.JSONDecodeError as error:
+        if not body.strip():
+            raise BadRequest("the body is empty; it must be a JSON object", code="invalid_json") from None
         raise BadRequest(f"the body is not JSON: {error.msg} at line {error.lineno}, column {error.colno}",
                          code="invalid_json") from None
     except RecursionError:
@@ -16882,7 +16884,7 @@ class Handler(socketserver.BaseRequestHandler):
             exchange.answer_headers["upgrade"] = "HTTP/1.1"
             raise UpgradeRefused("no websocket here: send POST requests")
         exchange.answer_headers["allow"] = "POST"
-        raise MethodNotAllowed("/responses takes POST, not GET")
+        raise MethodNotAllowed(f"{redact(head.target.partition('?')[0])[:200]} takes POST, not {head.method}")
 
     def _not_kept(self, head: Head, exchange: Exchange, body: bytes) -> None:
         name = head.path.split("/")[2]
@@ -19263,6 +19265,12 @@ def serve_until(is_over: Callable[[float], bool], server: Server, reload: Option
 REUSES_PORTS = sys.platform == "linux" and hasattr(socket, "SO_REUSEPORT")
 
 
+def told_end(status: int) -> str:
+    """How a process ended, in words, by its wait status."""
+    code = os.waitstatus_to_exitcode(status)
+    return f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
+
+
 class Workers:
     """Several processes on one port, started and watched by this one, which holds their listening sockets: who waits for
     a process that has ended is answered by the next. Each has memory of its own; what they share are the files, and the
@@ -19306,7 +19314,7 @@ class Workers:
             self._server.gateway.load[number] = 0
             now = time.monotonic()
             ends = [end for end in ends if now - end < self.RESTART_S] + [now]
-            log.error("worker %d (pid %d) ended with %d", number, pid, status)
+            log.error("worker %d (pid %d) %s", number, pid, told_end(status))
             if len(ends) >= self.RESTARTS:
                 log.error("workers end as soon as they start; giving up")
                 self._stop()
@@ -19457,15 +19465,15 @@ def print_banner(server: Server) -> None:
              f"  configuration      {', '.join(config.sources) or 'defaults'}"]
     if asking:
         lines.insert(2, f"  asking             {', '.join(asking)}; what they offer is listed when they answer")
-    if counts == {DEMO: 1} and not asking:
-        lines += ["", "No provider key was found, so only the built-in demo model answers. To use real models, set e.g.",
-                  "ANTHROPIC_API_KEY, OPENAI_API_KEY or OPENROUTER_API_KEY, or add a local server to",
-                  f"{os.path.join(agent_dir(config, os.environ), 'models.json')}, and start again."]
     if gateway.journal.takes_server or gateway.journal.takes_conversation:
         lines.append(f"  log files          {gateway.journal.settings.dir}"
                      + (", with all that is said" if gateway.journal.takes_conversation else ""))
     if not config.is_loopback:
         lines.append(f"  note               other machines can connect to {config.bind_address}; they need the apiKey")
+    if counts == {DEMO: 1} and not asking:
+        lines += ["", "No provider key was found, so only the built-in demo model answers. To use real models, set e.g.",
+                  "ANTHROPIC_API_KEY, OPENAI_API_KEY or OPENROUTER_API_KEY, or add a local server to",
+                  f"{os.path.join(agent_dir(config, os.environ), 'models.json')}, and start again."]
     print("\n".join(lines), flush=True)
 
 

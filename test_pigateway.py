@@ -19926,6 +19926,34 @@ def test_start_status_restart_stop(own_home: Any, capsys: Any) -> None:
         assert os.stat(folder / "gateway.log").st_mode & 0o777 == 0o600
 
 
+@pytest.mark.skipif(os.name != "posix", reason="POSIX processes")
+@pytest.mark.parametrize("status, told", [(9, "was killed by signal 9"), (0, "ended with status 0"), (256, "ended with status 1")])
+def test_end_of_a_worker_is_told(status: int, told: str) -> None:
+    assert pg.told_end(status) == told
+
+
+@pytest.mark.parametrize("path, method, body, told", [
+    ("/v1/responses", "GET", None, "/v1/responses takes POST, not GET"),
+    ("/responses", "GET", None, "/responses takes POST, not GET"),
+    ("/v1/chat/completions", "POST", b"", "the body is empty; it must be a JSON object"),
+    ("/v1/messages", "POST", b" \n", "the body is empty; it must be a JSON object")])
+def test_what_was_wrong_with_a_request_is_told(tmp_path: Any, path: str, method: str, body: Optional[bytes], told: str) -> None:
+    with running(tmp_path) as handle:
+        connection = http.client.HTTPConnection("127.0.0.1", urllib.parse.urlsplit(handle.url).port, timeout=10)
+        with contextlib.closing(connection):
+            connection.request(method, path, body)
+            assert json.loads(connection.getresponse().read())["error"]["message"] == told
+
+
+def test_banner_ends_with_what_a_newcomer_is_to_do(tmp_path: Any, capsys: Any) -> None:
+    settings = {"logging": {"enabled": True, "server": True, "dir": str(tmp_path)}}
+    write_agent_files(tmp_path, pigateway=settings)
+    with running(tmp_path) as handle:
+        pg.print_banner(handle.server)
+    block, _, advice = capsys.readouterr().out.partition("\n\n")
+    assert "  log files   " in block and advice.startswith("No provider key") and "  log files" not in advice
+
+
 def test_start_that_fails_says_why(own_home: Any, capsys: Any) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
