@@ -11313,12 +11313,14 @@ class Catalogue:
     asked for and replaced whole, so that threads share it without a lock."""
 
     def __init__(self, providers: Mapping[str, Provider], custom: Mapping[str, Mapping[str, Model]] = MappingProxyType({}),
-                 allow: Optional[Sequence[str]] = None, deny: Sequence[str] = (), show_demo: bool = False) -> None:
+                 allow: Optional[Sequence[str]] = None, deny: Sequence[str] = (), show_demo: bool = False,
+                 aliases: Sequence[str] = ()) -> None:
         self.providers = providers
         self._custom = custom
         self._allow = allow
         self._deny = deny
         self._show_demo = show_demo
+        self._aliases = aliases                 # further names that clients may say, worth suggesting
         self._models: Dict[str, Dict[str, Model]] = {}
         self._discovered: Dict[str, Dict[str, Model]] = {}
         self._found: Dict[str, Tuple[Mapping[str, Model], bool]] = {}
@@ -11411,7 +11413,8 @@ class Catalogue:
 
     def _not_found(self, name: str, usable: Callable[[Provider], bool]) -> str:
         ids = [model.full_id for model in self.listing(usable)]
-        near = difflib.get_close_matches(name[:200], ids + [listed.partition("/")[2] for listed in ids], 1, 0.6)
+        ids += [listed.partition("/")[2] for listed in ids] + ([DEMO] if self.is_allowed(DEMO_MODEL) else [])
+        near = difflib.get_close_matches(name[:200], [*ids, *self._aliases], 1, 0.6)
         hint = f'; did you mean "{near[0]}"?' if near else "; GET /v1/models lists what there is"
         return f'no model "{name[:200]}" here{hint}'
 
@@ -18477,7 +18480,8 @@ def catalogue_of(config: Config, models: ModelsFile) -> Catalogue:
         near = difflib.get_close_matches(config.provider, models.providers, 1, 0.6)
         raise ConfigError(f'provider: there is no provider "{config.provider}"' + (
             f'; did you mean "{near[0]}"?' if near else ""))
-    return Catalogue(models.providers, models.custom, config.model_allowlist, config.model_denylist, config.demo)
+    return Catalogue(models.providers, models.custom, config.model_allowlist, config.model_denylist, config.demo,
+                     config.routing.aliases())
 
 
 def build_gateway(config: Config, environ: Mapping[str, str]) -> Gateway:

@@ -18860,6 +18860,14 @@ def test_model_of_a_chain_that_is_not_there_is_passed_over(tmp_path: Any, name: 
         assert {"first", "last", "between", "keyless"} < {*listed} and not {"none", "sole"} & {*listed}
 
 
+@pytest.mark.parametrize("name, nearest", [("demmo", "demo"), ("sonet", "sonnet"), ("m11", "m1"), ("xyz", None)])
+def test_nearest_name_can_be_any_that_means_something(tmp_path: Any, name: str, nearest: Optional[str]) -> None:
+    with served(tmp_path, model_map={"sonnet": "chat/m1"}) as (url, _):
+        result = call(url, "/v1/chat/completions", {**ASK, "model": name})
+        hint = f'did you mean "{nearest}"?' if nearest else "GET /v1/models lists"
+        assert result.status == 404 and hint in result.json["error"]["message"]
+
+
 @pytest.mark.parametrize("value", [[], {"a": []}, {"a": 1}, {"a": ["x", 2]}, {"a": ""}, "x"])
 def test_model_map_is_checked(value: Any) -> None:
     option = next(option for option in pg.OPTIONS if option.key == "modelMap")
