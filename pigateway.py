@@ -16798,10 +16798,11 @@ class Handler(socketserver.BaseRequestHandler):
             exchange.log["gone"] = True
 
     def _log_access(self, head: Head, exchange: Exchange, status: int, duration_ms: float) -> None:
-        if log.isEnabledFor(logging.INFO):
+        level = logging.INFO if status < 500 else logging.WARNING
+        if log.isEnabledFor(level):
             fields = access_fields(head, exchange.stamp.request_id, status, duration_ms, exchange.log)
             # made here, since `log.info` would first look for the line that called it: the half of what this costs
-            record = logging.LogRecord(log.name, logging.INFO, __file__, 0, "access", (), None)
+            record = logging.LogRecord(log.name, level, __file__, 0, "access", (), None)
             record.fields = {"kind": "access", **fields}
             log.handle(record)
 

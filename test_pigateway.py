@@ -18868,6 +18868,14 @@ def test_nearest_name_can_be_any_that_means_something(tmp_path: Any, name: str, 
         assert result.status == 404 and hint in result.json["error"]["message"]
 
 
+@pytest.mark.parametrize("answer, level", [(failing(400), "INFO"), (failing(500), "WARNING"), (FINE, "INFO")])
+def test_failed_requests_are_logged_as_warnings(tmp_path: Any, caplog: Any, answer: Answer, level: str) -> None:
+    with caplog.at_level(level, logger="pigateway"), served(tmp_path, answer) as (url, _):
+        call(url, "/v1/chat/completions", ASK)
+    until(lambda: any(record.getMessage() == "access" for record in caplog.records))
+    assert [record.levelname for record in caplog.records if record.getMessage() == "access"] == [level]
+
+
 @pytest.mark.parametrize("value", [[], {"a": []}, {"a": 1}, {"a": ["x", 2]}, {"a": ""}, "x"])
 def test_model_map_is_checked(value: Any) -> None:
     option = next(option for option in pg.OPTIONS if option.key == "modelMap")
