@@ -44,6 +44,8 @@ import gc
 import os
 import sys
 
+if sys.version_info < (3, 9):                   # said here, since what follows may fail there in any way
+    sys.exit("pigateway needs Python 3.9 or newer; this is %d.%d" % sys.version_info[:2])
 
 # --- Before all else: a script that is to stay goes on from its bytecode ---
 

@@ -7702,6 +7702,16 @@ def child_environ(home: Any, **more: str) -> Dict[str, str]:
     return {**kept, "HOME": str(home), "USERPROFILE": str(home), "PYTHONIOENCODING": "utf-8", **more}
 
 
+@pytest.mark.parametrize("version, is_served", [((3, 7, 17), False), ((3, 8, 20), False), ((3, 9, 0), True), ((3, 14, 1), True)])
+def test_old_python_is_told_so(monkeypatch: Any, version: Tuple[int, ...], is_served: bool) -> None:
+    with open(MODULE, encoding="utf-8") as file:
+        top = file.read().partition("\nimport argparse\n")[0]
+    tree = ast.parse(top, feature_version=(3, 7))
+    monkeypatch.setattr(sys, "version_info", version)
+    with contextlib.nullcontext() if is_served else pytest.raises(SystemExit, match=rf"3\.9 or newer; this is 3\.{version[1]}$"):
+        exec(compile(tree, MODULE, "exec"), {"__name__": "pigateway"})
+
+
 @pytest.mark.skipif(os.name != "posix", reason="POSIX pipes")
 @pytest.mark.parametrize("words", [("models",), ("--help",), ("show",)])
 @pytest.mark.parametrize("place, status", [("", 0), ("/dev/full", 1)])
