@@ -1085,7 +1085,7 @@ def test_parse_json_object(body: bytes, expected: Any) -> None:
 
 
 @pytest.mark.parametrize("body, words", [
-    (b"", "line 1"), (b"{", "line 1, column 2"), (b'{"a":\n x}', "line 2, column 2"), (b'{"a": "\xff"}', "byte 7"),
+    (b"", "the body is empty"), (b"{", "line 1, column 2"), (b'{"a":\n x}', "line 2, column 2"), (b'{"a": "\xff"}', "byte 7"),
     (b'{"a": NaN}', "NaN"), (b'{"a": -Infinity}', "Infinity"), (b'{"a": 1e999}', "1e999"), (b"[1]", "object"),
     (b'"x"', "object"), (b"null", "object"), (b"[" * 200_000, "nested"), (b'{"a":' * 200_000, "nested"),
     (b'{"a": 1} x', "line 1"),
