@@ -18860,7 +18860,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         refuse_key_flag(argv)
         parser = build_parser()
         check_words(parser, argv)
-        arguments = parser.parse_args(argv)
+        arguments = parser.parse_intermixed_args(argv)      # a flag may stand between a command and its word
         check_command(arguments)
         if arguments.command == "help":
             parser.print_help()

@@ -23365,7 +23365,8 @@ def test_log_in_replaces_the_file_at_once(desk: LoginDesk) -> None:
 @pytest.mark.parametrize("argv, words", [
     (("login",), "which|terminal"), (("login", "antropic", "--yes"), "anthropic"), (("login", "groq"), "groq"),
     (("login", ""), ""), (("login", "openai-codex", "--no-browser", "--yes"), "terminal"),
-    (("login", "openrouter", "--no-browser"), "terminal"), (("login", "xai", "--device=1"), ""),
+    (("login", "openrouter", "--no-browser"), "terminal"), (("login", "--no-browser", "openrouter"), "terminal"),
+    (("login", "xai", "--device=1"), ""), (("--device", "login", "--yes", "anthropic"), "device"),
     (("login", "anthropic", "--device", "--yes"), "device"),
     (("login", "xai", "--enterprise", "ghe.example.com"), "enterprise"),
     (("login", "github-copilot", "--yes", "--enterprise", "https://"), "enterprise"),
