@@ -17281,6 +17281,11 @@ class Server(http.server.ThreadingHTTPServer):
         return f"http://[{host}]:{port}" if ":" in str(host) else f"http://{host}:{port}"
 
     @property
+    def active(self) -> int:
+        """Requests under way."""
+        return self._active
+
+    @property
     def uptime_ms(self) -> int:
         """Milliseconds since the start."""
         return max(0, int((self.gateway.clock() - self.started_at) * 1000))
@@ -19265,6 +19270,9 @@ def serve_until(is_over: Callable[[float], bool], server: Server, reload: Option
     reloader = Reloader(handle, reload)
     while not is_over(0.5):                     # in steps, for the sake of Ctrl-C on Windows
         reloader.check()
+    if server.active:
+        log.info("stopping: %d under way, for which there are %g s; a second signal ends them now", server.active,
+                 server.config.force_abort_timeout_ms / 1000)
     stop_server(handle)
 
 

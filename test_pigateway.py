@@ -19925,6 +19925,23 @@ def worker_pids(pid: int) -> List[int]:
         return [int(word) for word in file.read().split()]
 
 
+@pytest.mark.parametrize("count", [0, 2])
+def test_stopping_tells_what_it_waits_for(monkeypatch: Any, lines: LogLines, count: int) -> None:
+    monkeypatch.setattr(pg, "serve", lambda server: None)
+    monkeypatch.setattr(pg, "Reloader", lambda *args: None)
+    monkeypatch.setattr(pg, "stop_server", lambda handle: None)
+    config = pg.Config(force_abort_timeout_ms=1500)
+    pg.serve_until(lambda limit_s: True, types.SimpleNamespace(active=count, config=config), None)
+    told = [record.getMessage() for record in lines.records]
+    assert told == ["stopping: 2 under way, for which there are 1.5 s; a second signal ends them now"][:count]
+
+
+@pytest.mark.parametrize("seconds, told", [(0, "0 s"), (119, "119 s"), (120, "2 min"), (7199, "119 min"), (7200, "2 h"),
+                                           (72 * 3600 - 1, "71 h"), (72 * 3600, "3 days")])
+def test_time_in_words(seconds: int, told: str) -> None:
+    assert pg.told_time(seconds * 1000 + 999) == told
+
+
 def test_start_status_restart_stop(own_home: Any, capsys: Any) -> None:
     several = os.path.exists(f"/proc/self/task/{os.getpid()}/children")
     assert pg.main(["status"]) == 1 and capsys.readouterr().out == "not running\n"
