@@ -18951,6 +18951,15 @@ def run_quirks(quirks: Quirks, arguments: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+def told_time(milliseconds: int) -> str:
+    """A time in the largest units that leave something to say: 9 s, 5 min, 26 h, 3 days."""
+    seconds = int(milliseconds) // 1000
+    for least, unit, name in ((72 * 3600, 86400, "days"), (7200, 3600, "h"), (120, 60, "min")):
+        if seconds >= least:
+            return f"{seconds // unit} {name}"
+    return f"{seconds} s"
+
+
 KEY_ASKED = "it asks for its apiKey (PI_GATEWAY_API_KEY, or apiKey in pigateway.json)"
 
 
@@ -19089,7 +19098,9 @@ class Lifecycle:
         elif not pid:
             print("not running")
         else:
-            print("\n".join(f"{name:<10}{value}" for name, value in facts.items() if name != "running"))
+            names = {"uptimeMs": "uptime", "streams": "requests"}
+            facts.update((name, told_time(facts[name])) for name in facts if name == "uptimeMs")
+            print("\n".join(f"{names.get(name, name):<10}{value}" for name, value in facts.items() if name != "running"))
         return EXIT_OK if pid else EXIT_FAILURE
 
     def _probe(self, url: str) -> Dict[str, Any]:
