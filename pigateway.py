@@ -1905,6 +1905,7 @@ class TokenMeter:
     MODELS, PREFIXES = 64, 512
     PIECE = 64 * KIB                # of a text, so that no second copy of all of it is made
     ALWAYS, EVERY = 200, 16         # so many of a model's first answers are learnt from, then one in that many
+    PLAIN_EVERY = 64                # and one in so many plain chats comes here at all then: it costs them twice the time
 
     def __init__(self, key: bytes) -> None:
         self._key = key
@@ -1915,7 +1916,7 @@ class TokenMeter:
     def is_due(self, model_id: str) -> bool:
         """Whether there is still much to learn about a model, or it is time to see whether it holds."""
         known = self._models.get(model_id)
-        return known is not None and known.heard < self.ALWAYS or not random.randrange(self.EVERY)
+        return known is not None and known.heard < self.ALWAYS or not random.randrange(self.PLAIN_EVERY)
 
     def observe(self, model_id: str, request: Request, tokens: int) -> None:
         """Notes how many tokens the provider counted in a request's prompt."""
@@ -11326,6 +11327,7 @@ class Catalogue:
         self._models: Dict[str, Dict[str, Model]] = {}
         self._discovered: Dict[str, Dict[str, Model]] = {}
         self._found: Dict[str, Tuple[Mapping[str, Model], bool]] = {}
+        self.edition = 0                        # counts the lists that servers gave
 
     def models_of(self, provider: Provider) -> Dict[str, Model]:
         """Its models by id: built in, then the user's, then what the server itself lists."""
@@ -11349,6 +11351,7 @@ class Catalogue:
         known = self._models[provider.name]
         merged = {**known, **found} if wins else {**found, **known}
         self._discovered[provider.name] = merged
+        self.edition += 1
 
     def adopt(self, earlier: Catalogue) -> None:
         """Keeps the lists that servers gave to an earlier catalogue, where their provider is the same."""
@@ -12752,6 +12755,10 @@ class Logins:
         self._unsaved: Dict[str, Tuple[Any, Dict[str, Any]]] = {}
         self._closing = threading.Event()
 
+    def content(self) -> Dict[str, Any]:
+        """All entries, as the file has them."""
+        return self._file.read()
+
     def entry(self, name: str) -> Dict[str, Any]:
         """A provider's entry as it stands, {} when there is none."""
         return self._with_unsaved(name, self._file.entry(name))
@@ -12965,6 +12972,14 @@ class Credentials:
         logins, name = self.log_in_of(provider)
         entry = logins.entry(name)
         return present(env=entry.get("env")) if provider.has_own_key else entry
+
+    def contents(self) -> Tuple[Dict[str, Any], ...]:
+        """What the files with credentials hold; other objects once one has changed."""
+        return tuple([logins.content() for logins in (self.logins, *self._other_logins.values())])
+
+    def is_plain(self, provider: Provider, model: Model) -> bool:
+        """Whether the credential for a call stays what it is as long as the configuration and `contents` do."""
+        return self._is_plain(provider, model, self.entry_of(provider))
 
     def close(self) -> None:
         """Waits for tokens on their way."""
@@ -15089,6 +15104,9 @@ class Precedent(NamedTuple):
     config: Config
     candidate: Model
     credential: Credential
+    is_plain: bool              # whether the credential needs no look when its ground is the same
+    ground: Any                 # on which the model and the credential were found again last, None before
+    model: Model                # as it is called
     request: Request
     call: Call
     before: bytes
@@ -15381,16 +15399,23 @@ class Gateway:
         known = self._precedents.get(key) if key else None
         if known is None or known.config is not config:
             return False
+        ground = self._ground()
         full_id = known.candidate.full_id
         if self.quirks.of(full_id) or self.meter.is_due(full_id):
             return False
-        missing: List[Missing] = []
-        candidates = self.candidates(known.request, missing)
-        if len(candidates) != 1 or missing or candidates[0] != known.candidate:
-            return False
-        model, credential = self._authorise(known.candidate, exchange)
-        if credential != known.credential:
-            return False
+        if ground == known.ground:
+            model, credential = known.model, known.credential
+            exchange.log["model"], exchange.account = full_id, credential.account
+        else:
+            missing: List[Missing] = []
+            candidates = self.candidates(known.request, missing)
+            if len(candidates) != 1 or missing or candidates[0] != known.candidate:
+                return False
+            model, credential = self._authorise(known.candidate, exchange)
+            if credential != known.credential:
+                return False
+            if known.is_plain:
+                self._precedents[key] = known._replace(ground=ground, model=model)
         exchange.log["stream"], exchange.asked = known.request.stream, known.request.model
         exchange.answer_headers.update(known.answer_headers)
         request = changed(known.request, data=data, body=body, headers=exchange.headers, query=exchange.query)
@@ -15411,6 +15436,7 @@ class Gateway:
             return
         missing: List[Missing] = []
         candidates = self.candidates(request, missing)
+        is_plain = self.credentials.is_plain(self.catalogue.providers[model.provider], model)
         before, texts, behind = call.body.partition(dumps(request.data["messages"]).encode("ascii"))
         if len(candidates) != 1 or missing or candidates[0].full_id != model.full_id or not texts or (
                 len(before) + len(behind) > self.PRECEDENT_BYTES):
@@ -15418,8 +15444,13 @@ class Gateway:
         if len(self._precedents) >= self.PRECEDENTS:
             self._precedents.clear()
         bare = changed(request, messages=(), system=(), data={}, body=b"", headers={}, query="")
-        self._precedents[key] = Precedent(exchange.config, candidates[0], credential, bare, call._replace(body=b""), before,
-                                          behind, dict(exchange.answer_headers))
+        self._precedents[key] = Precedent(exchange.config, candidates[0], credential, is_plain, None, model, bare,
+                                          call._replace(body=b""), before, behind, dict(exchange.answer_headers))
+
+    def _ground(self) -> Any:
+        """What a request's model and its credential are found by, beside the configuration: equal as long as they are the
+        same, but for credentials that end or come from a command."""
+        return self.catalogue, self.catalogue.edition, self.credentials.contents()
 
     def _fall_back(self, model: Model, reason: str, error: GatewayError, exchange: Exchange) -> None:
         """Notes why the next model of a chain has its turn, and lets this one rest."""

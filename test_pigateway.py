@@ -21118,6 +21118,33 @@ def test_precedents_end_with_what_they_rest_on(tmp_path: Any, monkeypatch: Any) 
             assert not is_known and "user" not in sent.json and not asked()[0]
 
 
+def test_precedents_look_again_only_where_something_changed(tmp_path: Any, monkeypatch: Any) -> None:
+    """For the model and the credential; one that comes from a command may be another each time."""
+    known, looks = follows(monkeypatch), []
+    authorise = pg.Gateway._authorise
+    monkeypatch.setattr(pg.Gateway, "_authorise", lambda *args: looks.append(args[1].full_id) or authorise(*args))
+    with fake_upstream(saying(Script("ok"))) as fake:
+        models = two_providers(fake.url)
+        models["providers"]["other"] = {**models["providers"]["chat"], "apiKey": f"!{sys.executable} -c 'print(5)'"}
+        write_agent_files(tmp_path, models=models)
+        with running(tmp_path) as handle:
+            def asked(name: str = "chat/m1") -> Tuple[bool, int]:
+                before = len(looks)
+                assert call(handle.url, "/v1/chat/completions", {**question("chat"), "model": name}).status == 200
+                return known[-1], len(looks) - before
+
+            again, found_again, not_again = (False, 1), (True, 1), (True, 0)
+            assert [asked() for _ in range(4)] == [again, found_again, not_again, not_again]
+            write_agent_files(tmp_path, auth={"anth": {"type": "api_key", "key": "somebody-else-s"}})
+            assert [asked() for _ in range(2)] == [found_again, not_again]
+            provider = handle.gateway.catalogue.providers["chat"]
+            handle.gateway.catalogue.discover(provider, {"new": pg.unlisted_model(provider, "new")})
+            assert [asked() for _ in range(2)] == [found_again, not_again]
+            handle.gateway.catalogue.discover(provider, {"m1": pg.unlisted_model(provider, "m1", max_tokens=7)}, True)
+            assert [asked() for _ in range(3)] == [again, found_again, not_again]
+            assert [asked("other/m1") for _ in range(4)] == [again, found_again, found_again, found_again]
+
+
 def test_precedents_hide_no_fault(tmp_path: Any, monkeypatch: Any) -> None:
     """Faults of the provider are met as they would be without: retried, reported, the parameter left out."""
     known = follows(monkeypatch)
