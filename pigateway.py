@@ -6376,7 +6376,7 @@ def splice(body: bytes, data: Mapping[str, Any], wanted: Mapping[str, Any]) -> b
     gone = [name for name in data if name in fresh or name not in wanted]
     if len(gone) > len(fresh) or any(isinstance(data[name], list) or len(name) > NAME_CHARS for name in gone):
         return b""
-    has_escaped_keys = b"\\u00" in body and _ESCAPED_WORD.search(body)       # or may have
+    has_escaped_keys = b"\\" in body and _ESCAPED_WORD.search(body)      # or may have
     if may_hold_surrogates(body) or has_escaped_keys or any(
             not is_said_once(body, data, name) for name in {"model", *gone}):       # `data` is not all that is there
         return b""
@@ -6454,7 +6454,7 @@ def may_name_two_models(body: bytes, data: Mapping[str, Any]) -> bool:
     """Whether the top-level object of a JSON body, which holds `data`, may have two keys "model": a provider might take
     the other one than the gateway has checked. Not if `data` has all that are there, at whatever depth. Written with
     escapes, a key would not be found by its letters."""
-    is_odd = b"\\u" in body and any("\\" in found.decode("ascii") for found in _ODD_MODEL.findall(body))
+    is_odd = b"\\" in body and any("\\" in found.decode("ascii") for found in _ODD_MODEL.findall(body))
     if not is_odd and is_said_once(body, data, "model"):
         return False
     repeated = False
