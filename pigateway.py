@@ -15104,14 +15104,14 @@ class Precedent(NamedTuple):
     config: Config
     candidate: Model
     credential: Credential
-    is_plain: bool              # whether the credential needs no look when its ground is the same
-    ground: Any                 # on which the model and the credential were found again last, None before
-    model: Model                # as it is called
+    is_plain: bool              # whether the credential stays what it is on the same ground
     request: Request
     call: Call
     before: bytes
     behind: bytes
     answer_headers: Mapping[str, str]
+    ground: Any = None                  # on which the credential was found again, see `Gateway._ground`,
+    model: Optional[Model] = None       # and the model, as it is called; None before that
 
 
 # Headers that may change what goes to a provider.
@@ -15389,9 +15389,8 @@ class Gateway:
 
     def _follow_precedent(self, data: Dict[str, Any], body: bytes, exchange: Exchange) -> bool:
         """Answers a chat request that differs from an earlier one in its texts alone: parsing, adapting and encoding it
-        would come to the same call around them, and are a third of what a request costs. What may have changed since is
-        found anew: the model that its name means, the credential, and what the model does not take. False when it has to
-        go the long way."""
+        would come to the same call around them, and are a third of what a request costs. The model that its name means and
+        the credential are found anew where what they rest on has changed since. False when it has to go the long way."""
         if len(body) > LARGE_BODY_BYTES:        # the client's own bytes go out then, see `request_bytes`
             return False
         exchange.config = config = self.config
@@ -15403,7 +15402,7 @@ class Gateway:
         full_id = known.candidate.full_id
         if self.quirks.of(full_id) or self.meter.is_due(full_id):
             return False
-        if ground == known.ground:
+        if known.model and ground == known.ground:
             model, credential = known.model, known.credential
             exchange.log["model"], exchange.account = full_id, credential.account
         else:
@@ -15444,7 +15443,7 @@ class Gateway:
         if len(self._precedents) >= self.PRECEDENTS:
             self._precedents.clear()
         bare = changed(request, messages=(), system=(), data={}, body=b"", headers={}, query="")
-        self._precedents[key] = Precedent(exchange.config, candidates[0], credential, is_plain, None, model, bare,
+        self._precedents[key] = Precedent(exchange.config, candidates[0], credential, is_plain, bare,
                                           call._replace(body=b""), before, behind, dict(exchange.answer_headers))
 
     def _ground(self) -> Any:
@@ -17197,7 +17196,6 @@ MODEL_SHAPES: Dict[str, Callable[[Model, float], Dict[str, Any]]] = {
     AnthropicClient.name: anthropic_model, GeminiClient.name: gemini_model}
 MODEL_PAGES: Dict[str, Callable[[Sequence[Model], float, Mapping[str, str]], Dict[str, Any]]] = {
     AnthropicClient.name: anthropic_model_page, GeminiClient.name: gemini_model_page}
-
 
 
 def find_trim() -> Optional[Callable[[int], Any]]:
@@ -18982,15 +18980,17 @@ def run_quirks(quirks: Quirks, arguments: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-def told_time(milliseconds: int) -> str:
-    """A time in the largest units that leave something to say: 9 s, 5 min, 26 h, 3 days."""
-    seconds = int(milliseconds) // 1000
+def told_time(milliseconds: Any) -> str:
+    """A time, as a gateway says it, in the largest units that leave something to say: 9 s, 5 min, 26 h, 3 days."""
+    seconds = int(number_of(milliseconds)) // 1000
     for least, unit, name in ((72 * 3600, 86400, "days"), (7200, 3600, "h"), (120, 60, "min")):
         if seconds >= least:
             return f"{seconds // unit} {name}"
     return f"{seconds} s"
 
 
+# How `status` tells people what its JSON says: the word, and the value in words.
+STATUS_WORDS: Dict[str, Tuple[str, Callable[[Any], str]]] = {"uptimeMs": ("uptime", told_time), "streams": ("requests", str)}
 KEY_ASKED = "it asks for its apiKey (PI_GATEWAY_API_KEY, or apiKey in pigateway.json)"
 
 
@@ -19129,9 +19129,10 @@ class Lifecycle:
         elif not pid:
             print("not running")
         else:
-            names = {"uptimeMs": "uptime", "streams": "requests"}
-            facts.update((name, told_time(facts[name])) for name in facts if name == "uptimeMs")
-            print("\n".join(f"{names.get(name, name):<10}{value}" for name, value in facts.items() if name != "running"))
+            for name, value in facts.items():
+                if name != "running":
+                    word, tell = STATUS_WORDS.get(name, (name, str))
+                    print(f"{word:<10}{tell(value)}")
         return EXIT_OK if pid else EXIT_FAILURE
 
     def _probe(self, url: str) -> Dict[str, Any]:

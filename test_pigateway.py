@@ -19942,6 +19942,12 @@ def test_time_in_words(seconds: int, told: str) -> None:
     assert pg.told_time(seconds * 1000 + 999) == told
 
 
+@pytest.mark.parametrize("odd", [None, "soon", [], float("inf"), float("nan"), True])
+def test_time_that_another_program_says(odd: Any) -> None:
+    """Whoever answers at the address may be no gateway."""
+    assert pg.told_time(odd) == "0 s"
+
+
 def test_start_status_restart_stop(own_home: Any, capsys: Any) -> None:
     several = os.path.exists(f"/proc/self/task/{os.getpid()}/children")
     assert pg.main(["status"]) == 1 and capsys.readouterr().out == "not running\n"
