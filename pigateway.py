@@ -15433,11 +15433,10 @@ class Gateway:
                 model.flag("requestHeaders") or lane.upstream.marks_cache(model) or
                 type(lane.upstream).sign is not UpstreamProtocol.sign):
             return
-        missing: List[Missing] = []
-        candidates = self.candidates(request, missing)
+        candidates = self.candidates(request)
         is_plain = self.credentials.is_plain(self.catalogue.providers[model.provider], model)
         before, texts, behind = call.body.partition(dumps(request.data["messages"]).encode("ascii"))
-        if len(candidates) != 1 or missing or candidates[0].full_id != model.full_id or not texts or (
+        if len(candidates) != 1 or candidates[0].full_id != model.full_id or not texts or (
                 len(before) + len(behind) > self.PRECEDENT_BYTES):
             return
         if len(self._precedents) >= self.PRECEDENTS:

@@ -21031,6 +21031,25 @@ def test_plain_chats_follow_a_precedent(tmp_path: Any, monkeypatch: Any) -> None
                     assert is_known or changes_messages or body["messages"] is not said, (row, body)
 
 
+def test_precedents_are_of_those_who_speak(tmp_path: Any, monkeypatch: Any) -> None:
+    """What becomes of a chat may depend on its roles."""
+    follows(monkeypatch)
+    talks = [[{"role": role, "content": "Hi"} for role in roles] for roles in (
+        ("user",), ("system", "user"), ("user", "assistant"), ("assistant",), ("system",))]
+    with fake_upstream(saying(Script("ok"))) as fake:
+        models = two_providers(fake.url)
+        models["providers"]["chat"]["models"] = [{"id": row[0], "reasoning": True, "compat": {row[0]: row[1]}} for row in FLAGS]
+        write_agent_files(tmp_path, models=models)
+        with running(tmp_path) as handle:
+            for row in FLAGS:
+                for before, after in zip(talks, talks[1:]):
+                    handle.gateway._precedents.clear()
+                    for messages in (before, after):
+                        body = {"model": f"chat/{row[0]}", "messages": messages}
+                        short = traces(handle.url, fake, body)
+                    assert short == traces_the_long_way(handle.url, fake, body), (row[0], before, after)
+
+
 @pytest.mark.parametrize("model_id", ["chat/unlisted", "chat/m1:high", "chat/keyed", "mapped"])
 def test_plain_chats_of_models_with_no_row_of_their_own(tmp_path: Any, monkeypatch: Any, model_id: str) -> None:
     """What is looked up for them is made anew each time, and says the same."""
