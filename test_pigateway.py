@@ -72,7 +72,7 @@ def run_half(number: int) -> int:
         def pytest_collection_modifyitems(self, items: List[Any]) -> None:
             # log-ins come back to fixed ports, so all of them are in one half, which gets less of the rest
             items[:] = [item for item in items if number == (item.originalname.startswith("test_log_in")
-                                                             or zlib.crc32(item.originalname.encode()) % 37 < 12)]
+                                                             or zlib.crc32(item.originalname.encode()) % 61 < 23)]
 
     # assertions that explain themselves take five seconds to compile; whoever looks into a failure has them
     return pytest.main(["-q", "-p", "no:cacheprovider", "--assert=plain", os.path.abspath(__file__)], [Half()])
