@@ -7518,6 +7518,8 @@ def test_a_websocket_is_refused_so_that_clients_take_to_post(script: Given) -> N
 
 def test_responses_input_tokens(script: Given) -> None:
     handle, fake = script(Answer())
+    call(handle.url, "/v1/responses/input_tokens", {"model": "chat/m1", "input": "Hi"})        # finds that the host does not count
+    fake.received.clear()
     few, many = (call(handle.url, "/v1/responses/input_tokens", {"model": "chat/m1", **fields}).json
                  for fields in ({}, {"input": "word " * 1000, "instructions": "S"}))
     assert set(few) == {"object", "input_tokens"} and few["object"] == "response.input_tokens"
