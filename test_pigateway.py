@@ -21342,7 +21342,7 @@ def test_large_pieces_are_left_to_the_stream_s_own_thread(tmp_path: Any, monkeyp
     small, large = [sse([{"choices": [{"index": 0, "delta": {"content": "x" * size}}]}], False)
                     for size in (10, 3 * pg.PIECE_BYTES)]
     ending = sse([{"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}], end="[DONE]")
-    pieces = [part for piece in (small, *[large] * 20) for part in (piece, 0.002)]
+    pieces = [small, 0.2, *[part for _ in range(20) for part in (large, 0.002)]]        # the first arrives alone
     with served(tmp_path, Answer(200, [*pieces, ending], "text/event-stream")) as (url, _):
         body = {"model": "chat/m1", "stream": True, "messages": [{"role": "user", "content": "Hi"}]}
         result = call(url, "/v1/chat/completions", body)
