@@ -24334,7 +24334,8 @@ def test_code_uses_the_gateway_that_runs(fakes: Fakes, capfd: Any, monkeypatch: 
         assert call(handle.url, "/healthz").status == 200
     seen = fakes.seen
     environ = seen["environ"]
-    assert seen["argv"] == words and seen["default"] and not seen["tty"]
+    assert seen["argv"] == words and not seen["tty"]
+    assert seen["default"] is (signal.getsignal(signal.SIGINT) != signal.SIG_IGN)    # which tests in the background ignore
     assert environ["ANTHROPIC_BASE_URL"] == handle.url and environ["ANTHROPIC_AUTH_TOKEN"] == "pigateway"
     assert "ANTHROPIC_API_KEY" not in environ and "CLAUDE_CODE_USE_BEDROCK" not in environ
     assert {environ[name] for name in pg.CLAUDE_MODELS} == {"demo/echo"}
