@@ -4042,6 +4042,101 @@ def test_texts_from_memory_are_those_of_the_long_way(monkeypatch: Any) -> None:
     assert sum(counts) > 2000 and max(counts) > 5 and counts.count(1) > 300      # it has been used, for one and for many
 
 
+# Whole answers, with places for an id, a time, a text and counts.
+WHOLE_SHAPES: Dict[str, Tuple[str, ...]] = {
+    "openai-completions": (
+        '{"id":"%s","object":"chat.completion","created":%d,"model":"m","choices":[{"index":0,"message":{"role":"assistant",'
+        '"content":%s},"finish_reason":"stop"}],"usage":{"prompt_tokens":%d,"completion_tokens":%d,"total_tokens":%d}}',
+        '{"id": "%s", "created": %d, "choices": [{"message": {"content": %s, "refusal": null, "annotations": []}, "logprobs": '
+        'null, "finish_reason": "length"}], "usage": {"prompt_tokens": %d, "completion_tokens": %d, "total_tokens": %d, '
+        '"prompt_tokens_details": {"cached_tokens": 3}, "completion_tokens_details": {"reasoning_tokens": 0}}, "x": 100%%}',
+        '{"id":"%s","created":%d,"choices":[{"message":{"role":"assistant","content":%s},"finish_reason":"eos"}],"usage":'
+        '{"prompt_tokens":%d,"completion_tokens":%d,"prompt_cache_hit_tokens":%d}}',
+        '{"id":"%s","created":%d,"choices":[{"message":{"content":%s,"reasoning":"Hm"},"finish_reason":"stop"}],"timings":{"n":'
+        '%d,"ms":1.5},"usage":{"completion_tokens":%d},"n":%d}'),
+    "anthropic-messages": (
+        '{"id":"%s","type":"message","role":"assistant","model":"m","n":%d,"content":[{"type":"text","text":%s}],"stop_reason":'
+        '"end_turn","stop_sequence":null,"usage":{"input_tokens":%d,"output_tokens":%d,"cache_read_input_tokens":%d}}',
+        '{"id":"%s","type":"message","n":%d,"content":[{"type":"text","text":%s}],"stop_reason":"max_tokens","usage":'
+        '{"cache_creation_input_tokens":0,"input_tokens":%d,"output_tokens":%d,"odd":%d}}'),
+    "google-generative-ai": (
+        '{"responseId":"%s","n":%d,"candidates":[{"content":{"parts":[{"text":%s}],"role":"model"},"finishReason":"STOP"}],'
+        '"usageMetadata":{"promptTokenCount":%d,"candidatesTokenCount":%d,"totalTokenCount":%d}}',
+        '{"id":"%s","n":%d,"candidates":[{"content":{"parts":[{"text":%s}]},"finishReason":"STOP"}],"usageMetadata":'
+        '{"promptTokenCount":%d,"candidatesTokenCount":%d,"thoughtsTokenCount":%d}}'),
+    "openai-responses": (
+        '{"id":"%s","object":"response","created_at":%d,"status":"completed","output":[{"id":"msg_1","type":"message","role":'
+        '"assistant","content":[{"type":"output_text","text":%s,"annotations":[]}]}],"usage":{"input_tokens":%d,'
+        '"output_tokens":%d,"total_tokens":%d}}',)}
+WHOLE_SHAPES["mistral-conversations"] = WHOLE_SHAPES["openai-completions"][:2]
+
+
+def shaped_answer(rng: random.Random, shape: str) -> bytes:
+    """An answer of a shape; now and then one that is not quite of it, or broken."""
+    counts = [rng.choice((0, 1, 2, 7, 10, 99, 1234, 10 ** 14, 10 ** 15, rng.randrange(1, 5000))) if rng.random() < .1 else
+              rng.randrange(1, 5000) for _ in range(4)]
+    answer_id = rng.choice(("chatcmpl-%d", "msg_%d", "%d", "chatcmpl-\\u00e9%d", "") if rng.random() < .2 else
+                           ("chatcmpl-%d",)).replace("%d", str(rng.randrange(10 ** 6)))
+    body = (shape % (answer_id, counts[0], spelled(rng), *counts[1:])).encode("utf-8", "surrogatepass")
+    if rng.random() < .06:
+        place = rng.randrange(len(body))
+        body = body[:place] + rng.choice((b"", b"0", b'"', b"}", b" ", b"-", b".", b"1", b"\xff", b"\\")) + body[place + rng.randrange(2):]
+    return body
+
+
+def told_whole(take: Callable[[Any, bytes], bytes], lane: Any, body: bytes) -> Tuple[Any, ...]:
+    """What comes of a whole answer, and what is known of it."""
+    try:
+        out: Any = take(lane, body)
+    except pg.GatewayError as error:
+        out = type(error), error.message
+    error = lane.error and (type(lane.error), lane.error.message)
+    return out, lane.started, lane.finished, lane.usage, lane.stop_reason, error, lane.issued, lane.signed_calls
+
+
+@pytest.mark.parametrize("client", [CHAT, MESSAGES], ids=["chat", "messages"])
+@pytest.mark.parametrize("name", WHOLE_SHAPES)
+def test_whole_answers_from_memory_are_those_of_the_long_way(name: str, client: Any, monkeypatch: Any) -> None:
+    rng = random.Random(20261122)
+    filled: List[bool] = []
+    fill = pg.AnswerShape.fill
+
+    def counted(shape: Any, lane: Any, body: bytes) -> Any:
+        found = fill(shape, lane, body)
+        filled.append(found is not None)
+        return found
+
+    monkeypatch.setattr(pg.AnswerShape, "fill", counted)
+    upstream = pg.UPSTREAM_PROTOCOLS[name]
+    kinds = [pg.TranslatedLane] + [pg.ChatLane] * (client is CHAT and name == "openai-completions")
+    for kind in kinds:
+        for shape in WHOLE_SHAPES[name]:
+            memo = pg.AnswerMemo()
+            for number in range(120):
+                body = shaped_answer(rng, rng.choice(WHOLE_SHAPES[name]) if rng.random() < .05 else shape)
+                stamp = pg.Stamp("s%023d" % number, 1_700_000_000 + number)
+                lanes = [kind(client, upstream, whole_request(client), model(name), stamp) for _ in range(2)]
+                assert told_whole(memo.whole, lanes[0], body) == told_whole(lambda lane, body: lane.whole(body), lanes[1], body)
+    assert sum(filled) > 30 * len(kinds), "hardly used"
+
+
+def test_answers_that_tell_a_time_or_hold_calls_are_not_remembered() -> None:
+    calls = json.dumps({**WHOLE_CHAT, "usage": {"prompt_tokens": 3, "completion_tokens": 2}}).encode()
+    plain = json.dumps({"id": "x", "choices": [{"message": {"content": "ok"}, "finish_reason": "stop"}],
+                        "usage": {"prompt_tokens": 3, "completion_tokens": 2}}).encode()
+    huge = plain.replace(b"ok", b"k" * pg.LARGE_BODY_BYTES)
+    for client, body, is_kept in ((OLLAMA, plain, False), (CHAT, plain, True), (CHAT, huge, False),
+                                  (CHAT, plain.replace(b'"ok"', b"null"), False)):
+        memo = pg.AnswerMemo()
+        with contextlib.suppress(pg.GatewayError):
+            memo.whole(pg.TranslatedLane(client, COMPLETIONS, whole_request(client), model("openai-completions"), STAMP), body)
+        assert bool(memo._shapes) is is_kept
+    memo = pg.AnswerMemo()
+    for _ in range(2):
+        made = memo.whole(pg.ChatLane(CHAT, COMPLETIONS, chat_request(), model("openai-completions"), STAMP), calls)
+        assert [call["id"] for call in json.loads(made)["choices"][0]["message"]["tool_calls"]] == ["a", "b"]
+
+
 def test_anthropic_lane_whole_is_spliced() -> None:
     body = (b' {"type":"message","model" : "claude-m", "id":"msg_1","content":[{"type":"text","text":"\xc3\xa9"}],'
             b'"usage":{"input_tokens":3}}\n')
