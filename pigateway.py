@@ -9775,7 +9775,7 @@ class Lane:
 
 _SCALAR = re.compile(rb'"([^"\\]*(?:\\.[^"\\]*)*)"(\s*:)?|(-?[0-9][-+.0-9eE]*)')
 _ANSWER_ID = re.compile(rb"((?:[A-Za-z]+[-_])?)[\w.:-]+")       # what an id begins with tells whether a client takes it
-_PLAIN_TEXT = re.compile(rb"[ !#-\[\]-~]+")
+_PLAIN_BYTES = bytes(byte for byte in range(0x20, 0x7f) if byte not in b'"\\')
 
 
 class AnswerShape(NamedTuple):
@@ -9792,19 +9792,20 @@ class AnswerShape(NamedTuple):
 
     def fill(self, lane: Lane, body: bytes) -> Optional[bytes]:
         """The answer for the client, and what the lane knows afterwards; None when `body` is of another shape."""
-        match = self.pattern.fullmatch(body)
-        if not match:
+        before, end = self.before.match(body), body.rfind(self.seam)
+        behind = before and self.behind.fullmatch(body, max(end, 0))
+        if not before or not behind or before.end() >= end:
             return None
-        values = list(match.groups())
-        if not _PLAIN_TEXT.fullmatch(values[self.text]):
-            try:
-                text = loads('"%s"' % values[self.text].decode("utf-8"))
-            except ValueError:
-                return None
-            if not text.isascii() and _SURROGATE.search(text):
-                return None
-            values[self.text] = dumps(text)[1:-1].encode("ascii")
-        values += lane.stamp.id.encode("ascii"), b"%d" % lane.stamp.created
+        spelling = body[before.end():end]
+        try:
+            if spelling.translate(None, _PLAIN_BYTES):      # anything else is in it
+                text = loads('"%s"' % spelling.decode("utf-8"))
+                if may_hold_surrogates(spelling) and _SURROGATE.search(text):
+                    return None
+                spelling = dumps(text)[1:-1].encode("ascii")
+        except ValueError:                      # not one string
+            return None
+        values = [*before.groups(), spelling, *behind.groups(), lane.stamp.id.encode("ascii"), b"%d" % lane.stamp.created]
         for places in self.sums:
             values.append(b"%d" % sum([int(values[place]) for place in places]))
         lane.usage = Usage(*[sum([int(values[place]) for place in places]) for places in self.usage])
@@ -9869,12 +9870,14 @@ class AnswerMemo:
         if first is None or first != second:
             return None
         pieces, sources, usage, stop_reason = first
+        while usage and not usage[-1]:
+            usage.pop()
         sums = list(dict.fromkeys(source for source in sources if len(source) > 1))
         order = [source[0] if len(source) == 1 else len(kinds) + 2 + sums.index(source) for source in sources]
-        groups = {"t": rb'((?!")[^"\\]*(?:\\.[^"\\]*)*)', "i": rb"([\w.:-]{1,200})",
-                  "I": rb"((?![A-Za-z]+[-_])[\w.:-]{1,200})", "n": rb"([1-9][0-9]{0,14})"}
-        pattern = b"".join(re.escape(piece) + groups[kind] for piece, kind in zip(around, kinds)) + re.escape(around[-1])
-        return AnswerShape(re.compile(pattern), kinds.index("t"), sums,
+        places = {"i": rb"([\w.:-]{1,200})", "I": rb"((?![A-Za-z]+[-_])[\w.:-]{1,200})", "n": rb"([1-9][0-9]{0,14})", "t": b""}
+        pattern = [re.escape(piece) + places[kind] for piece, kind in zip(around, kinds)] + [re.escape(around[-1])]
+        behind = kinds.index("t") + 1
+        return AnswerShape(re.compile(b"".join(pattern[:behind])), around[behind], re.compile(b"".join(pattern[behind:])), sums,
                            b"%b".join(piece.replace(b"%", b"%%") for piece in pieces), order, usage, stop_reason)
 
     def _try(self, lane: Lane, around: Sequence[bytes], kinds: str, base: int, is_falling: bool) -> Any:
