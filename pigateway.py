@@ -1916,7 +1916,7 @@ class TokenMeter:
     def is_due(self, model_id: str) -> bool:
         """Whether there is still much to learn about a model, or it is time to see whether it holds."""
         known = self._models.get(model_id)
-        return known is not None and known.heard < self.ALWAYS or not random.randrange(self.PLAIN_EVERY)
+        return known is not None and known.heard < self.ALWAYS or random.random() * self.PLAIN_EVERY < 1
 
     def observe(self, model_id: str, request: Request, tokens: int) -> None:
         """Notes how many tokens the provider counted in a request's prompt."""
@@ -9782,8 +9782,9 @@ class AnswerShape(NamedTuple):
     """Answers that differ in their variable places alone, and what becomes of them. Values are the places' bytes in their
     order, then the stamp's id and time, then sums."""
 
-    pattern: re.Pattern[bytes]
-    text: int                           # which of the places is the text
+    before: re.Pattern[bytes]           # what stands around the text, with the other places,
+    seam: bytes                         # the first of it behind the text,
+    behind: re.Pattern[bytes]           # and all of it
     sums: Sequence[Sequence[int]]       # the values whose sum is a value of its own
     template: bytes
     order: Sequence[int]                # the values in the template
@@ -14401,6 +14402,9 @@ class Response:
     def read(self, limit: int) -> bytes:
         """The whole body. Raises `UpstreamProtocolError` when it is longer than `limit` bytes."""
         pieces, size = [], 0
+        if len(self._rest) == self._length <= limit and not self._inflate:      # nearly always it came with its head
+            data, self._rest, self._length, self._complete = self._rest, b"", 0, True
+            return data
         for piece in self:
             pieces.append(piece)
             size += len(piece)
@@ -14791,6 +14795,7 @@ class DemoResponse(Response):
     """The built-in model's answer, in pieces at a steady pace."""
 
     sock = None
+    _rest, _length = b"", None
 
     def __init__(self, status: int, content_type: str, pieces: List[bytes], scope: Scope, delay_s: float) -> None:
         self.status = status
@@ -15121,7 +15126,8 @@ class Quirks:
 
     def of(self, model_id: str) -> Dict[str, str]:
         """What is known of one model."""
-        return self._all().get(model_id, {})
+        stored = self._file.read() if self._file else {}
+        return self._known.get(model_id) or as_dict(stored.get(model_id))
 
     def note(self, model_id: str, name: str, replacement: str) -> None:
         """Remembers one more."""
@@ -15261,6 +15267,8 @@ class Precedent(NamedTuple):
     before: bytes
     behind: bytes
     answer_headers: Mapping[str, str]
+    secrets: Sequence[str]              # see `Lane`
+    origin: str
     answers: AnswerMemo
     ground: Any = None                  # on which the credential was found again, see `Gateway._ground`,
     model: Optional[Model] = None       # and the model, as it is called; None before that
@@ -15571,8 +15579,8 @@ class Gateway:
         exchange.answer_headers.update(known.answer_headers)
         request = changed(known.request, data=data, body=body, headers=exchange.headers, query=exchange.query)
         lane = ChatLane(CHAT, UPSTREAM_PROTOCOLS[model.protocol], request, model, exchange.stamp)
-        lane.answers = known.answers
-        self._introduce(lane, credential, exchange)
+        lane.answers, lane.secrets, lane.origin = known.answers, known.secrets, known.origin
+        exchange.secrets.update(known.secrets)
         texts = dumps(data["messages"]).encode("ascii")
         self._run(lane, credential, exchange, known.call._replace(body=known.before + texts + known.behind))
         return True
@@ -15597,7 +15605,7 @@ class Gateway:
         bare = changed(request, messages=(), system=(), data={}, body=b"", headers={}, query="")
         self._precedents[key] = Precedent(exchange.config, candidates[0], credential, is_plain, bare,
                                           call._replace(body=b""), before, behind, dict(exchange.answer_headers),
-                                          AnswerMemo())
+                                          lane.secrets, lane.origin, AnswerMemo())
 
     def _ground(self) -> Any:
         """What a request's model and its credential are found by, beside the configuration: equal as long as they are the
@@ -16012,6 +16020,14 @@ class Gateway:
 
     def _carry(self, lane: Lane, response: Response, is_stream: bool, scope: Scope, exchange: Exchange) -> None:
         """Brings the answer to the client, streamed as it comes or whole at its end."""
+        if not is_stream and not lane.request.stream:
+            body = response.read(lane.limit_bytes)
+            out = lane.answers.whole(lane, body) if lane.answers else lane.whole(body)
+            self._remember(lane)
+            if lane.error:
+                lane.raise_error()
+            exchange.responder.send(200, {**exchange.answer_headers, "content-type": "application/json"}, out)
+            return
         steps = self._steps(lane, response, is_stream, exchange)
         for size in steps:
             if size < PIECE_BYTES and exchange.responder.has_begun:
@@ -16054,8 +16070,7 @@ class Gateway:
     def _outputs(self, lane: Lane, response: Response, is_stream: bool) -> Iterator[bytes]:
         try:
             if not is_stream:
-                body = response.read(lane.limit_bytes)
-                yield lane.answers.whole(lane, body) if lane.answers else lane.whole(body)
+                yield lane.whole(response.read(lane.limit_bytes))
                 return
             size, heard, heard_at = 0, 0, time.monotonic()
             for data in response:
@@ -16790,8 +16805,9 @@ class Handler(socketserver.BaseRequestHandler):
 
     def handle(self) -> None:
         """Serves requests until the connection ends."""
-        self._buffer = self._head_text = b""
-        self._head: Optional[Head] = None       # the last one, and its bytes without the body's length
+        self._buffer = b""
+        self._head: Optional[Head] = None       # the last one, and its bytes around the body's length
+        self._around_length = b"", b""
         self.server.track(self.request, True)
         try:
             self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -16870,16 +16886,19 @@ class Handler(socketserver.BaseRequestHandler):
         if not 0 <= end <= MAX_HEAD_BYTES:
             raise HeadTooLarge("the request's head is too long")
         data, self._buffer = self._buffer[:end], self._buffer[end + 4:]
-        length = _LENGTH_LINE.search(data)
-        text = data[:length.start(1)] + data[length.end(1):] if length else data
-        if text == self._head_text and length and self._head:       # a client's next request says the same, but for this
-            digits = length.group(1).decode("ascii")
-            return self._head._replace(headers={**self._head.headers, "content-length": digits}, length=int(digits))
+        before, behind = self._around_length
+        digits = data[len(before):len(data) - len(behind)]
+        if before and data.startswith(before) and data.endswith(behind) and digits.isdigit() and len(digits) < 16:
+            # a client's next request says the same, but for this
+            method, target, path, query, minor_version, headers, _ = self._head     # type: ignore[misc]
+            headers = {**headers, "content-length": digits.decode("ascii")}
+            return Head(method, target, path, query, minor_version, headers, int(digits))
         try:
             self._head = parse_request_head(data)
         except ValueError as error:
             raise BadRequest(f"malformed HTTP request: {error}", code="invalid_http") from None
-        self._head_text = text
+        length = _LENGTH_LINE.search(data)
+        self._around_length = (data[:length.start(1)], data[length.end(1):]) if length else (b"", b"")
         return self._head
 
     def _read_body(self, head: Head) -> bytes:

@@ -4053,7 +4053,9 @@ WHOLE_SHAPES: Dict[str, Tuple[str, ...]] = {
         '{"id":"%s","created":%d,"choices":[{"message":{"role":"assistant","content":%s},"finish_reason":"eos"}],"usage":'
         '{"prompt_tokens":%d,"completion_tokens":%d,"prompt_cache_hit_tokens":%d}}',
         '{"id":"%s","created":%d,"choices":[{"message":{"content":%s,"reasoning":"Hm"},"finish_reason":"stop"}],"timings":{"n":'
-        '%d,"ms":1.5},"usage":{"completion_tokens":%d},"n":%d}'),
+        '%d,"ms":1.5},"usage":{"completion_tokens":%d},"n":%d}\n',
+        '\n{\n "id": "%s",\n "n": %d,\n "choices": [{"message": {"content": %s}}],\r\n "usage": {"prompt_tokens": %d,\n\t'
+        '"completion_tokens": %d}, "n": %d}'),
     "anthropic-messages": (
         '{"id":"%s","type":"message","role":"assistant","model":"m","n":%d,"content":[{"type":"text","text":%s}],"stop_reason":'
         '"end_turn","stop_sequence":null,"usage":{"input_tokens":%d,"output_tokens":%d,"cache_read_input_tokens":%d}}',
@@ -21306,13 +21308,13 @@ def test_precedents_hide_no_fault(tmp_path: Any, monkeypatch: Any) -> None:
 
 
 def test_meter_wants_no_chats_of_a_model_that_counts_none(monkeypatch: Any) -> None:
-    monkeypatch.setattr(random, "randrange", lambda most: 1)
+    monkeypatch.setattr(random, "random", lambda: 0.02)
     meter, request = pg.TokenMeter(b"key"), pg.Request("m", (pg.Message("user", (pg.Text("Hi"),)),))
     assert not meter.is_due("m")
     for number in range(meter.ALWAYS):
         meter.observe("m", request, 5)
         assert meter.is_due("m") is (number + 1 < meter.ALWAYS)
-    monkeypatch.setattr(random, "randrange", lambda most: 0)
+    monkeypatch.setattr(random, "random", lambda: 0.01)
     assert meter.is_due("m") and meter.is_due("other")
 
 
