@@ -12006,11 +12006,12 @@ class FileCache:
         self._seen: Any = None
         self._content: Dict[str, Any] = {}
 
-    def read(self) -> Dict[str, Any]:
-        """The file's content, {} when there is none."""
-        if self._pause_s:
+    def read(self, pause_s: float = 0.0) -> Dict[str, Any]:
+        """The file's content, {} when there is none; as it was `pause_s` ago at the longest."""
+        pause_s = pause_s or self._pause_s
+        if pause_s:
             now = time.monotonic()
-            if now < self._looked_at + self._pause_s:
+            if now < self._looked_at + pause_s:
                 return self._content
             self._looked_at = now
         if self.identify() != self._seen:       # looked at without the lock: all requests would stand in line for it
@@ -12199,9 +12200,9 @@ class AuthFile:
         self._cache = FileCache(path)
         self._writing = threading.Lock()
 
-    def read(self) -> Dict[str, Any]:
-        """The entries by provider; the last good ones while the file is broken."""
-        return self._cache.read()
+    def read(self, pause_s: float = 0.0) -> Dict[str, Any]:
+        """The entries by provider, as they were `pause_s` ago at the longest; the last good ones while the file is broken."""
+        return self._cache.read(pause_s)
 
     def entry(self, name: str) -> Dict[str, Any]:
         """A provider's entry, {} when it has none."""
@@ -12907,9 +12908,9 @@ class Logins:
         self._unsaved: Dict[str, Tuple[Any, Dict[str, Any]]] = {}
         self._closing = threading.Event()
 
-    def content(self) -> Dict[str, Any]:
-        """All entries, as the file has them."""
-        return self._file.read()
+    def content(self, pause_s: float = 0.0) -> Dict[str, Any]:
+        """All entries, as the file had them `pause_s` ago at the longest."""
+        return self._file.read(pause_s)
 
     def entry(self, name: str) -> Dict[str, Any]:
         """A provider's entry as it stands, {} when there is none."""
@@ -13126,8 +13127,10 @@ class Credentials:
         return present(env=entry.get("env")) if provider.has_own_key else entry
 
     def contents(self) -> Tuple[Dict[str, Any], ...]:
-        """What the files with credentials hold; other objects once one has changed."""
-        return tuple([logins.content() for logins in (self.logins, *self._other_logins.values())])
+        """What the files with credentials hold; other objects soon after one has changed. Looking at a file is among the
+        dearest things that a plain chat does: in the midst of a request the system takes ten times as long for it as in a
+        row of such looks."""
+        return tuple([logins.content(CONTENTS_PAUSE_S) for logins in (self.logins, *self._other_logins.values())])
 
     def is_plain(self, provider: Provider, model: Model) -> bool:
         """Whether the credential for a call stays what it is as long as the configuration and `contents` do."""
@@ -15101,6 +15104,7 @@ def fallback_reason(error: GatewayError) -> str:
     return next((reason for kind, reason in FALLBACK_REASONS if isinstance(error, kind)), "")
 
 
+CONTENTS_PAUSE_S = 0.02             # between two looks at what plain chats that follow a precedent rest on
 QUIRKS_PAUSE_S = 1.0                # between two looks at what other processes have found out
 
 

@@ -21223,6 +21223,7 @@ def test_chats_that_are_translated_have_no_precedent(api: str, tmp_path: Any, mo
 
 def test_precedents_end_with_what_they_rest_on(tmp_path: Any, monkeypatch: Any) -> None:
     """The key, the model's facts and what the model does not take are those of the moment."""
+    monkeypatch.setattr(pg, "CONTENTS_PAUSE_S", 0)
     known = follows(monkeypatch)
     body = {"model": "chat/m1", "user": "u", "messages": [{"role": "user", "content": "Hi"}]}
     with fake_upstream(saying(Script("ok"))) as fake:
@@ -21259,8 +21260,22 @@ def test_precedents_end_with_what_they_rest_on(tmp_path: Any, monkeypatch: Any) 
             assert not is_known and "user" not in sent.json and not asked()[0]
 
 
+def test_precedents_hear_of_a_new_key_at_once(tmp_path: Any, monkeypatch: Any) -> None:
+    """As soon as anybody would notice: the file is not looked at for every one of thousands."""
+    known = follows(monkeypatch)
+    with served(tmp_path, saying(Script("ok"))) as (url, fake):
+        for key in ("first-key-1", "second-key-2"):
+            write_agent_files(tmp_path, auth={"chat": {"type": "api_key", "key": key}})
+            time.sleep(2 * pg.CONTENTS_PAUSE_S)
+            for _ in range(3):
+                assert call(url, "/v1/chat/completions", question("chat")).status == 200
+                assert fake.received[-1].headers["authorization"] == f"Bearer {key}"
+    assert known == [False, True, True] * 2
+
+
 def test_precedents_look_again_only_where_something_changed(tmp_path: Any, monkeypatch: Any) -> None:
     """For the model and the credential; one that comes from a command may be another each time."""
+    monkeypatch.setattr(pg, "CONTENTS_PAUSE_S", 0)
     known, looks = follows(monkeypatch), []
     authorise = pg.Gateway._authorise
     monkeypatch.setattr(pg.Gateway, "_authorise", lambda *args: looks.append(args[1].full_id) or authorise(*args))
