@@ -9801,7 +9801,7 @@ class AnswerShape(NamedTuple):
         try:
             if spelling.translate(None, _PLAIN_BYTES):      # anything else is in it
                 text = loads('"%s"' % spelling.decode("utf-8"))
-                if may_hold_surrogates(spelling) and _SURROGATE.search(text):
+                if (b"\\ud" in spelling or b"\\uD" in spelling) and _SURROGATE.search(text):
                     return None
                 spelling = dumps(text)[1:-1].encode("ascii")
         except ValueError:                      # not one string
@@ -14692,11 +14692,13 @@ class PooledHandler(urllib.request.BaseHandler):
         while True:
             end = buffer.find(b"\r\n\r\n")
             if end >= 0:
-                start, headers = self._parse_head(buffer[:end])
-                buffer = buffer[end + 4:]
-                status = int(start.split(" ", 2)[1])
-                if status >= 200:
-                    return Response(status, headers, connection, buffer, scope, self._limits.idle_s)
+                try:
+                    start, headers = parse_head(buffer[:end], known_header_line)
+                    status, buffer = answer_status(start[:13]), buffer[end + 4:]
+                    if status >= 200:
+                        return Response(status, headers, connection, buffer, scope, self._limits.idle_s)
+                except ValueError as error:
+                    raise UpstreamProtocolError(f"the provider's answer is not HTTP: {error}") from None
                 continue                        # 100 Continue, 103 Early Hints
             if len(buffer) > MAX_HEAD_BYTES:
                 raise UpstreamProtocolError("the provider's answer has too long a head")
@@ -14710,18 +14712,19 @@ class PooledHandler(urllib.request.BaseHandler):
                 raise StaleConnection
             buffer += data
 
-    def _parse_head(self, head: bytes) -> Tuple[str, Dict[str, str]]:
-        try:
-            start, headers = parse_head(head, known_header_line)
-            body_length(headers)
-            if not _STATUS_LINE.match(start):
-                raise ValueError("not HTTP/1.1")
-            return start, headers
-        except ValueError as error:
-            raise UpstreamProtocolError(f"the provider's answer is not HTTP: {error}") from None
+
+_STATUS_LINE = re.compile(r"HTTP/1\.[01] ([0-9]{3})(?: |$)")
 
 
-_STATUS_LINE = re.compile(r"HTTP/1\.[01] [0-9]{3}(?: |$)")
+@functools.lru_cache(64)
+def answer_status(start: str) -> int:
+    """The status in the start line of an answer. Raises ValueError when it is none of HTTP/1."""
+    match = _STATUS_LINE.match(start)
+    if not match:
+        raise ValueError("not HTTP/1.1")
+    return int(match.group(1))
+
+
 _TARGET = re.compile(r"[!-~]+")
 _MESSAGE_HEAD = re.compile(rf"[^\0\r\n]+(?:\r\n{_TCHAR}+:[^\0\r\n]*)*")
 
@@ -15477,6 +15480,15 @@ class Carrier:
             self._epoll.close()
 
 
+def told_stop(lane: Lane) -> str:
+    """Why an answer stopped, as the log tells it: what a provider wrote there may be anything."""
+    reason = lane.stop_reason
+    return reason if isinstance(reason, str) and reason in _STOP_WORDS else redact(str(reason), lane.secrets)[:64]
+
+
+_STOP_WORDS = frozenset({*CHAT_FINISH, *CHAT_FINISH.values(), *ANTHROPIC_STOP})
+
+
 class Gateway:
     """Serves requests: finds model and credential, picks the lane, calls the provider, carries the answer back."""
 
@@ -15977,16 +15989,16 @@ class Gateway:
         finally:
             exchange.usage = lane.usage
             exchange.log.update(lane=lane.name, tokens_in=lane.usage.prompt, tokens_out=lane.usage.output,
-                                stop=redact(str(lane.stop_reason), lane.secrets)[:64])
+                                stop=told_stop(lane))
             response.close()
         self._observe(lane)
 
     def _observe(self, lane: Lane) -> None:
         """Learns from an answer that has been sent how its model counts, unless its provider can be asked."""
-        model_id, request = lane.model.full_id, lane.request
-        if lane.error is None and request.messages and (lane.model.protocol != AnthropicMessages.name or
-                                                        self.uncounted.get(model_id, self.clock())):
-            self.meter.observe(model_id, request, lane.usage.prompt)
+        request, model = lane.request, lane.model
+        if lane.error is None and request.messages and (model.protocol != AnthropicMessages.name or
+                                                        self.uncounted.get(model.full_id, self.clock())):
+            self.meter.observe(model.full_id, request, lane.usage.prompt)
 
     def _refusal(self, lane: Lane, response: Response) -> GatewayError:
         if 300 <= response.status < 400:
