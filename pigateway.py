@@ -15055,7 +15055,8 @@ class Exchange:
     asked: str = ""                             # the model by the client's name
     usage: Usage = Usage()
     secrets: set[str] = field(default_factory=set)      # what no log may show
-    precedent_key: Optional[Tuple[str, str]] = None     # of a request of plain text
+    plain: Optional[PlainChat] = None           # a request of plain text
+    restore: Optional[Callable[[], Request]] = None     # makes the whole request where only its texts were looked at
     config: Optional[Config] = None             # under which the request was read
 
 
@@ -15261,18 +15262,36 @@ class ServerCounter:
         return parse_answer(answer)
 
 
+class PlainChat(NamedTuple):
+    """A chat request of plain text alone. `key` is what others have in common with it from which the same call comes, but
+    for the messages, where the provider takes them as they are; `shape` says so for their texts, where they are
+    translated."""
+
+    key: Tuple[str, ...]
+    shape: Tuple[str, ...]
+    texts: List[str]
+
+    @staticmethod
+    def with_texts(data: Mapping[str, Any], texts: Sequence[str]) -> Dict[str, Any]:
+        """A request's body with other texts in their order."""
+        rest = iter(texts)
+        system = {"system": next(rest)} if "system" in data else {}
+        return {**data, **system, "messages": [{**message, "content": next(rest)} for message in data["messages"]]}
+
+
 class Precedent(NamedTuple):
     """What a request of plain text came to under a configuration: the model that its name meant, the credential, the
-    request without its messages, and the call, cut where its messages stand."""
+    request without its messages, and the call, with places for texts in its body."""
 
     config: Config
     candidate: Model
     credential: Credential
     is_plain: bool              # whether the credential stays what it is on the same ground
+    lane: Type[Lane]
     request: Request
     call: Call
-    before: bytes
-    behind: bytes
+    template: bytes
+    order: Optional[Sequence[int]]      # which texts have their places there, in JSON; None for all messages as they came
     answer_headers: Mapping[str, str]
     secrets: Sequence[str]              # see `Lane`
     origin: str
@@ -15280,32 +15299,46 @@ class Precedent(NamedTuple):
     ground: Any = None                  # on which the credential was found again, see `Gateway._ground`,
     model: Optional[Model] = None       # and the model, as it is called; None before that
 
+    def fill(self, data: Mapping[str, Any], texts: Sequence[str]) -> bytes:
+        """The call's body with these texts; b"" for one that is blank, which may not be sent like others."""
+        if self.order is None:
+            return self.template % dumps(data["messages"]).encode("ascii")
+        if "" in texts or any(map(str.isspace, texts)):
+            return b""
+        spelled = [dumps(text)[1:-1].encode("ascii") for text in texts]
+        return self.template % tuple([spelled[place] for place in self.order])
+
 
 # Headers that may change what goes to a provider.
 _SPEAKING_HEADERS = frozenset({*CARRIED_TO_OPENAI, "x-session-id", "x-claude-code-session-id", "x-pigateway-strict"})
 
 
-def plain_chat_key(client: ClientProtocol, headers: Mapping[str, str], data: Mapping[str, Any]) -> Optional[Tuple[str, str]]:
-    """What chat requests have to have in common for the same call to come of them but for their texts: all other fields
-    and the roles that speak. None for a request that is more than plain text."""
+def plain_chat(client: ClientProtocol, headers: Mapping[str, str], data: Mapping[str, Any]) -> Optional[PlainChat]:
+    """A chat request as one of plain text, None if it is more than that."""
     messages = data.get("messages")
-    if client is not CHAT or type(messages) is not list or not 0 < len(messages) <= MAX_ITEMS or not (
+    if client not in (CHAT, MESSAGES) or type(messages) is not list or not 0 < len(messages) <= MAX_ITEMS or not (
             _SPEAKING_HEADERS.isdisjoint(headers)):
         return None
-    roles = []
+    roles, texts = [], []
+    fields = {**data, "messages": None}
+    if client is MESSAGES and "system" in data:
+        texts.append(data["system"])
+        fields["system"] = ""
+        if type(texts[0]) is not str:
+            return None
     for message in messages:
         if type(message) is not dict or len(message) != 2 or type(message.get("content")) is not str:
             return None
         role = message.get("role")
-        if role not in roles:
-            if role not in ("system", "user", "assistant"):
-                return None
-            roles.append(role)
-    fields = {**data, "messages": None}
+        if role not in ("system", "user", "assistant"):
+            return None
+        roles.append(role)
+        texts.append(message["content"])
     for name, value in fields.items():
         if isinstance(value, (dict, list)) and name != "stream_options":
             return None
-    return repr(fields), " ".join(sorted(roles))
+    rest = repr(fields)
+    return PlainChat((rest, *sorted(set(roles))), (client.name, rest, *roles), texts)
 
 
 class Carried:
@@ -15492,7 +15525,8 @@ _STOP_WORDS = frozenset({*CHAT_FINISH, *CHAT_FINISH.values(), *ANTHROPIC_STOP})
 class Gateway:
     """Serves requests: finds model and credential, picks the lane, calls the provider, carries the answer back."""
 
-    PRECEDENTS, PRECEDENT_BYTES = 64, 4096      # how many are kept, and how large each may be but for its messages
+    PRECEDENTS, PRECEDENT_BYTES = 64, 4096      # how many are kept, and how large each may be but for its messages,
+    PRECEDENT_TEXTS = 16                        # or of how many texts that are translated
 
     def __init__(self, config: Config, catalogue: Catalogue, credentials: Credentials, transport: Transport,
                  clock: Callable[[], float] = time.time, quirks: Optional[Quirks] = None,
@@ -15513,7 +15547,8 @@ class Gateway:
         self.load: Any = [0]                    # requests under way at providers, by worker process
         self.worker = 0
         self.owner_pid = 0                      # the process that the lock file names, when that is not this one
-        self._precedents: Dict[Tuple[str, str], Precedent] = {}
+        self._precedents: Dict[Tuple[str, ...], Precedent] = {}
+        self._shapes_met: Dict[Tuple[str, ...], None] = {}      # of plain chats that are translated: once is no habit
         self._scopes: set[Scope] = set()
         self._scopes_lock = threading.Lock()
         self.carrier = Carrier()
@@ -15534,8 +15569,7 @@ class Gateway:
         data, body = self._with_model({**parse_json_object(body), **exchange.named}, body)
         if self._follow_precedent(data, body, exchange):
             return
-        request = changed(exchange.client.parse(data), body=body, headers=exchange.headers, query=exchange.query,
-                          session=session_of(exchange.headers, data))
+        request = self._read(data, body, exchange)
         exchange.log["stream"], exchange.asked = request.stream, request.model
         missing: List[Missing] = []
         candidates = self.candidates(request, missing)
@@ -15570,8 +15604,11 @@ class Gateway:
         if len(body) > LARGE_BODY_BYTES:        # the client's own bytes go out then, see `request_bytes`
             return False
         exchange.config = config = self.config
-        exchange.precedent_key = key = plain_chat_key(exchange.client, exchange.headers, data)
-        known = self._precedents.get(key) if key else None
+        exchange.plain = plain = plain_chat(exchange.client, exchange.headers, data)
+        if plain is None:
+            return False
+        key = plain.key if exchange.client is CHAT and plain.key in self._precedents else plain.shape
+        known = self._precedents.get(key)
         if known is None or known.config is not config:
             return False
         ground = self._ground()
@@ -15591,37 +15628,87 @@ class Gateway:
                 return False
             if known.is_plain:
                 self._precedents[key] = known._replace(ground=ground, model=model)
+        sent = known.fill(data, plain.texts)
+        if not sent:
+            return False
         exchange.log["stream"], exchange.asked = known.request.stream, known.request.model
         exchange.answer_headers.update(known.answer_headers)
         request = changed(known.request, data=data, body=body, headers=exchange.headers, query=exchange.query)
-        lane = ChatLane(CHAT, UPSTREAM_PROTOCOLS[model.protocol], request, model, exchange.stamp)
+        lane = known.lane(exchange.client, UPSTREAM_PROTOCOLS[model.protocol], request, model, exchange.stamp)
+        if known.order is not None:
+            exchange.restore = functools.partial(self._read, data, body, exchange, model)
         lane.answers, lane.secrets, lane.origin = known.answers, known.secrets, known.origin
         exchange.secrets.update(known.secrets)
-        texts = dumps(data["messages"]).encode("ascii")
-        self._run(lane, credential, exchange, known.call._replace(body=known.before + texts + known.behind))
+        self._run(lane, credential, exchange, known.call._replace(body=sent))
         return True
 
-    def _note_precedent(self, lane: Lane, credential: Credential, call: Call, exchange: Exchange) -> None:
+    def _read(self, data: Dict[str, Any], body: bytes, exchange: Exchange, model: Optional[Model] = None) -> Request:
+        """A request from its body, as it came and parsed; with the effort that a model's name asks for."""
+        request = changed(exchange.client.parse(data), body=body, headers=exchange.headers, query=exchange.query,
+                          session=session_of(exchange.headers, data))
+        return changed(request, reasoning=Reasoning(model.level)) if model and model.level else request
+
+    def _note_precedent(self, lane: Lane, credential: Credential, call: Call, dropped: List[str], exchange: Exchange) -> None:
         """Keeps what a request of plain text came to, if nothing in it depends on the text or the moment."""
-        key, request, model = exchange.precedent_key, lane.request, lane.model
-        if key:
+        plain, request, model = exchange.plain, lane.request, lane.model
+        if not plain:
+            return
+        for key in (plain.key, plain.shape):
             self._precedents.pop(key, None)     # whoever went the long way knows better
-        if not key or type(lane) is not ChatLane or credential.is_passed or request.foreign or len(key[0]) > 500 or (
-                model.flag("requestHeaders") or lane.upstream.marks_cache(model) or
+        if credential.is_passed or request.foreign or len(plain.shape[1]) > 500 or model.flag("requestHeaders") or (
                 type(lane.upstream).sign is not UpstreamProtocol.sign):
             return
         candidates = self.candidates(request)
         is_plain = self.credentials.is_plain(self.catalogue.providers[model.provider], model)
-        before, texts, behind = call.body.partition(dumps(request.data["messages"]).encode("ascii"))
-        if len(candidates) != 1 or candidates[0].full_id != model.full_id or not texts or (
-                len(before) + len(behind) > self.PRECEDENT_BYTES):
+        cut: Optional[Tuple[bytes, Optional[Sequence[int]]]] = None
+        if type(lane) is ChatLane and not lane.upstream.marks_cache(model):
+            key, cut = plain.key, self._cut_at_messages(call, request)
+        elif type(lane) is TranslatedLane and not request.stream and self._is_habit(plain):
+            # a stream may begin with a guess at the prompt's tokens
+            key, cut = plain.shape, self._cut_at_texts(lane, credential, call, dropped, plain, exchange)
+        if len(candidates) != 1 or candidates[0].full_id != model.full_id or not cut or len(cut[0]) > self.PRECEDENT_BYTES:
             return
         if len(self._precedents) >= self.PRECEDENTS:
             self._precedents.clear()
         bare = changed(request, messages=(), system=(), data={}, body=b"", headers={}, query="")
-        self._precedents[key] = Precedent(exchange.config, candidates[0], credential, is_plain, bare,
-                                          call._replace(body=b""), before, behind, dict(exchange.answer_headers),
+        self._precedents[key] = Precedent(exchange.config, candidates[0], credential, is_plain, type(lane), bare,
+                                          call._replace(body=b""), *cut, dict(exchange.answer_headers),
                                           lane.secrets, lane.origin, AnswerMemo())
+
+    def _is_habit(self, plain: PlainChat) -> bool:
+        """Whether a chat of this shape has come before; making a precedent costs as much as two."""
+        if plain.shape in self._shapes_met or len(plain.texts) > self.PRECEDENT_TEXTS:
+            return len(plain.texts) <= self.PRECEDENT_TEXTS
+        if len(self._shapes_met) >= self.PRECEDENTS:
+            self._shapes_met.clear()
+        self._shapes_met[plain.shape] = None
+        return False
+
+    def _cut_at_messages(self, call: Call, request: Request) -> Optional[Tuple[bytes, None]]:
+        """A call's body with a place for the messages, which stand in it as they came."""
+        before, texts, behind = call.body.replace(b"%", b"%%").partition(
+            dumps(request.data["messages"]).encode("ascii").replace(b"%", b"%%"))
+        return (b"%b".join((before, behind)), None) if texts else None
+
+    def _cut_at_texts(self, lane: Lane, credential: Credential, call: Call, dropped: List[str], plain: PlainChat,
+                      exchange: Exchange) -> Optional[Tuple[bytes, Sequence[int]]]:
+        """A call's body with places for the texts, which are found by sending two requests with marks for texts the same
+        way; None where anything else is not the same then."""
+        found = []
+        for length in (1, 500):
+            marks = [f' mark{place}, "\u00e9"\n{"," * length} ' for place in range(len(plain.texts))]
+            request = self._read(plain.with_texts(lane.request.data, marks), b"", exchange, lane.model)
+            request = changed(request, session=lane.request.session, reasoning=lane.request.reasoning)
+            (method, url, headers, body), left_out = lane.again(request=request).call(credential)
+            if (method, url, headers, list(dict.fromkeys(left_out))) != (*call[:3], dropped):
+                return None
+            spelled = [dumps(mark)[1:-1].encode("ascii") for mark in marks]
+            pieces = re.split(b"(%b)" % b"|".join(map(re.escape, spelled)), body)
+            found.append((pieces[::2], [spelled.index(piece) for piece in pieces[1::2]]))
+        (pieces, order), other = found
+        if (pieces, order) != other or set(order) != set(range(len(plain.texts))):
+            return None
+        return b"%b".join(piece.replace(b"%", b"%%") for piece in pieces), order
 
     def _ground(self) -> Any:
         """What a request's model and its credential are found by, beside the configuration: equal as long as they are the
@@ -15855,6 +15942,8 @@ class Gateway:
                 return self._call_provider(attempt, scope, exchange)
             except GatewayError as error:
                 error.hide(attempt.lane.secrets)
+                if exchange.restore:            # another try is made from the request itself
+                    attempt.lane, exchange.restore = attempt.lane.again(request=exchange.restore()), None
                 if exchange.responder.has_begun:
                     return self._end_with(error, attempt.lane, exchange)
                 remedy = next((remedy for remedy in self._remedies if remedy(self, error, attempt)), None)
@@ -15962,8 +16051,8 @@ class Gateway:
         asked = lane.request.reasoning
         if asked and lane.model.reasoning and fit_level(asked.level, lane.model) != asked.level:
             exchange.answer_headers["x-pigateway-effort"] = fit_level(asked.level, lane.model) or "model default"
-        if exchange.precedent_key and not quirks:
-            self._note_precedent(lane, credential, call, exchange)
+        if exchange.plain and not quirks:
+            self._note_precedent(lane, credential, call, dropped, exchange)
         return call
 
     def _call_provider(self, attempt: Attempt, scope: Scope, exchange: Exchange) -> None:

@@ -21089,12 +21089,15 @@ def plain_messages(rng: random.Random) -> List[Dict[str, str]]:
             for _ in range(rng.randrange(1, 5))]
 
 
-def traces(url: str, fake: FakeUpstream, body: Dict[str, Any], **headers: str) -> Any:
-    """All that shows of a chat: what its provider got, and what the client was told; but for the answer's own ids."""
-    result = call(url, "/v1/chat/completions", body, **headers)
+def traces(url: str, fake: FakeUpstream, body: Dict[str, Any], path: str = "/v1/chat/completions", **headers: str) -> Any:
+    """All that shows of a chat: what its provider got, and what the client was told; but for the answer's own ids and
+    times."""
+    result = call(url, path, body, **headers)
     sent = fake.received.pop() if fake.received else None
     told = {name: value for name, value in result.headers.items() if name not in ("x-request-id", "request-id", "date")}
-    return sent and sent[:3], sent and sent.body, result.status, told, re.sub(rb"chatcmpl-\w+|req_\w+", b"ID", result.body)
+    said = re.sub(rb'"created":17\d{8}|"usage":.*', b"", re.sub(rb"(chatcmpl-|req_|msg_)\w+", b"ID", result.body))
+    usage = re.findall(rb'"usage":[^}]*', result.body)
+    return sent and sent[:3], sent and sent.body, result.status, told, said, usage
 
 
 def follows(monkeypatch: Any) -> List[bool]:
@@ -21116,7 +21119,7 @@ def follows(monkeypatch: Any) -> List[bool]:
 def traces_the_long_way(url: str, fake: FakeUpstream, body: Dict[str, Any], **headers: str) -> Any:
     """The same, without regard to any precedent."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pg, "plain_chat_key", lambda *args: None)
+        patch.setattr(pg, "plain_chat", lambda *args: None)
         return traces(url, fake, body, **headers)
 
 
@@ -21209,16 +21212,79 @@ def test_chats_with_more_than_text_have_no_precedent(fields: Dict[str, Any], hea
     assert known == [False] * 6 + [True, False]
 
 
-@pytest.mark.parametrize("api", ["anthropic-messages", "mistral-conversations", "openai-responses", "google-generative-ai"])
-def test_chats_that_are_translated_have_no_precedent(api: str, tmp_path: Any, monkeypatch: Any) -> None:
-    known = follows(monkeypatch)
-    with fake_upstream(Answer(400, b"{}")) as fake:
-        models = {"providers": {"other": {"baseUrl": fake.url, "api": api, "apiKey": "k", "models": [{"id": "m1"}]}}}
-        write_agent_files(tmp_path, models=models)
+TRANSLATED_FIELDS: Tuple[Dict[str, Any], ...] = (
+    {}, {"temperature": 0.5}, {"n": 1, "stop": "END"}, {"user": "u", "seed": 1}, {"reasoning_effort": "high", "max_tokens": 3000},
+    {"top_p": 1, "presence_penalty": 1.5, "unknown": "\u00e9%d"})
+TRANSLATED: Dict[str, Tuple[Tuple[str, str], ...]] = {       # client → providers that it is translated for
+    "chat": (("anthropic-messages", ""), ("mistral-conversations", ""), ("openai-responses", ""), ("google-generative-ai", ""),
+             ("anthropic-messages", "sk-ant-oat01-a-token"), ("openai-codex-responses", "")),
+    "messages": (("openai-completions", ""), ("mistral-conversations", ""), ("openai-responses", ""),
+                 ("google-generative-ai", ""))}
+
+
+def shaped(request: Received) -> Answer:
+    """A provider's whole answer in its own protocol; one that has no streams to give."""
+    name = next((name for word, name in (("/messages", "anthropic-messages"), ("Content", "google-generative-ai"), (
+        "/responses", "openai-responses")) if word in request.path), "openai-completions")
+    return Answer(body=(WHOLE_SHAPES[name][0] % ("chatcmpl-7", 1_600_000_000, '"So \\u00e9\\n"', 20, 5, 25)).encode())
+
+
+@pytest.mark.parametrize("client", TRANSLATED)
+def test_translated_plain_chats_follow_a_precedent(client: str, tmp_path: Any, monkeypatch: Any) -> None:
+    """From the third of a shape on, they come to what each would come to by itself."""
+    rng, known, count = random.Random(20261122), follows(monkeypatch), 0
+    with fake_upstream(shaped) as fake:
+        providers = {f"p{number}": {"baseUrl": fake.url, "api": api, "apiKey": key or "k3y-of-no-shape", "models": [
+            {"id": "m1"}, {"id": "m2", "reasoning": True, "maxTokens": 9000, "compat": {"supportsMidConvoSystemMessages": True}}]}
+            for number, (api, key) in enumerate(TRANSLATED[client])}
+        write_agent_files(tmp_path, models={"providers": providers})
         with running(tmp_path) as handle:
-            body = {"model": "other/m1", "messages": [{"role": "user", "content": "Hi"}]}
-            assert traces(handle.url, fake, body)[0] and traces(handle.url, fake, body)[0]
-            assert known == [False, False]
+            for provider in providers:
+                for model_id in ("m1", "m2", "m2:low"):
+                    for fields in rng.sample(TRANSLATED_FIELDS, 3):
+                        messages = plain_messages(rng)
+                        system = {"system": "Be brief."} if client == "messages" and rng.random() < .5 else {}
+                        fields = {"model": f"{provider}/{model_id}", "max_tokens": 50, **fields, **system, "messages": messages}
+                        for _ in range(5):
+                            said = [{**message, "content": rng.choice((*PLAIN_TEXTS, "100% %b", " x ", "mark0"))}
+                                    for message in messages]
+                            body = {**fields, "messages": said}
+                            short, is_known = traces(handle.url, fake, body, WAY_IN[client]), known[-1]
+                            assert short == traces_the_long_way(handle.url, fake, body, path=WAY_IN[client]), body
+                            count += is_known
+                            body["stream"] = True
+                            streamed = traces(handle.url, fake, body, WAY_IN[client])
+                            assert streamed == traces_the_long_way(handle.url, fake, body, path=WAY_IN[client])
+                            assert not known[-1]
+    assert count > 30 * len(providers) // 4
+
+
+def test_once_is_no_habit(tmp_path: Any, monkeypatch: Any) -> None:
+    known = follows(monkeypatch)
+    with served(tmp_path, saying(Script("ok"))) as (url, fake):
+        for content in ("Hi", "Ho", "He", " ", "Ha"):
+            assert call(url, "/v1/chat/completions", question("anth", messages=[{"role": "user", "content": content}])).status
+        many = [{"role": "user", "content": "Hi"}] * (pg.Gateway.PRECEDENT_TEXTS + 1)
+        for _ in range(3):
+            assert call(url, "/v1/chat/completions", question("anth", messages=many)).status == 200
+    assert known == [False, False, True, False, True] + [False] * 3
+
+
+def test_what_a_text_decides_has_no_precedent(tmp_path: Any, monkeypatch: Any) -> None:
+    """A header made of the first words, say: each request gets its own."""
+    known = follows(monkeypatch)
+    build = pg.AnthropicMessages.build
+
+    def built(upstream: Any, request: Any, model: Any, credential: Any) -> Any:
+        made = build(upstream, request, model, credential)
+        return made._replace(headers={**made.headers, "x-words": str(len(request.messages[0].parts[0].text))})
+
+    monkeypatch.setattr(pg.AnthropicMessages, "build", built)
+    with served(tmp_path, saying(Script("ok"))) as (url, fake):
+        for content in ("Hi", "Hello", "He", "Hallo"):
+            assert call(url, "/v1/chat/completions", question("anth", messages=[{"role": "user", "content": content}])).status
+            assert fake.received[-1].headers["x-words"] == str(len(content))
+    assert known == [False] * 4
 
 
 def test_precedents_end_with_what_they_rest_on(tmp_path: Any, monkeypatch: Any) -> None:
@@ -21301,19 +21367,20 @@ def test_precedents_look_again_only_where_something_changed(tmp_path: Any, monke
             assert [asked("other/m1") for _ in range(4)] == [again, found_again, found_again, found_again]
 
 
-def test_precedents_hide_no_fault(tmp_path: Any, monkeypatch: Any) -> None:
+@pytest.mark.parametrize("row", ["chat", "anth"])
+def test_precedents_hide_no_fault(row: str, tmp_path: Any, monkeypatch: Any) -> None:
     """Faults of the provider are met as they would be without: retried, reported, the parameter left out."""
     known = follows(monkeypatch)
-    body = {"model": "chat/m1", "user": "u", "messages": [{"role": "user", "content": "Hi"}]}
+    body = {"model": f"{row}/m1", "user": "u", "messages": [{"role": "user", "content": "Hi"}]}
     refusal = Answer(400, json.dumps({"error": {"message": "Unsupported parameter: 'user'", "code": "unsupported_parameter",
                                                 "param": "user"}}).encode())
     for fault, status, tries in ((refusing(503, "busy"), 200, 2), (refusing(400, "no k3y-of-no-shape"), 400, 1),
-                                 (refusal, 200, 2),
+                                 (refusal, *((200, 2) if row == "chat" else (400, 1))),     # not its name for it
                                  (Answer(200, b"{"), 200, 2)):
-        with served(tmp_path, saying(Script("ok")), saying(Script("ok")), fault, saying(Script("ok")),
+        with served(tmp_path, saying(Script("ok")), saying(Script("ok")), saying(Script("ok")), fault, saying(Script("ok")),
                     retries=1) as (url, fake):
-            write_agent_files(tmp_path, auth={"chat": {"type": "api_key", "key": "k3y-of-no-shape"}})
-            assert [call(url, "/v1/chat/completions", body).status for _ in range(2)] == [200, 200]
+            write_agent_files(tmp_path, auth={row: {"type": "api_key", "key": "k3y-of-no-shape"}})
+            assert [call(url, "/v1/chat/completions", body).status for _ in range(3)] == [200, 200, 200]
             before = len(fake.received)
             result = call(url, "/v1/chat/completions", body)
             assert result.status == status and known[-1] is True and b"k3y-of" not in result.body
