@@ -1003,7 +1003,19 @@ def _reject_constant(name: str) -> Any:
 
 
 # json accepts NaN, Infinity and 1e999, which no JSON writer may write again.
-loads: Callable[[str], Any] = json.JSONDecoder(parse_float=_finite, parse_constant=_reject_constant).decode
+_decoder = json.JSONDecoder(parse_float=_finite, parse_constant=_reject_constant)
+
+
+def loads(text: str) -> Any:
+    """The JSON value that is all of `text`. Raises ValueError or RecursionError."""
+    try:
+        value, end = _decoder.scan_once(text, 0)
+        if end == len(text):                    # blanks around it, which are rare, take `decode` two searches
+            return value
+    except StopIteration:
+        pass
+    return _decoder.decode(text)
+
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
