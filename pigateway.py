@@ -15275,13 +15275,24 @@ class ServerCounter:
 
 
 class PlainChat(NamedTuple):
-    """A chat request of plain text alone. `key` is what others have in common with it from which the same call comes, but
-    for the messages, where the provider takes them as they are; `shape` says so for their texts, where they are
-    translated."""
+    """A chat request of plain text alone: who asks, all other fields, the roles and texts of its messages (an Anthropic
+    client's system prompt is the first text, and has no role)."""
 
-    key: Tuple[str, ...]
-    shape: Tuple[str, ...]
+    client: str
+    fields: str
+    roles: List[str]
     texts: List[str]
+
+    @property
+    def key(self) -> Tuple[str, ...]:
+        """What others have in common with it from which the same call comes, but for the messages, where the provider
+        takes them as they are."""
+        return self.fields, *sorted(set(self.roles))
+
+    @property
+    def shape(self) -> Tuple[str, ...]:
+        """The same but for their texts, where they are translated."""
+        return self.client, self.fields, *self.roles
 
     @staticmethod
     def with_texts(data: Mapping[str, Any], texts: Sequence[str]) -> Dict[str, Any]:
@@ -15349,8 +15360,7 @@ def plain_chat(client: ClientProtocol, headers: Mapping[str, str], data: Mapping
     for name, value in fields.items():
         if isinstance(value, (dict, list)) and name != "stream_options":
             return None
-    rest = repr(fields)
-    return PlainChat((rest, *sorted(set(roles))), (client.name, rest, *roles), texts)
+    return PlainChat(client.name, repr(fields), roles, texts)
 
 
 class Carried:
@@ -15619,8 +15629,11 @@ class Gateway:
         exchange.plain = plain = plain_chat(exchange.client, exchange.headers, data)
         if plain is None:
             return False
-        key = plain.key if exchange.client is CHAT and plain.key in self._precedents else plain.shape
-        known = self._precedents.get(key)
+        key = plain.key
+        known = self._precedents.get(key) if exchange.client is CHAT else None
+        if known is None:
+            key = plain.shape
+            known = self._precedents.get(key)
         if known is None or known.config is not config:
             return False
         ground = self._ground()
@@ -15667,7 +15680,7 @@ class Gateway:
             return
         for key in (plain.key, plain.shape):
             self._precedents.pop(key, None)     # whoever went the long way knows better
-        if credential.is_passed or request.foreign or len(plain.shape[1]) > 500 or model.flag("requestHeaders") or (
+        if credential.is_passed or request.foreign or len(plain.fields) > 500 or model.flag("requestHeaders") or (
                 type(lane.upstream).sign is not UpstreamProtocol.sign):
             return
         candidates = self.candidates(request)
@@ -16914,6 +16927,18 @@ class HttpResponder:
         return self._scope
 
 
+class Visit(NamedTuple):
+    """What a request's head comes to under a configuration: who asks, and what serves it once it has been let in. The
+    next request of a client, whose head says the same, is let in like it."""
+
+    config: Config
+    client: ClientProtocol
+    cors: Mapping[str, str]
+    query: str
+    named: Mapping[str, Any]
+    serve: Optional[Callable[..., None]] = None
+
+
 class Handler(socketserver.BaseRequestHandler):
     """One client connection, one request after the other."""
 
@@ -16925,6 +16950,7 @@ class Handler(socketserver.BaseRequestHandler):
         self._buffer = b""
         self._head: Optional[Head] = None       # the last one, and its bytes around the body's length
         self._around_length = b"", b""
+        self._visit: Optional[Visit] = None
         self.server.track(self.request, True)
         try:
             self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -17010,6 +17036,7 @@ class Handler(socketserver.BaseRequestHandler):
             method, target, path, query, minor_version, headers, _ = self._head     # type: ignore[misc]
             headers = {**headers, "content-length": digits.decode("ascii")}
             return Head(method, target, path, query, minor_version, headers, int(digits))
+        self._visit = None
         try:
             self._head = parse_request_head(data)
         except ValueError as error:
@@ -17054,18 +17081,20 @@ class Handler(socketserver.BaseRequestHandler):
         server, started = self.server, time.monotonic()
         stamp = Stamp(stamp.id, int(server.gateway.clock()), lambda: time.monotonic() - started)
         self._has_unread_body = head.length not in (0, -1)
-        client = client_protocol(head)
-        if client.takes_query_key:
-            head = with_query_key(head)
-        common = {**self._common(stamp), **server.cors(head.headers.get("origin"))}
-        responder = HttpResponder(self.request, head, common, server.config.heartbeat_interval_ms / 1000)
-        exchange = Exchange(client, stamp, head.headers, responder, head.target.partition("?")[2],
-                            named=path_fields(head))
+        visit = self._visit
+        if visit is None or visit.config is not server.config:
+            client = client_protocol(head)
+            head = with_query_key(head) if client.takes_query_key else head
+            visit = Visit(server.config, client, server.cors(head.headers.get("origin")), head.target.partition("?")[2],
+                          path_fields(head))
+        responder = HttpResponder(self.request, head, {**self._common(stamp), **visit.cors},
+                                  server.config.heartbeat_interval_ms / 1000)
+        exchange = Exchange(visit.client, stamp, head.headers, responder, visit.query, named=visit.named)
         if head.headers.get("x-pigateway-overhead") in ("1", "true"):
             responder.stopwatch = Stopwatch(self._seen_at)
             self._wait = responder.stopwatch.paused()(self._poller.wait)
         try:
-            self._dispatch(head, exchange)
+            self._dispatch(head, exchange, visit)
         except (ClientGone, ConnectionError):
             responder.keep_alive = False
             exchange.log["gone"] = True
@@ -17147,13 +17176,23 @@ class Handler(socketserver.BaseRequestHandler):
         except OSError:
             pass
 
-    def _dispatch(self, head: Head, exchange: Exchange) -> None:
+    def _dispatch(self, head: Head, exchange: Exchange, visit: Visit) -> None:
         """Checks who asks, then serves the route."""
-        server, responder = self.server, exchange.responder
+        if visit.serve is None:
+            if head.method == "OPTIONS":
+                self.server.check_host(head)
+                exchange.responder.send(204, {"allow": "GET, POST, HEAD, OPTIONS"}, b"")
+                return
+            visit = visit._replace(serve=self._admit(head, exchange))
+            self._visit = visit if not visit.client.takes_query_key else None       # which have changed the head
+        body = self._read_body(head)
+        exchange.size = len(body)
+        visit.serve(self, head, exchange, body)         # type: ignore[misc]
+
+    def _admit(self, head: Head, exchange: Exchange) -> Callable[..., None]:
+        """What serves a request, if it may be served. Raises `GatewayError`."""
+        server = self.server
         server.check_host(head)
-        if head.method == "OPTIONS":
-            responder.send(204, {"allow": "GET, POST, HEAD, OPTIONS"}, b"")
-            return
         server.check_origin(head)
         server.check_key(head)
         route = ROUTES.get(route_name(head.path), {})
@@ -17164,9 +17203,7 @@ class Handler(socketserver.BaseRequestHandler):
                 raise route_not_found(head.path, f"{head.method} {shown}")
             exchange.answer_headers["allow"] = ", ".join(route)
             raise MethodNotAllowed(f"{shown} takes {' or '.join(route)}, not {head.method}")
-        body = self._read_body(head)
-        exchange.size = len(body)
-        route[method](self, head, exchange, body)
+        return route[method]
 
     def _complete(self, head: Head, exchange: Exchange, body: bytes) -> None:
         if self.server.gateway.journal.takes_conversation:

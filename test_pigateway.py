@@ -21435,6 +21435,23 @@ def test_a_head_like_the_last_one_is_known(tmp_path: Any) -> None:
             assert sock.recv(65536).startswith(b"HTTP/1.1 400 ")
 
 
+@pytest.mark.parametrize("after, status, has_cors", [
+    ({}, 200, True), ({"api_key": "second-key-2"}, 401, True), ({"allowed_origins": ()}, 403, False),
+    ({"allowed_origins": ("*",)}, 200, True)], ids=lambda value: ",".join(value) if isinstance(value, dict) else None)
+def test_clients_are_let_in_anew_under_other_settings(tmp_path: Any, after: Dict[str, Any], status: int,
+                                                      has_cors: bool) -> None:
+    """On a connection the same head comes again, and what it came to holds as long as the settings do."""
+    body = json.dumps({"model": "demo", "messages": [{"role": "user", "content": "Hi"}]}).encode()
+    lines = "Authorization: Bearer first-key-1", "Origin: https://page.example"
+    with running(tmp_path, api_key="first-key-1", require_key_on_loopback=True,
+                 allowed_origins=("https://page.example",)) as handle, RawClient(handle.url) as raw:
+        for _ in range(3):
+            assert raw.ask("POST", "/v1/chat/completions", body, *lines).status == 200
+        handle.gateway.config = handle.server.config = pg.replace(handle.server.config, **after)
+        result = raw.ask("POST", "/v1/chat/completions", body, *lines)
+        assert (result.status, "access-control-allow-origin" in result.headers) == (status, has_cors)
+
+
 # --- Streams that one thread carries ----------------------------------------------------------------------------------
 
 
