@@ -15638,7 +15638,10 @@ class Gateway:
             return False
         ground = self._ground()
         full_id = known.candidate.full_id
-        if self.quirks.of(full_id) or self.meter.is_due(full_id):
+        if self.quirks.of(full_id):
+            return False
+        if self.meter.is_due(full_id):
+            exchange.plain = None               # the meter wants this one whole; what is known stays
             return False
         if known.model and ground == known.ground:
             model, credential = known.model, known.credential

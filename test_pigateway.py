@@ -21318,6 +21318,10 @@ def test_precedents_end_with_what_they_rest_on(tmp_path: Any, monkeypatch: Any) 
             assert not asked()[0] and asked()[0]
             with monkeypatch.context() as patch:                        # one that went the long way and stands for none
                 patch.setattr(pg.TokenMeter, "is_due", lambda meter, model_id: True)
+                assert not asked()[0]
+            assert asked()[0]                                           # the meter's wish changes nothing
+            with monkeypatch.context() as patch:
+                patch.setattr(pg.Quirks, "of", lambda quirks, model_id: {"seed": ""})
                 patch.setattr(pg.Gateway, "PRECEDENT_BYTES", 0)
                 assert not asked()[0]
             assert not asked()[0] and asked()[0]
