@@ -15593,8 +15593,7 @@ class Gateway:
             return
         request = self._read(data, body, exchange)
         exchange.log["stream"], exchange.asked = request.stream, request.model
-        missing: List[Missing] = []
-        candidates = self.candidates(request, missing)
+        candidates, missing = self.candidates(request)
         if len(candidates) == 1 and not missing:
             self._complete_on(candidates[0], request, exchange)
             return
@@ -15647,9 +15646,8 @@ class Gateway:
             model, credential = known.model, known.credential
             exchange.log["model"], exchange.account = full_id, credential.account
         else:
-            missing: List[Missing] = []
-            candidates = self.candidates(known.request, missing)
-            if len(candidates) != 1 or missing or candidates[0] != known.candidate:
+            candidates, missing = self.candidates(known.request)
+            if missing or candidates != [known.candidate]:
                 return False
             model, credential = self._authorise(known.candidate, exchange)
             if credential != known.credential:
@@ -15686,7 +15684,7 @@ class Gateway:
         if credential.is_passed or request.foreign or len(plain.fields) > 500 or model.flag("requestHeaders") or (
                 type(lane.upstream).sign is not UpstreamProtocol.sign):
             return
-        candidates = self.candidates(request)
+        candidates, _ = self.candidates(request)
         is_plain = self.credentials.is_plain(self.catalogue.providers[model.provider], model)
         cut: Optional[Tuple[bytes, Optional[Sequence[int]]]] = None
         if type(lane) is ChatLane and not lane.upstream.marks_cache(model):
@@ -15801,7 +15799,8 @@ class Gateway:
         request = changed(client.parse_prompt(data), body=body, headers=exchange.headers, query=exchange.query,
                           stream=False)
         exchange.log["stream"] = False
-        model, credential = self._authorise(self.candidates(request)[0], exchange)
+        candidates, _ = self.candidates(request)
+        model, credential = self._authorise(candidates[0], exchange)
         if credential.is_passed:
             request = passed_request(request, self.config.api_key)
         request = self._own_seals(request, origin_of(model, credential))
@@ -15854,27 +15853,26 @@ class Gateway:
         data = {**data, "model": name}
         return data, dumps(data).encode("ascii")
 
-    def candidates(self, request: Request, missing: Optional[List[Missing]] = None) -> List[Model]:
+    def candidates(self, request: Request) -> Tuple[List[Model], List[Missing]]:
         """The models that a request's name means, in the order in which they are tried, each with the level of thinking
-        that the model map gives it; those of a chain that are not here are left out, and noted in `missing`. Raises
-        `ModelNotFound` when none is left."""
+        that the model map gives it; and those of a chain that are not here. Raises `ModelNotFound` when none is."""
         level = request.reasoning.level if request.reasoning else None
         models: List[Model] = []
+        missing: List[Missing] = []
         error = None
         for route in self.config.routing.routes(request.model):
             try:
                 model = self.catalogue.resolve(self.target_name(route.model), self.is_usable)
             except ModelNotFound as not_found:
                 error = error or self._misled(request.model, route, not_found)
-                if missing is not None:
-                    missing.append(Missing(len(models), route.model, fallback_reason(not_found)))
+                missing.append(Missing(len(models), route.model, fallback_reason(not_found)))
                 continue
             mapped = map_effort(route.effort, level)
             # a model of which nothing is known thinks when the user's own map says how hard
             models.append(changed(model, level=mapped, reasoning=model.reasoning is not False) if mapped else model)
         if error and not models:
             raise error
-        return models
+        return models, missing
 
     def _misled(self, name: str, route: Route, error: ModelNotFound) -> ModelNotFound:
         """The error for a client's name: it may not know the one to which the model map led it."""
@@ -15912,7 +15910,8 @@ class Gateway:
         found = {}
         for name in names:
             with contextlib.suppress(ModelNotFound):
-                models = [model for model in self.candidates(Request(name, ()))
+                candidates, _ = self.candidates(Request(name, ()))
+                models = [model for model in candidates
                           if self.is_usable(self.catalogue.providers[model.provider])]
                 found.update((name, replace(model, alias=name)) for model in models[:1])
         return found

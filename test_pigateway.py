@@ -19381,7 +19381,7 @@ def test_router_models_think_when_the_map_says_so(tmp_path: Any) -> None:
     gateway = pg.build_gateway(config, {"HOME": str(tmp_path)})
     for effort, level in (("low", "minimal"), (None, "medium"), ("high", "high")):
         request = messages_request(**({"effort": effort} if effort else {}))
-        [target] = gateway.candidates(pg.replace(request, model="claude-sonnet-4-5"))
+        [target], _ = gateway.candidates(pg.replace(request, model="claude-sonnet-4-5"))
         assert (target.id, target.level, target.reasoning) == ("gpt-unheard-of", level, True)
 
 
