@@ -15068,7 +15068,6 @@ class Exchange:
     usage: Usage = Usage()
     secrets: set[str] = field(default_factory=set)      # what no log may show
     plain: Optional[PlainChat] = None           # a request of plain text
-    restore: Optional[Callable[[], Request]] = None     # makes the whole request where only its texts were looked at
     config: Optional[Config] = None             # under which the request was read
 
 
@@ -15661,18 +15660,15 @@ class Gateway:
         exchange.answer_headers.update(known.answer_headers)
         request = changed(known.request, data=data, body=body, headers=exchange.headers, query=exchange.query)
         lane = known.lane(exchange.client, UPSTREAM_PROTOCOLS[model.protocol], request, model, exchange.stamp)
-        if known.order is not None:
-            exchange.restore = functools.partial(self._read, data, body, exchange, model)
         lane.answers, lane.secrets, lane.origin = known.answers, known.secrets, known.origin
         exchange.secrets.update(known.secrets)
         self._run(lane, credential, exchange, known.call._replace(body=sent))
         return True
 
-    def _read(self, data: Dict[str, Any], body: bytes, exchange: Exchange, model: Optional[Model] = None) -> Request:
-        """A request from its body, as it came and parsed; with the effort that a model's name asks for."""
-        request = changed(exchange.client.parse(data), body=body, headers=exchange.headers, query=exchange.query,
-                          session=session_of(exchange.headers, data))
-        return changed(request, reasoning=Reasoning(model.level)) if model and model.level else request
+    def _read(self, data: Dict[str, Any], body: bytes, exchange: Exchange) -> Request:
+        """A request from its body, parsed and as it came."""
+        return changed(exchange.client.parse(data), body=body, headers=exchange.headers, query=exchange.query,
+                       session=session_of(exchange.headers, data))
 
     def _note_precedent(self, lane: Lane, credential: Credential, call: Call, dropped: List[str], exchange: Exchange) -> None:
         """Keeps what a request of plain text came to, if nothing in it depends on the text or the moment."""
@@ -15723,7 +15719,7 @@ class Gateway:
         found = []
         for length in (1, 500):
             marks = [f' mark{place}, "\u00e9"\n{"," * length} ' for place in range(len(plain.texts))]
-            request = self._read(plain.with_texts(lane.request.data, marks), b"", exchange, lane.model)
+            request = self._read(plain.with_texts(lane.request.data, marks), b"", exchange)
             request = changed(request, session=lane.request.session, reasoning=lane.request.reasoning)
             (method, url, headers, body), left_out = lane.again(request=request).call(credential)
             if (method, url, headers, list(dict.fromkeys(left_out))) != (*call[:3], dropped):
@@ -15959,20 +15955,22 @@ class Gateway:
 
     def _attempts(self, lane: Lane, credential: Credential, scope: Scope, exchange: Exchange,
                   prepared: Optional[Call]) -> None:
-        """Sends the request, and sends it again as long as the client has not heard a thing and a remedy is left."""
+        """Sends the request, and sends it again as long as the client has not heard a thing and a remedy is left. With a
+        call that is `prepared`, the lane's request is one without its messages, see `Precedent`."""
         headers = dict(exchange.answer_headers)
         attempt = Attempt(lane, credential, scope, exchange, self.config.retries if exchange.is_last else 0)
         while True:
             attempt.call = prepared or self._prepare(attempt.lane, attempt.credential, exchange)
-            prepared = None
             try:
                 return self._call_provider(attempt, scope, exchange)
             except GatewayError as error:
                 error.hide(attempt.lane.secrets)
-                if exchange.restore:            # another try is made from the request itself
-                    attempt.lane, exchange.restore = attempt.lane.again(request=exchange.restore()), None
                 if exchange.responder.has_begun:
                     return self._end_with(error, attempt.lane, exchange)
+                if prepared:                    # another try is made from the whole request
+                    bare, prepared = attempt.lane.request, None
+                    request = changed(self._read(dict(bare.data), bare.body, exchange), reasoning=bare.reasoning)
+                    attempt.lane = attempt.lane.again(request=request)
                 remedy = next((remedy for remedy in self._remedies if remedy(self, error, attempt)), None)
                 if remedy is None:
                     raise
