@@ -9790,6 +9790,11 @@ _ANSWER_ID = re.compile(rb"((?:[A-Za-z]+[-_])?)[\w.:-]+")       # what an id beg
 _PLAIN_BYTES = bytes(byte for byte in range(0x20, 0x7f) if byte not in b'"\\')
 
 
+def template_of(pieces: Iterable[bytes]) -> bytes:
+    """What `%` fills with values between the pieces."""
+    return b"%b".join(piece.replace(b"%", b"%%") for piece in pieces)
+
+
 class AnswerShape(NamedTuple):
     """Answers that differ in their variable places alone, and what becomes of them. Values are the places' bytes in their
     order, then the stamp's id and time, then sums."""
@@ -9891,7 +9896,7 @@ class AnswerMemo:
         pattern = [re.escape(piece) + places[kind] for piece, kind in zip(around, kinds)] + [re.escape(around[-1])]
         behind = kinds.index("t") + 1
         return AnswerShape(re.compile(b"".join(pattern[:behind])), around[behind], re.compile(b"".join(pattern[behind:])), sums,
-                           b"%b".join(piece.replace(b"%", b"%%") for piece in pieces), order, usage, stop_reason)
+                           template_of(pieces), order, usage, stop_reason)
 
     def _try(self, lane: Lane, around: Sequence[bytes], kinds: str, base: int, is_falling: bool) -> Any:
         """What comes of an answer with marks in its places: the pieces between them, which marks (or sums of them) stand
@@ -15569,7 +15574,7 @@ class Gateway:
         self.worker = 0
         self.owner_pid = 0                      # the process that the lock file names, when that is not this one
         self._precedents: Dict[Tuple[str, ...], Precedent] = {}
-        self._shapes_met: Dict[Tuple[str, ...], None] = {}      # of plain chats that are translated: once is no habit
+        self._shapes_met: set[Tuple[str, ...]] = set()      # of plain chats that are translated: once is no habit
         self._scopes: set[Scope] = set()
         self._scopes_lock = threading.Lock()
         self.carrier = Carrier()
@@ -15680,15 +15685,18 @@ class Gateway:
         if credential.is_passed or request.foreign or len(plain.fields) > 500 or model.flag("requestHeaders") or (
                 type(lane.upstream).sign is not UpstreamProtocol.sign):
             return
-        candidates, _ = self.candidates(request)
+        candidates, missing = self.candidates(request)
+        if missing or [candidate.full_id for candidate in candidates] != [model.full_id]:
+            return
         is_plain = self.credentials.is_plain(self.catalogue.providers[model.provider], model)
         cut: Optional[Tuple[bytes, Optional[Sequence[int]]]] = None
         if type(lane) is ChatLane and not lane.upstream.marks_cache(model):
             key, cut = plain.key, self._cut_at_messages(call, request)
-        elif type(lane) is TranslatedLane and not request.stream and self._is_habit(plain):
+        elif type(lane) is TranslatedLane and not request.stream and len(plain.texts) <= self.PRECEDENT_TEXTS and (
+                self._has_come(plain.shape)):
             # a stream may begin with a guess at the prompt's tokens
             key, cut = plain.shape, self._cut_at_texts(lane, credential, call, dropped, plain, exchange)
-        if len(candidates) != 1 or candidates[0].full_id != model.full_id or not cut or len(cut[0]) > self.PRECEDENT_BYTES:
+        if not cut or len(cut[0]) > self.PRECEDENT_BYTES:
             return
         if len(self._precedents) >= self.PRECEDENTS:
             self._precedents.clear()
@@ -15697,20 +15705,19 @@ class Gateway:
                                           call._replace(body=b""), *cut, dict(exchange.answer_headers),
                                           lane.secrets, lane.origin, AnswerMemo())
 
-    def _is_habit(self, plain: PlainChat) -> bool:
-        """Whether a chat of this shape has come before; making a precedent costs as much as two."""
-        if plain.shape in self._shapes_met or len(plain.texts) > self.PRECEDENT_TEXTS:
-            return len(plain.texts) <= self.PRECEDENT_TEXTS
+    def _has_come(self, shape: Tuple[str, ...]) -> bool:
+        """Whether a chat of this shape has come before, as this one has now; making a precedent costs as much as two."""
+        if shape in self._shapes_met:
+            return True
         if len(self._shapes_met) >= self.PRECEDENTS:
             self._shapes_met.clear()
-        self._shapes_met[plain.shape] = None
+        self._shapes_met.add(shape)
         return False
 
     def _cut_at_messages(self, call: Call, request: Request) -> Optional[Tuple[bytes, None]]:
         """A call's body with a place for the messages, which stand in it as they came."""
-        before, texts, behind = call.body.replace(b"%", b"%%").partition(
-            dumps(request.data["messages"]).encode("ascii").replace(b"%", b"%%"))
-        return (b"%b".join((before, behind)), None) if texts else None
+        before, messages, behind = call.body.partition(dumps(request.data["messages"]).encode("ascii"))
+        return (template_of((before, behind)), None) if messages else None
 
     def _cut_at_texts(self, lane: Lane, credential: Credential, call: Call, dropped: List[str], plain: PlainChat,
                       exchange: Exchange) -> Optional[Tuple[bytes, Sequence[int]]]:
@@ -15730,7 +15737,7 @@ class Gateway:
         (pieces, order), other = found
         if (pieces, order) != other or set(order) != set(range(len(plain.texts))):
             return None
-        return b"%b".join(piece.replace(b"%", b"%%") for piece in pieces), order
+        return template_of(pieces), order
 
     def _ground(self) -> Any:
         """What a request's model and its credential are found by, beside the configuration: equal as long as they are the
