@@ -1004,15 +1004,16 @@ def _reject_constant(name: str) -> Any:
 
 # json accepts NaN, Infinity and 1e999, which no JSON writer may write again.
 _decoder = json.JSONDecoder(parse_float=_finite, parse_constant=_reject_constant)
+_JSON_BLANKS = " \t\n\r"
 
 
 def loads(text: str) -> Any:
     """The JSON value that is all of `text`. Raises ValueError or RecursionError."""
     try:
-        value, end = _decoder.scan_once(text, 0)
-        if end == len(text):                    # blanks around it, which are rare, take `decode` two searches
+        value, end = _decoder.scan_once(text, 0)        # without the two searches for blanks that `decode` makes
+        if end == len(text) or not text[end:].strip(_JSON_BLANKS):
             return value
-    except StopIteration:
+    except StopIteration:                       # a blank comes first, or it is no JSON
         pass
     return _decoder.decode(text)
 

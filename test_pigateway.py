@@ -1102,6 +1102,21 @@ def test_parse_json_object(body: bytes, expected: Any) -> None:
     assert repr(pg.parse_json_object(body)) == repr(expected)
 
 
+@pytest.mark.parametrize("blank", ["", " ", "\r\n\t ", "\u00a0", "\x0b", "\0", "x"], ids=ascii)
+def test_loads_takes_what_json_takes(blank: str) -> None:
+    """The same values and, for what is not one, the same errors."""
+    def told(read: Callable[[str], Any], text: str) -> Any:
+        try:
+            return repr(read(text))
+        except ValueError as error:
+            return str(error)
+
+    decode = json.JSONDecoder(parse_float=pg._finite, parse_constant=pg._reject_constant).decode
+    for value in ('{"a": [1, 2.5]}', "[]", '"x"', "1", "-", "", "null", "nul", '{"a": 1', '{"a": 1}{}', "NaN", "1e999"):
+        for text in (value, blank + value, value + blank, blank + value + blank):
+            assert told(pg.loads, text) == told(decode, text), text
+
+
 @pytest.mark.parametrize("body, words", [
     (b"", "the body is empty"), (b"{", "line 1, column 2"), (b'{"a":\n x}', "line 2, column 2"), (b'{"a": "\xff"}', "byte 7"),
     (b'{"a": NaN}', "NaN"), (b'{"a": -Infinity}', "Infinity"), (b'{"a": 1e999}', "1e999"), (b"[1]", "object"),
