@@ -1009,8 +1009,8 @@ _JSON_BLANKS = " \t\n\r"
 
 def loads(text: str) -> Any:
     """The JSON value that is all of `text`. Raises ValueError or RecursionError."""
-    try:
-        value, end = _decoder.scan_once(text, 0)        # without the two searches for blanks that `decode` makes
+    try:                                        # spares the two searches for blanks that `decode` makes
+        value, end = _decoder.scan_once(text, 0)        # type: ignore[attr-defined]
         if end == len(text) or not text[end:].strip(_JSON_BLANKS):
             return value
     except StopIteration:                       # a blank comes first, or it is no JSON
@@ -9798,7 +9798,7 @@ def template_of(pieces: Iterable[bytes]) -> bytes:
 
 class AnswerShape(NamedTuple):
     """Answers that differ in their variable places alone, and what becomes of them. Values are the places' bytes in their
-    order, then the stamp's id and time, then sums."""
+    order, then the stamp's id and time, then sums; all sequences of integers are places among these."""
 
     before: re.Pattern[bytes]           # what stands around the text, with the other places,
     seam: bytes                         # the first of it behind the text,
@@ -9899,9 +9899,12 @@ class AnswerMemo:
         return AnswerShape(re.compile(b"".join(pattern[:behind])), around[behind], re.compile(b"".join(pattern[behind:])), sums,
                            template_of(pieces), order, usage, stop_reason)
 
-    def _try(self, lane: Lane, around: Sequence[bytes], kinds: str, base: int, is_falling: bool) -> Any:
+    def _try(self, lane: Lane, around: Sequence[bytes], kinds: str, base: int, is_falling: bool,
+             ) -> Optional[Tuple[List[bytes], List[Tuple[int, ...]], List[Tuple[int, ...]], str]]:
         """What comes of an answer with marks in its places: the pieces between them, which marks (or sums of them) stand
-        there, the sums that are the usage, and the reason to stop."""
+        there, the sums that are the usage, and the reason to stop. Marks are numbered by place; those of numbers are
+        powers of `base`, so that a sum tells its summands. None when the lane knows more of it than this. Raises
+        `GatewayError` or what malformed answers raise."""
         count = len(kinds) + 2
         exponents = range(count, 0, -1) if is_falling else range(1, count + 1)
         numbers = [b"%d" % base ** exponent for exponent in exponents]
@@ -13106,6 +13109,9 @@ class Logins:
 # --- Finding the credential for a call ---------------------------------------------------------------------------------
 
 
+CONTENTS_PAUSE_S = 0.02             # between two looks at the files that `Precedent`s rest on
+
+
 class Credentials:
     """Finds what authorises a call: auth.json first, then models.json's `apiKey`, then the environment (the order of pi
     0.77 and later). Values may be literal, `$NAME` or `!command`, and for older files the bare name of a variable."""
@@ -14423,7 +14429,7 @@ class Response:
     def read(self, limit: int) -> bytes:
         """The whole body. Raises `UpstreamProtocolError` when it is longer than `limit` bytes."""
         pieces, size = [], 0
-        if len(self._rest) == self._length <= limit and not self._inflate:      # nearly always it came with its head
+        if self._length == len(self._rest) <= limit and not self._inflate:      # nearly always it came with its head
             data, self._rest, self._length, self._complete = self._rest, b"", 0, True
             return data
         for piece in self:
@@ -14712,7 +14718,7 @@ class PooledHandler(urllib.request.BaseHandler):
             if end >= 0:
                 try:
                     start, headers = parse_head(buffer[:end], known_header_line)
-                    status, buffer = answer_status(start[:13]), buffer[end + 4:]
+                    status, buffer = answer_status(start[:ANSWER_STATUS_CHARS]), buffer[end + 4:]
                     if status >= 200:
                         return Response(status, headers, connection, buffer, scope, self._limits.idle_s)
                 except ValueError as error:
@@ -14732,11 +14738,12 @@ class PooledHandler(urllib.request.BaseHandler):
 
 
 _STATUS_LINE = re.compile(r"HTTP/1\.[01] ([0-9]{3})(?: |$)")
+ANSWER_STATUS_CHARS = len("HTTP/1.1 200 ")      # what stands behind may be anything, and is not for keeping
 
 
 @functools.lru_cache(64)
 def answer_status(start: str) -> int:
-    """The status in the start line of an answer. Raises ValueError when it is none of HTTP/1."""
+    """The status in the start line of an answer, without the reason phrase. Raises ValueError when it is none of HTTP/1."""
     match = _STATUS_LINE.match(start)
     if not match:
         raise ValueError("not HTTP/1.1")
@@ -15125,7 +15132,6 @@ def fallback_reason(error: GatewayError) -> str:
     return next((reason for kind, reason in FALLBACK_REASONS if isinstance(error, kind)), "")
 
 
-CONTENTS_PAUSE_S = 0.02             # between two looks at what plain chats that follow a precedent rest on
 QUIRKS_PAUSE_S = 1.0                # between two looks at what other processes have found out
 
 
@@ -15542,7 +15548,7 @@ class Carrier:
 
 def told_stop(lane: Lane) -> str:
     """Why an answer stopped, as the log tells it: what a provider wrote there may be anything."""
-    reason = lane.stop_reason
+    reason = lane.stop_reason           # nearly always one of a few words, which hide no secret
     return reason if isinstance(reason, str) and reason in _STOP_WORDS else redact(str(reason), lane.secrets)[:64]
 
 
@@ -16158,7 +16164,7 @@ class Gateway:
 
     def _carry(self, lane: Lane, response: Response, is_stream: bool, scope: Scope, exchange: Exchange) -> None:
         """Brings the answer to the client, streamed as it comes or whole at its end."""
-        if not is_stream and not lane.request.stream:
+        if not is_stream and not lane.request.stream:       # in one step, with nothing shown before
             body = response.read(lane.limit_bytes)
             out = lane.answers.whole(lane, body) if lane.answers else lane.whole(body)
             self._remember(lane)
@@ -16936,8 +16942,8 @@ class HttpResponder:
 
 
 class Visit(NamedTuple):
-    """What a request's head comes to under a configuration: who asks, and what serves it once it has been let in. The
-    next request of a client, whose head says the same, is let in like it."""
+    """What a request's head comes to under a configuration: who asks, and what serves it once it has been let in (see
+    `Handler._admit`). The next request on the connection, whose head says the same, is let in like it."""
 
     config: Config
     client: ClientProtocol
@@ -17192,7 +17198,8 @@ class Handler(socketserver.BaseRequestHandler):
                 exchange.responder.send(204, {"allow": "GET, POST, HEAD, OPTIONS"}, b"")
                 return
             visit = visit._replace(serve=self._admit(head, exchange))
-            self._visit = visit if not visit.client.takes_query_key else None       # which have changed the head
+            if not visit.client.takes_query_key:        # whose head may be another than the one that came
+                self._visit = visit
         body = self._read_body(head)
         exchange.size = len(body)
         visit.serve(self, head, exchange, body)         # type: ignore[misc]
