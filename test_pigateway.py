@@ -4134,7 +4134,7 @@ def test_whole_answers_from_memory_are_those_of_the_long_way(name: str, client: 
                 stamp = pg.Stamp("s%023d" % number, 1_700_000_000 + number)
                 lanes = [kind(client, upstream, whole_request(client), model(name), stamp) for _ in range(2)]
                 assert told_whole(memo.whole, lanes[0], body) == told_whole(lambda lane, body: lane.whole(body), lanes[1], body)
-    assert sum(filled) > 30 * len(kinds), "hardly used"
+    assert sum(filled) > 20 * len(kinds) * len(WHOLE_SHAPES[name]), "hardly used"
 
 
 def test_answers_that_tell_a_time_or_hold_calls_are_not_remembered() -> None:
@@ -21110,9 +21110,8 @@ def traces(url: str, fake: FakeUpstream, body: Dict[str, Any], path: str = "/v1/
     result = call(url, path, body, **headers)
     sent = fake.received.pop() if fake.received else None
     told = {name: value for name, value in result.headers.items() if name not in ("x-request-id", "request-id", "date")}
-    said = re.sub(rb'"created":17\d{8}|"usage":.*', b"", re.sub(rb"(chatcmpl-|req_|msg_)\w+", b"ID", result.body))
-    usage = re.findall(rb'"usage":[^}]*', result.body)
-    return sent and sent[:3], sent and sent.body, result.status, told, said, usage
+    said = re.sub(rb'"created":17\d{8}', b"", re.sub(rb"(chatcmpl-|req_|msg_)\w+", b"ID", result.body))
+    return sent and sent[:3], sent and sent.body, result.status, told, said
 
 
 def follows(monkeypatch: Any) -> List[bool]:
@@ -21271,14 +21270,15 @@ def test_translated_plain_chats_follow_a_precedent(client: str, tmp_path: Any, m
                             streamed = traces(handle.url, fake, body, WAY_IN[client])
                             assert streamed == traces_the_long_way(handle.url, fake, body, path=WAY_IN[client])
                             assert not known[-1]
-    assert count > 30 * len(providers) // 4
+    assert count > 12 * len(providers)          # fewer if there were one whose chats follow none
 
 
 def test_once_is_no_habit(tmp_path: Any, monkeypatch: Any) -> None:
     known = follows(monkeypatch)
     with served(tmp_path, saying(Script("ok"))) as (url, fake):
         for content in ("Hi", "Ho", "He", " ", "Ha"):
-            assert call(url, "/v1/chat/completions", question("anth", messages=[{"role": "user", "content": content}])).status
+            assert call(url, "/v1/chat/completions", question("anth", messages=[
+                {"role": "user", "content": content}])).status == (200 if content.strip() else 400)
         many = [{"role": "user", "content": "Hi"}] * (pg.Gateway.PRECEDENT_TEXTS + 1)
         for _ in range(3):
             assert call(url, "/v1/chat/completions", question("anth", messages=many)).status == 200
@@ -21297,7 +21297,8 @@ def test_what_a_text_decides_has_no_precedent(tmp_path: Any, monkeypatch: Any) -
     monkeypatch.setattr(pg.AnthropicMessages, "build", built)
     with served(tmp_path, saying(Script("ok"))) as (url, fake):
         for content in ("Hi", "Hello", "He", "Hallo"):
-            assert call(url, "/v1/chat/completions", question("anth", messages=[{"role": "user", "content": content}])).status
+            assert call(url, "/v1/chat/completions", question("anth", messages=[
+                {"role": "user", "content": content}])).status == 200
             assert fake.received[-1].headers["x-words"] == str(len(content))
     assert known == [False] * 4
 
@@ -21403,7 +21404,9 @@ def test_precedents_hide_no_fault(row: str, tmp_path: Any, monkeypatch: Any) -> 
             before = len(fake.received)
             result = call(url, "/v1/chat/completions", body)
             assert result.status == status and known[-1] is True and b"k3y-of" not in result.body
-            assert len(fake.received) - before == tries
+            first, *others = [sent.json for sent in fake.received[before:]]
+            assert others == [{name: value for name, value in first.items() if name != "user" or fault is not refusal}
+                              ] * (tries - 1)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(os.path.join(str(tmp_path), ".pi", "agent", pg.QUIRKS_FILE))
 
