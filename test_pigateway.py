@@ -21285,6 +21285,20 @@ def test_once_is_no_habit(tmp_path: Any, monkeypatch: Any) -> None:
     assert known == [False, False, True, False, True] + [False] * 3
 
 
+def test_chains_with_a_model_missing_cost_no_more_than_they_have_to(tmp_path: Any, monkeypatch: Any) -> None:
+    """What cannot be followed is not found out."""
+    known, cuts = follows(monkeypatch), []
+    cut = pg.Gateway._cut_at_texts
+    monkeypatch.setattr(pg.Gateway, "_cut_at_texts", lambda *args: cuts.append(1) or cut(*args))
+    names = {"holed": ["no-such-model", "anth/m1"], "sound": "anth/m1"}
+    with served(tmp_path, saying(Script("ok")), model_map=names) as (url, _):
+        for name, expected in (("holed", [False] * 4), ("sound", [False, False, True, True])):
+            for _ in expected:
+                assert call(url, "/v1/chat/completions", question("anth", model=name)).status == 200
+            assert known == expected and len(cuts) == sum(expected) // 2
+            known.clear()
+
+
 def test_what_a_text_decides_has_no_precedent(tmp_path: Any, monkeypatch: Any) -> None:
     """A header made of the first words, say: each request gets its own."""
     known = follows(monkeypatch)
