@@ -15305,11 +15305,10 @@ class PlainChat(NamedTuple):
         """The same but for their texts, where they are translated."""
         return self.client, self.fields, *self.roles
 
-    @staticmethod
-    def with_texts(data: Mapping[str, Any], texts: Sequence[str]) -> Dict[str, Any]:
-        """A request's body with other texts in their order."""
+    def with_texts(self, data: Mapping[str, Any], texts: Sequence[str]) -> Dict[str, Any]:
+        """Its body with other texts in their order."""
         rest = iter(texts)
-        system = {"system": next(rest)} if "system" in data else {}
+        system = {"system": next(rest)} if len(texts) > len(self.roles) else {}     # a chat may have a field of this name
         return {**data, **system, "messages": [{**message, "content": next(rest)} for message in data["messages"]]}
 
 

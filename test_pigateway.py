@@ -21273,6 +21273,20 @@ def test_translated_plain_chats_follow_a_precedent(client: str, tmp_path: Any, m
     assert count > 12 * len(providers)          # fewer if there were one whose chats follow none
 
 
+def test_a_field_named_system_is_no_text_of_a_chat(tmp_path: Any, monkeypatch: Any) -> None:
+    """Chat Completions has none: what a client puts there is dropped, whether or not others came before it."""
+    known = follows(monkeypatch)
+    with fake_upstream(shaped) as fake:
+        write_agent_files(tmp_path, models=two_providers(fake.url))
+        with running(tmp_path) as handle:
+            for system in ("Be brief.", None, 5):
+                body = {"model": "anth/m1", "system": system, "messages": [{"role": "user", "content": "Hi"}]}
+                for _ in range(3):
+                    short = traces(handle.url, fake, body)
+                    assert short == traces_the_long_way(handle.url, fake, body) and short[2] == 200
+                assert known[-2]
+
+
 def test_once_is_no_habit(tmp_path: Any, monkeypatch: Any) -> None:
     known = follows(monkeypatch)
     with served(tmp_path, saying(Script("ok"))) as (url, fake):
