@@ -9880,13 +9880,15 @@ class AnswerMemo:
         around.append(body[end:])
         if kinds.count("t") != 1 or len(kinds) > self.PLACES:
             return None
+        # numbers in rising and in falling order, and each as the largest of all: so a difference is seen, even of one that
+        # counts as nothing unless it is larger than the others together
+        places = range(len(kinds) + 2)
+        orders = [[*places[top + 1:], *places[:top + 1]] for top in places if kinds[top:top + 1] in ("n", "")]
         try:
-            # numbers in rising and in falling order, so that a difference or the larger of two is seen
-            first, second = (self._try(lane, around, kinds, base, is_falling) for base, is_falling in (
-                (1000, False), (10007, True)))
+            first = self._try(lane, around, kinds, 10007, places[::-1])
+            if first is None or any(self._try(lane, around, kinds, 1000, order) != first for order in orders):
+                return None
         except (GatewayError, *MALFORMED):
-            return None
-        if first is None or first != second:
             return None
         pieces, sources, usage, stop_reason = first
         while usage and not usage[-1]:
@@ -9899,15 +9901,14 @@ class AnswerMemo:
         return AnswerShape(re.compile(b"".join(pattern[:behind])), around[behind], re.compile(b"".join(pattern[behind:])), sums,
                            template_of(pieces), order, usage, stop_reason)
 
-    def _try(self, lane: Lane, around: Sequence[bytes], kinds: str, base: int, is_falling: bool,
+    def _try(self, lane: Lane, around: Sequence[bytes], kinds: str, base: int, order: Sequence[int],
              ) -> Optional[Tuple[List[bytes], List[Tuple[int, ...]], List[Tuple[int, ...]], str]]:
         """What comes of an answer with marks in its places: the pieces between them, which marks (or sums of them) stand
         there, the sums that are the usage, and the reason to stop. Marks are numbered by place; those of numbers are
-        powers of `base`, so that a sum tells its summands. None when the lane knows more of it than this. Raises
-        `GatewayError` or what malformed answers raise."""
-        count = len(kinds) + 2
-        exponents = range(count, 0, -1) if is_falling else range(1, count + 1)
-        numbers = [b"%d" % base ** exponent for exponent in exponents]
+        powers of `base`, from the least to the largest in this order, so that a sum tells its summands. None when the lane
+        knows more of it than this. Raises `GatewayError` or what malformed answers raise."""
+        count = len(order)
+        numbers = [b"%d" % base ** (order.index(place) + 1) for place in range(count)]
         marks = [b"mark%dof%d" % (place, base) for place in range(count)]
         values = [numbers[place] if kind == "n" else marks[place] for place, kind in enumerate(kinds)]
         stamp = Stamp(marks[-2].decode("ascii"), int(numbers[-1]), _no_time)
@@ -9924,7 +9925,7 @@ class AnswerMemo:
                 if digit > (exponent > 0) or exponent > count:
                     return ()
                 if digit:
-                    places.append(count - exponent if is_falling else exponent - 1)
+                    places.append(order[exponent - 1])
                 exponent += 1
             return tuple(sorted(places))
 

@@ -4067,6 +4067,8 @@ WHOLE_SHAPES: Dict[str, Tuple[str, ...]] = {
         '"prompt_tokens_details": {"cached_tokens": 3}, "completion_tokens_details": {"reasoning_tokens": 0}}, "x": 100%%}',
         '{"id":"%s","created":%d,"choices":[{"message":{"role":"assistant","content":%s},"finish_reason":"eos"}],"usage":'
         '{"prompt_tokens":%d,"completion_tokens":%d,"prompt_cache_hit_tokens":%d}}',
+        '{"id":"%s","n":%d,"choices":[{"message":{"content":%s},"finish_reason":"stop"}],"usage":{"prompt_tokens_details":'
+        '{"cache_write_tokens":%d},"prompt_tokens":%d,"completion_tokens":7,"cached_tokens":%d}}',
         '{"id":"%s","created":%d,"choices":[{"message":{"content":%s,"reasoning":"Hm"},"finish_reason":"stop"}],"timings":{"n":'
         '%d,"ms":1.5},"usage":{"completion_tokens":%d},"n":%d}\n',
         '\n{\n "id": "%s",\n "n": %d,\n "choices": [{"message": {"content": %s}}],\r\n "usage": {"prompt_tokens": %d,\n\t'
