@@ -9839,7 +9839,7 @@ class AnswerMemo:
     that is a sum of such as went in. Whatever does not fit goes the long way. Only for lanes of requests that differ in
     their texts alone, see `Precedent`."""
 
-    SHAPES, PLACES = 2, 16
+    SHAPES, PLACES, BYTES = 2, 16, 8 * KIB      # how many are kept, how many places each may have, and what is around them
 
     def __init__(self) -> None:
         self._shapes: Tuple[AnswerShape, ...] = ()
@@ -9878,8 +9878,8 @@ class AnswerMemo:
                 around.append(body[end:start])
                 kinds, end = kinds + kind, match.end(0 if kind == "n" else 1)
         around.append(body[end:])
-        if kinds.count("t") != 1 or len(kinds) > self.PLACES:
-            return None
+        if kinds.count("t") != 1 or len(kinds) > self.PLACES or sum(map(len, around)) > self.BYTES:
+            return None                         # a pattern takes a hundred times longer to make than as much JSON to read
         # numbers in rising and in falling order, and each as the largest of all: so a difference is seen, even of one that
         # counts as nothing unless it is larger than the others together
         places = range(len(kinds) + 2)

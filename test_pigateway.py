@@ -4144,7 +4144,8 @@ def test_answers_that_tell_a_time_or_hold_calls_are_not_remembered() -> None:
     plain = json.dumps({"id": "x", "choices": [{"message": {"content": "ok"}, "finish_reason": "stop"}],
                         "usage": {"prompt_tokens": 3, "completion_tokens": 2}}).encode()
     huge = plain.replace(b"ok", b"k" * pg.LARGE_BODY_BYTES)
-    for client, body, is_kept in ((OLLAMA, plain, False), (CHAT, plain, True), (CHAT, huge, False),
+    much = plain.replace(b'"x"', b'"x", "of": "%b"' % (b"k" * pg.AnswerMemo.BYTES))
+    for client, body, is_kept in ((OLLAMA, plain, False), (CHAT, plain, True), (CHAT, huge, False), (CHAT, much, False),
                                   (CHAT, plain.replace(b'"ok"', b"null"), False)):
         memo = pg.AnswerMemo()
         with contextlib.suppress(pg.GatewayError):
