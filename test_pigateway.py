@@ -4139,6 +4139,18 @@ def test_whole_answers_from_memory_are_those_of_the_long_way(name: str, client: 
     assert sum(filled) > 20 * len(kinds) * len(WHOLE_SHAPES[name]), "hardly used"
 
 
+def test_answers_with_counts_of_odd_form_are_not_remembered() -> None:
+    """Others may be taken from them, and by how much only shows with counts that are smaller."""
+    shape = ('{"id":"x","choices":[{"message":{"content":"ok"},"finish_reason":"stop"}],"top_p":0.9,"usage":{"prompt_tokens":%s,'
+             '"completion_tokens":7,"cached_tokens":3}}')
+    for count, is_kept in (("0", True), ("20.0", False), ("2e1", False), ("2000000000000000", False)):
+        memo, lanes = pg.AnswerMemo(), [pg.TranslatedLane(CHAT, COMPLETIONS, whole_request(CHAT), model("openai-completions"), STAMP)
+                                        for _ in range(3)]
+        assert memo.whole(lanes[0], (shape % count).encode()) == lanes[1].whole((shape % count).encode())
+        assert told_whole(memo.whole, lanes[2], (shape % count).encode())[3] == lanes[1].usage
+        assert bool(memo._shapes) is is_kept, count
+
+
 def test_answers_that_tell_a_time_or_hold_calls_are_not_remembered() -> None:
     calls = json.dumps({**WHOLE_CHAT, "usage": {"prompt_tokens": 3, "completion_tokens": 2}}).encode()
     plain = json.dumps({"id": "x", "choices": [{"message": {"content": "ok"}, "finish_reason": "stop"}],
