@@ -15332,8 +15332,8 @@ class Precedent(NamedTuple):
     secrets: Sequence[str]              # see `Lane`
     origin: str
     answers: AnswerMemo
-    ground: Any = None                  # on which the credential was found again, see `Gateway._ground`,
-    model: Optional[Model] = None       # and the model, as it is called; None before that
+    model: Model                        # as it is called, at an address that may depend on the credential's entry
+    ground: Any = None                  # on which both were found again, see `Gateway._ground`; None before that
 
     def fill(self, data: Mapping[str, Any], texts: Sequence[str]) -> bytes:
         """The call's body with these texts; b"" for one that is blank, which may not be sent like others."""
@@ -15655,7 +15655,7 @@ class Gateway:
         if self.meter.is_due(full_id):
             exchange.plain = None               # the meter wants this one whole; what is known stays
             return False
-        if known.model and ground == known.ground:
+        if ground == known.ground:
             model, credential = known.model, known.credential
             exchange.log["model"], exchange.account = full_id, credential.account
         else:
@@ -15663,10 +15663,10 @@ class Gateway:
             if missing or candidates != [known.candidate]:
                 return False
             model, credential = self._authorise(known.candidate, exchange)
-            if credential != known.credential:
+            if credential != known.credential or model != known.model:
                 return False
             if known.is_plain:
-                self._precedents[key] = known._replace(ground=ground, model=model)
+                self._precedents[key] = known._replace(ground=ground)
         sent = known.fill(data, plain.texts)
         if not sent:
             return False
@@ -15712,7 +15712,7 @@ class Gateway:
         bare = changed(request, messages=(), system=(), data={}, body=b"", headers={}, query="")
         self._precedents[key] = Precedent(exchange.config, candidates[0], credential, is_plain, type(lane), bare,
                                           call._replace(body=b""), *cut, dict(exchange.answer_headers),
-                                          lane.secrets, lane.origin, AnswerMemo())
+                                          lane.secrets, lane.origin, AnswerMemo(), model)
 
     def _has_come(self, shape: Tuple[str, ...]) -> bool:
         """Whether a chat of this shape has come before, as this one has now; making a precedent costs as much as two."""

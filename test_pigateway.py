@@ -21302,6 +21302,24 @@ def test_a_field_named_system_is_no_text_of_a_chat(tmp_path: Any, monkeypatch: A
                 assert known[-2]
 
 
+@pytest.mark.parametrize("api", ["openai-completions", "anthropic-messages"])
+def test_precedents_end_with_the_address_that_they_were_sent_to(api: str, tmp_path: Any, monkeypatch: Any) -> None:
+    """A base URL may have places that the credential's entry fills, and the key stays the same."""
+    monkeypatch.setattr(pg, "CONTENTS_PAUSE_S", 0)
+    known = follows(monkeypatch)
+    with fake_upstream(shaped) as first, fake_upstream(shaped) as second:
+        models = {"providers": {"p": {"baseUrl": "http://127.0.0.1:{P_PORT}", "api": api, "apiKey": "k3y-of-no-shape",
+                                      "models": [{"id": "m1"}]}}}
+        write_agent_files(tmp_path, models=models)
+        with running(tmp_path) as handle:
+            for fake in (first, second, first):
+                count, port = len(fake.received), fake.url.rpartition(":")[2]
+                write_agent_files(tmp_path, auth={"p": {"type": "api_key", "key": "k3y-of-no-shape", "env": {"P_PORT": port}}})
+                for _ in range(4):
+                    assert call(handle.url, "/v1/chat/completions", question("p")).status == 200
+                assert len(fake.received) == count + 4 and known[-1]
+
+
 def test_once_is_no_habit(tmp_path: Any, monkeypatch: Any) -> None:
     known = follows(monkeypatch)
     with served(tmp_path, saying(Script("ok"))) as (url, fake):
