@@ -4163,6 +4163,12 @@ def test_answers_that_tell_a_time_or_hold_calls_are_not_remembered() -> None:
         with contextlib.suppress(pg.GatewayError):
             memo.whole(pg.TranslatedLane(client, COMPLETIONS, whole_request(client), model("openai-completions"), STAMP), body)
         assert bool(memo._shapes) is is_kept
+    memo, call = pg.AnswerMemo(), {"type": "function", "function": {"name": "f", "arguments": "{}"}}
+    for first in "axb":                         # of an answer without an id it is the first id, and may be like the second
+        body = json.dumps({"choices": [{"message": {"content": "ok", "tool_calls": [{"id": first, **call}, {"id": "b", **call}]},
+                                        "finish_reason": "stop"}]}).encode()
+        lanes = [pg.ChatLane(CHAT, COMPLETIONS, chat_request(), model("openai-completions"), STAMP) for _ in range(2)]
+        assert memo.whole(lanes[0], body) == lanes[1].whole(body)
     memo = pg.AnswerMemo()
     for _ in range(2):
         made = memo.whole(pg.ChatLane(CHAT, COMPLETIONS, chat_request(), model("openai-completions"), STAMP), calls)
