@@ -15559,6 +15559,9 @@ def told_stop(lane: Lane) -> str:
 _STOP_WORDS = frozenset({*CHAT_FINISH, *CHAT_FINISH.values(), *ANTHROPIC_STOP})
 
 
+_ODD_NAMES = frozenset(map("".join, itertools.product("mM", "oO", "dD", "eE", "lL"))) - {"model"}
+
+
 class Gateway:
     """Serves requests: finds model and credential, picks the lane, calls the provider, carries the answer back."""
 
@@ -15858,9 +15861,9 @@ class Gateway:
 
     def _with_model(self, data: Dict[str, Any], body: bytes) -> Tuple[Dict[str, Any], bytes]:
         """A body, parsed and as it came; one that names no model with the default one, if there is one."""
-        odd = [name for name in data if len(name) == 5 and name.lower() == "model" != name]
-        if odd:                                 # hosts that take no heed of case would take it for the model's name
-            raise BadRequest(f'the body has "{odd[0]}"; the field is called "model"', param=odd[0])
+        if not _ODD_NAMES.isdisjoint(data):     # hosts that take no heed of case would take it for the model's name
+            odd = next(name for name in data if name in _ODD_NAMES)
+            raise BadRequest(f'the body has "{odd}"; the field is called "model"', param=odd)
         name = "" if data.get("model") not in (None, "") else self.config.routing.routes("")[0].model
         if not name:
             return data, body
