@@ -15677,11 +15677,12 @@ class Gateway:
             return False
         exchange.log["stream"], exchange.asked = known.request.stream, known.request.model
         exchange.answer_headers.update(known.answer_headers)
-        request = changed(known.request, data=data, body=body, headers=exchange.headers, query=exchange.query)
-        lane = known.lane(exchange.client, UPSTREAM_PROTOCOLS[model.protocol], request, model, exchange.stamp)
+        lane = known.lane(exchange.client, UPSTREAM_PROTOCOLS[model.protocol], known.request, model, exchange.stamp)
         lane.answers, lane.secrets, lane.origin = known.answers, known.secrets, known.origin
         exchange.secrets.update(known.secrets)
-        self._run(lane, credential, exchange, known.call._replace(body=sent))
+        method, url, headers, _ = known.call
+        self._run(lane, credential, exchange, Call(method, url, headers, sent),
+                  functools.partial(self._read, data, body, exchange))
         return True
 
     def _read(self, data: Dict[str, Any], body: bytes, exchange: Exchange) -> Request:
@@ -15961,11 +15962,12 @@ class Gateway:
             raise Forbidden(f'"{provider.name}" is a personal subscription and not offered on this address '
                             "(--expose-oauth-subscriptions)", code="subscription_exposure_disabled", param="model")
 
-    def _run(self, lane: Lane, credential: Credential, exchange: Exchange, prepared: Optional[Call] = None) -> None:
+    def _run(self, lane: Lane, credential: Credential, exchange: Exchange, prepared: Optional[Call] = None,
+             read: Optional[Callable[[], Request]] = None) -> None:
         scope = exchange.responder.scope()
         self._track(scope, True)
         try:
-            self._attempts(lane, credential, scope, exchange, prepared)
+            self._attempts(lane, credential, scope, exchange, prepared, read)
         finally:
             self._track(scope, False)
 
@@ -15975,9 +15977,9 @@ class Gateway:
             self.load[self.worker] = len(self._scopes)
 
     def _attempts(self, lane: Lane, credential: Credential, scope: Scope, exchange: Exchange,
-                  prepared: Optional[Call]) -> None:
+                  prepared: Optional[Call], read: Optional[Callable[[], Request]]) -> None:
         """Sends the request, and sends it again as long as the client has not heard a thing and a remedy is left. With a
-        call that is `prepared`, the lane's request is one without its messages, see `Precedent`."""
+        call that is `prepared`, the lane's request has no messages, see `Precedent`; `read` makes the whole one."""
         headers = dict(exchange.answer_headers)
         attempt = Attempt(lane, credential, scope, exchange, self.config.retries if exchange.is_last else 0)
         while True:
@@ -15988,9 +15990,8 @@ class Gateway:
                 error.hide(attempt.lane.secrets)
                 if exchange.responder.has_begun:
                     return self._end_with(error, attempt.lane, exchange)
-                if prepared:                    # another try is made from the whole request
-                    bare, prepared = attempt.lane.request, None
-                    request = changed(self._read(dict(bare.data), bare.body, exchange), reasoning=bare.reasoning)
+                if read:                        # another try is made from that
+                    request, prepared, read = changed(read(), reasoning=attempt.lane.request.reasoning), None, None
                     attempt.lane = attempt.lane.again(request=request)
                 remedy = next((remedy for remedy in self._remedies if remedy(self, error, attempt)), None)
                 if remedy is None:
