@@ -34,6 +34,9 @@ One request in twelve steps:
     11. The status line goes out with the first event, so that an early failure still is an HTTP error.
     12. The response goes back to the pool or is closed; one access line is logged.
 
+A plain chat like earlier ones follows a `Precedent`: its texts are put into the `Call` that they came to, without steps 3 to
+8. What its whole answer comes to, an `AnswerMemo` knows if it has seen one of that shape.
+
 To add a provider that speaks a known protocol: one row in `PROVIDERS` (§9) and its lines in `MODELS` (§16).
 To add a wire format: one class in §8 and its entry in `UPSTREAM_PROTOCOLS`, or one in §7 and its path in `ROUTES`;
 one transcript in the tests.
