@@ -17078,9 +17078,12 @@ class Handler(socketserver.BaseRequestHandler):
             raise BodyTooLarge(f"the body has {length} bytes; at most {limit} are taken (maxBodyBytes)")
         if head.headers.get("expect", "").lower() == "100-continue" and not self._buffer:
             send_all(self.request, b"HTTP/1.1 100 Continue\r\n\r\n", HEAD_TIMEOUT_S)
+        pieces, size, data, self._buffer = [], 0, self._buffer, b""
+        if len(data) == length:                 # nearly always it came with its head
+            self._has_unread_body = False
+            return data
         deadline = time.monotonic() + self.server.config.body_timeout_ms / 1000
         decoder = Dechunker() if length is None else None
-        pieces, size, data, self._buffer = [], 0, self._buffer, b""
         while True:
             try:
                 piece = decoder.feed(data) if decoder else data[:max(0, length) - size]
@@ -17629,7 +17632,8 @@ class Server(http.server.ThreadingHTTPServer):
         self._refused: collections.deque[Tuple[float, socket.socket]] = collections.deque()
         self.limit = connection_limit()
         self._active = 0
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         if ":" in config.bind_address:
             self.address_family = socket.AF_INET6
         super().__init__((config.bind_address, config.port), Handler, listener is None)
@@ -17743,7 +17747,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def begin(self, sock: socket.socket) -> None:
         """A request is under way on this connection, until `end`."""
-        with self._changed:
+        with self._lock:                        # not by way of the condition, whose own methods would lead here
             self._active += 1
             if sock in self._fresh:
                 self._fresh.discard(sock)
@@ -17751,7 +17755,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def end(self) -> None:
         """A request has been answered."""
-        with self._changed:
+        with self._lock:
             self._active -= 1
             if self.is_stopping:                # nobody waits for it otherwise
                 self._changed.notify_all()
