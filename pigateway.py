@@ -9701,6 +9701,17 @@ class Lane:
 
     name = ""
     limit_bytes = MAX_EVENT_BYTES           # of a whole answer
+    started = finished = False
+    error: Optional[GatewayError] = None
+    usage = Usage()
+    stop_reason = ""
+    heard = 0                               # events that say something, so no comments or pings
+    secrets: Sequence[str] = ()             # what a provider may not quote to the client
+    is_passed = False                       # whether the credential is the client's own
+    origin = ""                             # whose signatures the answer holds
+    tool_names: Mapping[str, str] = MappingProxyType({})    # as sent → the client's own, where they differ
+    answers: Optional[AnswerMemo] = None    # where whole answers can do without JSON
+    _memo: Optional[TextMemo] = None        # where events of text can
 
     def __init__(self, client: ClientProtocol, upstream: UpstreamProtocol, request: Request, model: Model,
                  stamp: Stamp) -> None:
@@ -9709,20 +9720,8 @@ class Lane:
         self.request = request
         self.model = model
         self.stamp = stamp
-        self.started = False
-        self.finished = False
-        self.error: Optional[GatewayError] = None
-        self.usage = Usage()
-        self.stop_reason = ""
-        self.heard = 0                          # events that say something, so no comments or pings
-        self.secrets: Sequence[str] = ()        # what a provider may not quote to the client
-        self.is_passed = False                  # whether the credential is the client's own
-        self.origin = ""                        # whose signatures the answer holds
-        self.tool_names: Mapping[str, str] = {}     # as sent → the client's own, where they differ
         self.signed_calls: List[ToolCall] = []  # calls whose seal the client's protocol may have no place for
         self.issued: List[str] = []             # signatures that the client is given
-        self._memo: Optional[TextMemo] = None   # where events of text can do without JSON
-        self.answers: Optional[AnswerMemo] = None       # where whole answers can
 
     def call(self, credential: Credential) -> Tuple[Call, List[str]]:
         """The call, and the client's names of what it leaves out."""
