@@ -15699,19 +15699,20 @@ class Gateway:
             return
         for key in (plain.key, plain.shape):
             self._precedents.pop(key, None)     # whoever went the long way knows better
-        if credential.is_passed or request.foreign or len(plain.fields) > 500 or model.flag("requestHeaders") or (
-                type(lane.upstream).sign is not UpstreamProtocol.sign):
+        is_native = type(lane) is ChatLane and not lane.upstream.marks_cache(model)
+        is_translated = type(lane) is TranslatedLane and len(plain.texts) <= self.PRECEDENT_TEXTS and (
+            not request.stream)                 # which may begin with a guess at the prompt's tokens
+        if not (is_native or is_translated) or credential.is_passed or request.foreign or len(plain.fields) > 500 or (
+                model.flag("requestHeaders") or type(lane.upstream).sign is not UpstreamProtocol.sign):
             return
         candidates, missing = self.candidates(request)
         if missing or [candidate.full_id for candidate in candidates] != [model.full_id]:
             return
         is_plain = self.credentials.is_plain(self.catalogue.providers[model.provider], model)
         cut: Optional[Tuple[bytes, Optional[Sequence[int]]]] = None
-        if type(lane) is ChatLane and not lane.upstream.marks_cache(model):
+        if is_native:
             key, cut = plain.key, self._cut_at_messages(call, request)
-        elif type(lane) is TranslatedLane and not request.stream and len(plain.texts) <= self.PRECEDENT_TEXTS and (
-                self._has_come(plain.shape)):
-            # a stream may begin with a guess at the prompt's tokens
+        elif self._has_come(plain.shape):
             key, cut = plain.shape, self._cut_at_texts(lane, credential, call, dropped, plain, exchange)
         if not cut or len(cut[0]) > self.PRECEDENT_BYTES:
             return
