@@ -15739,14 +15739,17 @@ class Gateway:
 
     def _cut_at_texts(self, lane: Lane, credential: Credential, call: Call, dropped: List[str], plain: PlainChat,
                       exchange: Exchange) -> Optional[Tuple[bytes, Sequence[int]]]:
-        """A call's body with places for the texts, which are found by sending two requests with marks for texts the same
-        way; None where anything else is not the same then."""
+        """A call's body with places for the texts, found by making the calls of two requests that have marks for texts;
+        None where anything else is not the same then, or these may not be sent."""
         found = []
         for length in (1, 500):
             marks = [f' mark{place}, "\u00e9"\n{"," * length} ' for place in range(len(plain.texts))]
             request = self._read(plain.with_texts(lane.request.data, marks), b"", exchange)
             request = changed(request, session=lane.request.session, reasoning=lane.request.reasoning)
-            (method, url, headers, body), left_out = lane.again(request=request).call(credential)
+            try:
+                (method, url, headers, body), left_out = lane.again(request=request).call(credential)
+            except GatewayError:                # it is not the client's request that was refused
+                return None
             if (method, url, headers, list(dict.fromkeys(left_out))) != (*call[:3], dropped):
                 return None
             spelled = [dumps(mark)[1:-1].encode("ascii") for mark in marks]

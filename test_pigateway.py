@@ -21361,13 +21361,19 @@ def test_what_a_text_decides_has_no_precedent(tmp_path: Any, monkeypatch: Any) -
         made = build(upstream, request, model, credential)
         return made._replace(headers={**made.headers, "x-words": str(len(request.messages[0].parts[0].text))})
 
-    monkeypatch.setattr(pg.AnthropicMessages, "build", built)
-    with served(tmp_path, saying(Script("ok"))) as (url, fake):
-        for content in ("Hi", "Hello", "He", "Hallo"):
-            assert call(url, "/v1/chat/completions", question("anth", messages=[
-                {"role": "user", "content": content}])).status == 200
-            assert fake.received[-1].headers["x-words"] == str(len(content))
-    assert known == [False] * 4
+    def choosy(upstream: Any, request: Any, model: Any, credential: Any) -> Any:
+        if len(request.messages[0].parts[0].text) > 5:
+            raise pg.BadRequest("too many words")
+        return build(upstream, request, model, credential)
+
+    for number, way in enumerate((built, choosy)):
+        monkeypatch.setattr(pg.AnthropicMessages, "build", way)
+        with served(tmp_path / str(number), saying(Script("ok"))) as (url, fake):
+            for content in ("Hi", "Hello", "He", "Hallo"):
+                assert call(url, "/v1/chat/completions", question("anth", messages=[
+                    {"role": "user", "content": content}])).status == 200
+                assert fake.received[-1].headers.get("x-words") == (str(len(content)) if way is built else None)
+    assert known == [False] * 8
 
 
 def test_precedents_end_with_what_they_rest_on(tmp_path: Any, monkeypatch: Any) -> None:
@@ -21413,8 +21419,8 @@ def test_precedents_end_with_what_they_rest_on(tmp_path: Any, monkeypatch: Any) 
             assert not is_known and "user" not in sent.json and not asked()[0]
 
 
-def test_precedents_hear_of_a_new_key_at_once(tmp_path: Any, monkeypatch: Any) -> None:
-    """As soon as anybody would notice: the file is not looked at for every one of thousands."""
+def test_precedents_hear_of_a_new_key_soon(tmp_path: Any, monkeypatch: Any) -> None:
+    """Before anybody would notice; the file is not looked at for every one of thousands."""
     known = follows(monkeypatch)
     with served(tmp_path, saying(Script("ok"))) as (url, fake):
         for key in ("first-key-1", "second-key-2"):
