@@ -9837,8 +9837,8 @@ class AnswerShape(NamedTuple):
 class AnswerMemo:
     """Spares whole answers their way through JSON, which is a quarter of what a request costs, as `TextMemo` does the
     events of a stream. Most of a model's answers differ in an id, a text and some counts alone. What becomes of these is
-    found out with two copies of an answer that have marks in their places: a text that comes out as it went in, a number
-    that is a sum of such as went in. Whatever does not fit goes the long way. Only for lanes of requests that differ in
+    found out with copies of an answer that have marks in their places: a text that comes out as it went in, a number that
+    is a sum of such as went in, whichever of them is the largest. Whatever does not fit goes the long way. Only for lanes of requests that differ in
     their texts alone, see `Precedent`."""
 
     SHAPES, PLACES, BYTES = 2, 16, 8 * KIB      # how many are kept, how many places each may have, and what is around them
@@ -9901,8 +9901,8 @@ class AnswerMemo:
             usage.pop()
         sums = list(dict.fromkeys(source for source in sources if len(source) > 1))
         order = [source[0] if len(source) == 1 else len(kinds) + 2 + sums.index(source) for source in sources]
-        places = {"i": rb"([\w.:-]{1,200})", "I": rb"((?![A-Za-z]+[-_])[\w.:-]{1,200})", "n": rb"([1-9][0-9]{0,14})", "t": b""}
-        pattern = [re.escape(piece) + places[kind] for piece, kind in zip(around, kinds)] + [re.escape(around[-1])]
+        groups = {"i": rb"([\w.:-]{1,200})", "I": rb"((?![A-Za-z]+[-_])[\w.:-]{1,200})", "n": rb"([1-9][0-9]{0,14})", "t": b""}
+        pattern = [re.escape(piece) + groups[kind] for piece, kind in zip(around, kinds)] + [re.escape(around[-1])]
         behind = kinds.index("t") + 1
         return AnswerShape(re.compile(b"".join(pattern[:behind])), around[behind], re.compile(b"".join(pattern[behind:])), sums,
                            template_of(pieces), order, usage, stop_reason)
@@ -14833,7 +14833,7 @@ class DemoResponse(Response):
     """The built-in model's answer, in pieces at a steady pace."""
 
     sock = None
-    _rest, _length = b"", None
+    _rest, _length = b"", None          # `read` goes by the pieces
 
     def __init__(self, status: int, content_type: str, pieces: List[bytes], scope: Scope, delay_s: float) -> None:
         self.status = status
@@ -15559,8 +15559,7 @@ def told_stop(lane: Lane) -> str:
 
 
 _STOP_WORDS = frozenset({*CHAT_FINISH, *CHAT_FINISH.values(), *ANTHROPIC_STOP})
-
-
+# "model" in other letters
 _ODD_NAMES = frozenset(map("".join, itertools.product("mM", "oO", "dD", "eE", "lL"))) - {"model"}
 
 
