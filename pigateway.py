@@ -9847,12 +9847,16 @@ class AnswerMemo:
         self._shapes: Tuple[AnswerShape, ...] = ()
         self._misses = 0
 
-    def whole(self, lane: Lane, body: bytes) -> bytes:
-        """See `Lane.whole`."""
+    def known(self, lane: Lane, body: bytes) -> Optional[bytes]:
+        """What `Lane.whole` makes of an answer of a known shape; None for any other."""
         for shape in self._shapes:
             out = shape.fill(lane, body)
             if out is not None:
                 return out
+        return None
+
+    def learnt(self, lane: Lane, body: bytes) -> bytes:
+        """See `Lane.whole`; for an answer that is not known."""
         out = lane.whole(body)
         self._misses += 1
         if not self._misses & (self._misses - 1) and len(body) <= LARGE_BODY_BYTES:     # ever more seldom
@@ -14446,6 +14450,23 @@ class Response:
                 raise UpstreamProtocolError(f"the provider's answer is longer than {limit} bytes")
         return b"".join(pieces)
 
+    def read_at_once(self) -> Optional[bytes]:
+        """The whole body if it came with the head; None if it did not, and then a response has to be made of more bytes.
+        Nothing is waited for. Raises `UpstreamProtocolError` unless the body is of the plain sort, with an end that shows and
+        nothing behind that."""
+        data = self._rest
+        if self._dechunker:
+            data = self._decode(data)
+            is_here, behind = self._complete, self._dechunker.rest
+        else:
+            is_here, behind = self._length == len(data), data[self._length:]
+        if behind or self._inflate or self._length == -1:
+            raise UpstreamProtocolError("not of the plain sort")
+        if not is_here:
+            return None
+        self._rest, self._complete = b"", True
+        return data
+
     def close(self) -> None:
         """Gives the connection back if the answer was read to its end, or its end is already here; else closes it."""
         connection, scope = self._connection, self._scope
@@ -14461,7 +14482,12 @@ class Response:
             except (GatewayError, OSError):
                 pass
         scope.detach()
-        connection.release(self._complete and self.headers.get("connection", "").lower() != "close")
+        connection.release(self.is_reusable)
+
+    @property
+    def is_reusable(self) -> bool:
+        """Whether its connection can take another request."""
+        return self._complete and self.headers.get("connection", "").lower() != "close"
 
 
 class Connection:
@@ -14471,7 +14497,7 @@ class Connection:
     def __init__(self, opened: http.client.HTTPConnection, pool: Pool, key: Any) -> None:
         self._opened = opened
         self._pool = pool
-        self._key = key
+        self.key = key                          # of its destination
         self.sock: socket.socket = opened.sock
         self._is_tls = hasattr(self.sock, "pending")
         self._has_new_session = self._is_tls and not self.sock.session_reused   # type: ignore[union-attr]
@@ -14529,8 +14555,8 @@ class Connection:
         """Back to the pool, or closed."""
         if self._has_new_session:               # TLS 1.3 brings it behind the handshake; taking it costs 0.1 ms
             self._has_new_session = False
-            self._pool.keep_session(self._key, self.sock.session)       # type: ignore[attr-defined]
-        if not (is_reusable and self._pool.put(self._key, self)):
+            self._pool.keep_session(self.key, self.sock.session)       # type: ignore[attr-defined]
+        if not (is_reusable and self._pool.put(self.key, self)):
             self.close()
 
     def close(self) -> None:
@@ -14686,6 +14712,17 @@ class PooledHandler(urllib.request.BaseHandler):
     _connections: Mapping[str, Callable[..., http.client.HTTPConnection]] = {
         "http": http.client.HTTPConnection, "https": TlsConnection}
 
+    def prepare(self, way: Way, selector: str, host: str, call: Call, held: Optional[Connection],
+                ) -> Optional[Tuple[Connection, bytes]]:
+        """A kept connection for a call, the one that is held if it can be that, and what is to be sent on it; None where
+        there is none, or it is too much for one send."""
+        headers = {**call.headers, **way.proxy_headers} if way.takes_url else call.headers
+        message = request_message(call.method, selector, host, headers, call.body)
+        connection = None
+        if len(message) == 1:
+            connection = held if held and held.key == way[:3] else self.pool.take(way[:3])
+        return (connection, message[0]) if connection else None
+
     def _send(self, key: Any, message: Tuple[bytes, ...], scope: Scope,
               open_new: Callable[[], http.client.HTTPConnection]) -> Response:
         """Sends a message on a kept connection, or a new one; a kept one that fails before any byte of an answer was
@@ -14718,21 +14755,11 @@ class PooledHandler(urllib.request.BaseHandler):
             connection.close()
             raise
 
-    def _read_head(self, connection: Connection, scope: Scope) -> Response:
-        buffer = b""
+    def _read_head(self, connection: Connection, scope: Scope, buffer: bytes = b"") -> Response:
         while True:
-            end = buffer.find(b"\r\n\r\n")
-            if end >= 0:
-                try:
-                    start, headers = parse_head(buffer[:end], known_header_line)
-                    status, buffer = answer_status(start[:ANSWER_STATUS_CHARS]), buffer[end + 4:]
-                    if status >= 200:
-                        return Response(status, headers, connection, buffer, scope, self._limits.idle_s)
-                except ValueError as error:
-                    raise UpstreamProtocolError(f"the provider's answer is not HTTP: {error}") from None
-                continue                        # 100 Continue, 103 Early Hints
-            if len(buffer) > MAX_HEAD_BYTES:
-                raise UpstreamProtocolError("the provider's answer has too long a head")
+            response = self.response(connection, scope, buffer)
+            if response:
+                return response
             try:
                 data = connection.receive(scope, self._limits.first_byte_s)
             except UpstreamProtocolError:
@@ -14742,6 +14769,36 @@ class PooledHandler(urllib.request.BaseHandler):
                     raise UpstreamProtocolError("the provider closed the connection in the middle of its answer")
                 raise StaleConnection
             buffer += data
+
+    def response(self, connection: Connection, scope: Scope, buffer: bytes) -> Optional[Response]:
+        """The response whose head has come with what has been received, None as long as it has not. Raises
+        `UpstreamProtocolError`."""
+        while True:
+            end = buffer.find(b"\r\n\r\n")
+            if end < 0:
+                if len(buffer) > MAX_HEAD_BYTES:
+                    raise UpstreamProtocolError("the provider's answer has too long a head")
+                return None
+            try:
+                start, headers = parse_head(buffer[:end], known_header_line)
+                status, buffer = answer_status(start[:ANSWER_STATUS_CHARS]), buffer[end + 4:]
+                if status >= 200:               # else 100 Continue, 103 Early Hints
+                    return Response(status, headers, connection, buffer, scope, self._limits.idle_s)
+            except ValueError as error:
+                raise UpstreamProtocolError(f"the provider's answer is not HTTP: {error}") from None
+
+    def go_on(self, connection: Connection, scope: Scope, buffer: bytes) -> Optional[Response]:
+        """The response to a message that has been sent, of which this has been received; None when the connection was closed
+        before any byte of it."""
+        try:
+            return self._read_head(connection, scope, buffer)
+        except (StaleConnection, ConnectionError):
+            connection.close()
+            scope.check()
+            return None
+        except BaseException:
+            connection.close()
+            raise
 
 
 _STATUS_LINE = re.compile(r"HTTP/1\.[01] ([0-9]{3})(?: |$)")
@@ -14900,6 +14957,30 @@ class Transport:
         if response is None:
             raise ProviderMisconfigured(f"cannot open {call.url.partition(':')[0]} URLs", code="connection_error")
         return response
+
+    def prepare(self, call: Call, held: Optional[Connection]) -> Optional[Tuple[Connection, bytes]]:
+        """A connection for a call that needs not be opened, the one that is held if it can be that, and what is to be sent
+        on it. None where there is none."""
+        split, is_plain = _split_url(call.url)
+        way, _ = self._known_way(split) if is_plain else (None, None)
+        if way is None:
+            return None
+        selector = call.url if way.takes_url else call.url.partition("//")[2][len(split.netloc):]
+        return self._handler.prepare(way, selector, split.netloc, call, held)
+
+    def response(self, begun: Begun) -> Optional[Response]:
+        """The response to a call that was begun, None before its head is here. Raises `UpstreamProtocolError`."""
+        return self._handler.response(begun.connection, begun.scope, begun.buffer)
+
+    def go_on(self, begun: Begun) -> Optional[Response]:
+        """The response to a call that was begun; waits for it. None where there is none and the call has to be sent.
+        Raises an `UpstreamError`."""
+        return self._handler.go_on(begun.connection, begun.scope, begun.buffer) if begun.connection else None
+
+    @property
+    def limits(self) -> Limits:
+        """How long is waited for providers."""
+        return self._limits
 
     def _known_way(self, split: urllib.parse.SplitResult) -> Tuple[Optional[Way], Any]:
         """The way of a plain URL, if no proxy can stand before it or `urllib.request` has decided not long ago, and
@@ -15089,6 +15170,7 @@ class Exchange:
     secrets: set[str] = field(default_factory=set)      # what no log may show
     plain: Optional[PlainChat] = None           # a request of plain text
     config: Optional[Config] = None             # under which the request was read
+    is_regular: bool = False                    # it followed a precedent, and its answer was of a known shape
 
 
 @dataclass
@@ -15380,57 +15462,98 @@ def plain_chat(client: ClientProtocol, headers: Mapping[str, str], data: Mapping
     return PlainChat(client.name, repr(fields), roles, texts)
 
 
-class Carried:
-    """A stream that `Carrier` carries, or did."""
+@dataclass
+class Begun:
+    """A request that was begun without its own thread: what it takes to go on, see `Gateway._run`."""
 
-    def __init__(self, steps: Iterator[int], response: Response, scope: Scope, responder: HttpResponder) -> None:
-        self._steps = steps
-        self._response = response
-        self.scope = scope
-        self.responder = responder
-        self.provider = response.sock.fileno()  # type: ignore[union-attr]
-        self.client = responder.sock.fileno()
+    lane: Lane
+    credential: Credential
+    exchange: Exchange
+    call: Call
+    read: Callable[[], Request]
+    scope: Scope
+    connection: Optional[Connection]            # to the provider, None where it broke before the call was sent
+    message: bytes                              # the call, for this
+    buffer: bytes = b""                         # what has been received
+
+
+class Carried:
+    """What `Carrier` looks after in place of a thread, which sleeps meanwhile. `events`: what `epoll` is to watch, by
+    descriptor."""
+
+    def __init__(self, events: Dict[int, int]) -> None:
+        self.events = events
         self.error: Optional[BaseException] = None
         self.is_late = False                    # given back while its thread was about to register it
         self.back = threading.Lock()            # free when it is its own thread's again
         self.back.acquire()
 
-    def step(self, now: float) -> bool:
-        """Carries what has arrived; whether it can go on like this."""
-        self.scope.note_heard(now)
+    def step(self, fd: int, now: float) -> bool:
+        """Takes what has arrived on a socket; whether it can go on like this."""
+        raise NotImplementedError
+
+    @property
+    def due_at(self) -> float:
+        """When a limit is over."""
+        raise NotImplementedError
+
+    def end_wait(self) -> bool:
+        """A limit is over; whether it can go on all the same."""
+        return False
+
+
+class CarriedStream(Carried):
+    """A stream on its way from a provider to a client."""
+
+    def __init__(self, steps: Iterator[int], response: Response, scope: Scope, responder: HttpResponder) -> None:
+        self._provider = response.sock.fileno()     # type: ignore[union-attr]
+        super().__init__({responder.sock.fileno(): scope.client_event, self._provider: select.EPOLLIN})
+        self._steps = steps
+        self._response = response
+        self._scope = scope
+        self._responder = responder
+
+    def step(self, fd: int, now: float) -> bool:
+        """Carries what the provider has sent."""
+        if fd != self._provider:
+            return False
+        self._scope.note_heard(now)
         try:
             size = next(self._steps)
-            return size < PIECE_BYTES and not (self._response.is_complete or self.responder.unsent)
+            return size < PIECE_BYTES and not (self._response.is_complete or self._responder.unsent)
         except StopIteration:
-            return False
-        except BaseException as error:          # its own thread raises it
-            self.error = error
             return False
 
     @property
     def due_at(self) -> float:
         """See `Scope.due_at`."""
-        return self.scope.due_at(self._response.idle_s)
+        return self._scope.due_at(self._response.idle_s)
 
 
 class Carrier:
-    """Carries the streams that are under way, all in one thread: a thousand threads, each of which wants the interpreter's
-    lock for every piece, take longer to hand it round than to carry the pieces. A stream's own thread sleeps meanwhile, and
-    gets it back for whatever is not simply the next piece: the end, an error, a large piece, a client that left, spoke or
-    does not keep up, a limit that is over.
+    """Carries the streams that are under way, and serves clients that ask one plain question after another, all in one
+    thread: a thousand threads, each of which wants the interpreter's lock for every piece, take longer to hand it round than
+    to carry the pieces. A stream's own thread sleeps meanwhile, and gets it back for whatever is not simply the next piece:
+    the end, an error, a large piece, a client that left, spoke or does not keep up, a limit that is over. For a client's
+    see `Regular`.
 
-    Needs `epoll`, which takes sockets from other threads while it waits; elsewhere each thread carries its own stream."""
+    Needs `epoll`, which takes sockets from other threads while it waits; elsewhere each thread does its own work."""
 
-    PAUSE_S = 0.1                               # between two looks at the limits
+    PAUSE_S, EVENTS = 0.1, 64                   # between two looks at the limits; how many sockets are served in a row
 
     def __init__(self) -> None:
         self._lock = threading.Lock()           # held across no system call but at the start: the loop would wait, too
-        self._streams: Dict[int, Carried] = {}  # by the descriptor of the provider's socket
-        self._clients: Dict[int, Carried] = {}  # by that of the client's
-        self._has_work = threading.Event()      # not set while the thread has no streams, whose limits it would look at
+        self._carried: Dict[int, Carried] = {}  # by descriptor
+        self.senders: List[Regular] = []        # those that have something to send
+        self._has_work = threading.Event()      # not set while there is nothing whose limits the thread would look at
         self._epoll: Any = None
         self._thread: Optional[threading.Thread] = None
         self._is_closed = not hasattr(select, "epoll")
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it takes anything."""
+        return not self._is_closed
 
     def carry(self, steps: Iterator[int], response: Response, scope: Scope, responder: HttpResponder) -> None:
         """Takes the steps of a stream until its own thread, the caller, is needed again. Raises what ended it."""
@@ -15439,34 +15562,52 @@ class Carrier:
         if self._is_closed or response.sock is None or response.is_complete or (
                 scope.due_at(response.idle_s) < now + self.PAUSE_S):
             return
-        stream = Carried(steps, response, scope, responder)
         scope.is_carried = True
-        if self._take(stream):
-            stream.back.acquire()
-            if stream.is_late:
-                self._forget(stream)
+        error = self.look_after(CarriedStream(steps, response, scope, responder))
         scope.is_carried = False
         responder.send_rest()
-        error, stream.error = stream.error, None
         if error:
             try:
                 raise error
             finally:
                 del error                       # its traceback leads back here
 
-    def _take(self, stream: Carried) -> bool:
+    def look_after(self, carried: Carried) -> Optional[BaseException]:
+        """Returns when its own thread, the caller, is needed; what `Carried.step` raised, if it did."""
+        if self._take(carried):
+            carried.back.acquire()
+            if carried.is_late:
+                self._forget(carried)
+        error, carried.error = carried.error, None
+        return error
+
+    def _take(self, carried: Carried) -> bool:
+        events = list(carried.events.items())   # which may be more when the last of these is registered
         with self._lock:
             if self._is_closed or not (self._thread or self._start()):
                 return False
-            self._clients[stream.client] = self._streams[stream.provider] = stream
+            for fd, _ in events:
+                self._carried[fd] = carried
         if not self._has_work.is_set():
             self._has_work.set()
         try:
-            self._epoll.register(stream.client, stream.scope.client_event)
-            self._epoll.register(stream.provider, select.EPOLLIN)
+            for fd, event in events:
+                self._epoll.register(fd, event)
         except (OSError, ValueError):           # no room; closed meanwhile
-            self._give_back(stream)
+            self._give_back(carried)
         return True
+
+    def watch(self, carried: Carried, fd: int) -> None:
+        """Watches one more socket for what is looked after; called by its `step`. Raises OSError."""
+        self._epoll.register(fd, select.EPOLLIN)
+        with self._lock:
+            self._carried[fd], carried.events[fd] = carried, select.EPOLLIN
+
+    def unwatch(self, carried: Carried, fd: int) -> None:
+        """Watches it no more."""
+        with self._lock:
+            del self._carried[fd], carried.events[fd]
+        self._epoll.unregister(fd)
 
     def _start(self) -> bool:
         try:
@@ -15482,17 +15623,19 @@ class Carrier:
         try:
             look_at = 0.0
             while not self._is_closed:
-                if not self._streams:
+                if not self._carried:
                     self._rest()
-                events = self._epoll.poll(self.PAUSE_S)
+                events = self._epoll.poll(self.PAUSE_S, self.EVENTS)
                 now = time.monotonic()
                 for fd, _ in events:
                     self._serve(fd, now)
+                if self.senders:
+                    self._send()
                 if now >= look_at:
                     look_at = now + self.PAUSE_S
                     self._end_waits(now)
         except OSError as error:
-            log.error("each stream keeps its own thread busy from now on: %s", describe(error))
+            log.error("each connection keeps its own thread busy from now on: %s", describe(error))
         finally:
             with self._lock:
                 self._is_closed = True
@@ -15500,41 +15643,54 @@ class Carrier:
 
     def _rest(self) -> None:
         with self._lock:
-            if not self._streams and not self._is_closed:
+            if not self._carried and not self._is_closed:
                 self._has_work.clear()
         self._has_work.wait()
 
     def _serve(self, fd: int, now: float) -> None:
-        stream = self._streams.get(fd)
-        if stream:
-            if not stream.step(now):
-                self._give_back(stream)
-            return
-        stream = self._clients.get(fd)
-        if stream:
-            self._give_back(stream)
+        carried = self._carried.get(fd)
+        if carried:
+            self._go_on(carried, carried.step, fd, now)
+
+    def _go_on(self, carried: Carried, take: Callable[..., bool], *args: Any) -> None:
+        try:
+            goes_on = take(*args)
+        except BaseException as error:          # its own thread raises it
+            carried.error, goes_on = error, False
+        if not goes_on:
+            self._give_back(carried)
+
+    def _send(self) -> None:
+        """Sends what there is to send, in a row: who wakes up for the first finds the others when it looks again, while a
+        call that wakes somebody up costs twice as much."""
+        senders, self.senders = self.senders, []
+        for sender in senders:
+            sender.send()
+        for sender in senders:
+            self._go_on(sender, sender.settle)
 
     def _end_waits(self, now: float) -> None:
-        for stream in list(self._streams.values()):
-            if stream.due_at <= now:
-                self._give_back(stream)
+        for carried in set(self._carried.values()):
+            if carried.due_at <= now and (now == math.inf or not carried.end_wait()):
+                self._give_back(carried)
 
-    def _give_back(self, stream: Carried) -> None:
+    def _give_back(self, carried: Carried) -> None:
         with self._lock:
-            if self._streams.get(stream.provider) is not stream:        # it has been
+            if any([self._carried.get(fd) is not carried for fd in carried.events]):        # it has been
                 return
-            del self._streams[stream.provider], self._clients[stream.client]
-        stream.is_late = not self._forget(stream)
-        stream.back.release()
+            for fd in carried.events:
+                del self._carried[fd]
+        carried.is_late = not self._forget(carried)
+        carried.back.release()
 
-    def _forget(self, stream: Carried) -> bool:
-        """Whether both sockets had been registered."""
+    def _forget(self, carried: Carried) -> bool:
+        """Whether all of its sockets had been registered."""
         known = 0
-        for fd in (stream.client, stream.provider):
+        for fd in carried.events:
             with contextlib.suppress(OSError, ValueError):
                 self._epoll.unregister(fd)
                 known += 1
-        return known == 2
+        return known == len(carried.events)
 
     def close(self) -> None:
         """Gives back what is under way, and ends the thread."""
@@ -15608,7 +15764,9 @@ class Gateway:
     def complete(self, exchange: Exchange, body: bytes) -> None:
         """Answers a completion request. Raises `GatewayError` while nothing has been sent, or `ClientGone`."""
         data, body = self._with_model({**parse_json_object(body), **exchange.named}, body)
-        if self._follow_precedent(data, body, exchange):
+        followed = self._follow_precedent(data, body, exchange)
+        if followed:
+            self._run(*followed)
             return
         request = self._read(data, body, exchange)
         exchange.log["stream"], exchange.asked = request.stream, request.model
@@ -15637,54 +15795,101 @@ class Gateway:
                 exchange.answer_headers = headers
                 self._fall_back(model, reason, error, exchange)
 
-    def _follow_precedent(self, data: Dict[str, Any], body: bytes, exchange: Exchange) -> bool:
-        """Answers a chat request that differs from an earlier one in its texts alone: parsing, adapting and encoding it
-        would come to the same call around them, and are a third of what a request costs. The model that its name means and
-        the credential are found anew where what they rest on has changed since. False when it has to go the long way."""
+    def begin(self, exchange: Exchange, body: bytes, held: Optional[Connection]) -> Optional[Begun]:
+        """What is to be sent for a request that follows a precedent, on the connection that is held or another one, if
+        nothing has to be waited for; None where `complete` has to serve it. Raises `GatewayError` or what malformed requests
+        raise."""
+        data, body = self._with_model({**parse_json_object(body), **exchange.named}, body)
+        followed = self._follow_precedent(data, body, exchange, at_once=True)
+        if followed is None or followed[0].request.stream:
+            return None
+        prepared = self.transport.prepare(followed[3], held)
+        if prepared is None:
+            return None
+        scope = exchange.responder.scope()
+        scope.is_carried = True
+        scope.attach(prepared[0].sock)
+        self._track(scope, True)
+        return Begun(*followed, scope, *prepared)
+
+    def answer_to(self, begun: Begun) -> Tuple[Optional[Response], Optional[bytes]]:
+        """The response to a request that was begun, None as long as it is not all here; and what is made of it for the
+        client, None unless it is one of those that are known. Raises `UpstreamProtocolError`, also for some that are
+        right but not plain."""
+        lane, response = begun.lane, self.transport.response(begun)
+        if response is None:
+            return None, None
+        if response.status != 200 or not lane.answers or lane.upstream.stream_type in response.headers.get("content-type", ""):
+            return response, None
+        body = response.read_at_once()
+        return (None, None) if body is None else (response, lane.answers.known(lane, body))
+
+    def answer(self, begun: Begun, response: Response, out: bytes) -> None:
+        """Has the answer to a request that was begun sent. Raises `ClientGone`."""
+        self._note_response(begun.lane, response, begun.exchange)
+        self._send_whole(out, begun.exchange)
+
+    def note_end(self, begun: Begun) -> None:
+        """Notes what an answer was like that has been sent."""
+        self._note_answer(begun.lane, begun.exchange)
+        self._track(begun.scope, False)
+        begun.scope.detach()
+
+    def go_on(self, begun: Begun) -> None:
+        """The rest of `complete`, for a request that was begun."""
+        self._run(begun.lane, begun.credential, begun.exchange, begun.call, begun.read, begun)
+
+    def _follow_precedent(self, data: Dict[str, Any], body: bytes, exchange: Exchange, at_once: bool = False,
+                          ) -> Optional[Tuple[Lane, Credential, Exchange, Call, Callable[[], Request]]]:
+        """What to run for a chat request that differs from an earlier one in its texts alone: parsing, adapting and encoding
+        it would come to the same call around them, and are a third of what a request costs. The model that its name means
+        and the credential are found anew where what they rest on has changed since, which may take a while. None when it
+        has to go the long way."""
         if len(body) > LARGE_BODY_BYTES:        # the client's own bytes go out then, see `request_bytes`
-            return False
+            return None
         exchange.config = config = self.config
         exchange.plain = plain = plain_chat(exchange.client, exchange.headers, data)
         if plain is None:
-            return False
+            return None
         key = plain.key
         known = self._precedents.get(key) if exchange.client is CHAT else None
         if known is None:
             key = plain.shape
             known = self._precedents.get(key)
         if known is None or known.config is not config:
-            return False
+            return None
         ground = self._ground()
         full_id = known.candidate.full_id
         if self.quirks.of(full_id):
-            return False
+            return None
         if self.meter.is_due(full_id):
             exchange.plain = None               # the meter wants this one whole; what is known stays
-            return False
+            return None
         if ground == known.ground:
             model, credential = known.model, known.credential
             exchange.log["model"], exchange.account = full_id, credential.account
+        elif at_once:
+            return None
         else:
             candidates, missing = self.candidates(known.request)
             if missing or candidates != [known.candidate]:
-                return False
+                return None
             model, credential = self._authorise(known.candidate, exchange)
             if credential != known.credential or model != known.model:
-                return False
+                return None
             if known.is_plain:
                 self._precedents[key] = known._replace(ground=ground)
         sent = known.fill(data, plain.texts)
         if not sent:
-            return False
+            return None
         exchange.log["stream"], exchange.asked = known.request.stream, known.request.model
         exchange.answer_headers.update(known.answer_headers)
         lane = known.lane(exchange.client, UPSTREAM_PROTOCOLS[model.protocol], known.request, model, exchange.stamp)
         lane.answers, lane.secrets, lane.origin = known.answers, known.secrets, known.origin
         exchange.secrets.update(known.secrets)
         method, url, headers, _ = known.call
-        self._run(lane, credential, exchange, Call(method, url, headers, sent),
-                  functools.partial(self._read, data, body, exchange))
-        return True
+        return (lane, credential, exchange, Call(method, url, headers, sent),
+                functools.partial(self._read, data, body, exchange))
 
     def _read(self, data: Dict[str, Any], body: bytes, exchange: Exchange) -> Request:
         """A request from its body, parsed and as it came."""
@@ -15968,11 +16173,11 @@ class Gateway:
                             "(--expose-oauth-subscriptions)", code="subscription_exposure_disabled", param="model")
 
     def _run(self, lane: Lane, credential: Credential, exchange: Exchange, prepared: Optional[Call] = None,
-             read: Optional[Callable[[], Request]] = None) -> None:
-        scope = exchange.responder.scope()
+             read: Optional[Callable[[], Request]] = None, begun: Optional[Begun] = None) -> None:
+        scope = begun.scope if begun else exchange.responder.scope()
         self._track(scope, True)
         try:
-            self._attempts(lane, credential, scope, exchange, prepared, read)
+            self._attempts(lane, credential, scope, exchange, prepared, read, begun)
         finally:
             self._track(scope, False)
 
@@ -15982,7 +16187,7 @@ class Gateway:
             self.load[self.worker] = len(self._scopes)
 
     def _attempts(self, lane: Lane, credential: Credential, scope: Scope, exchange: Exchange,
-                  prepared: Optional[Call], read: Optional[Callable[[], Request]]) -> None:
+                  prepared: Optional[Call], read: Optional[Callable[[], Request]], begun: Optional[Begun]) -> None:
         """Sends the request, and sends it again as long as the client has not heard a thing and a remedy is left. With a
         call that is `prepared`, the lane's request has no messages, see `Precedent`; `read` makes the whole one."""
         headers = dict(exchange.answer_headers)
@@ -15990,8 +16195,9 @@ class Gateway:
         while True:
             attempt.call = prepared or self._prepare(attempt.lane, attempt.credential, exchange)
             try:
-                return self._call_provider(attempt, scope, exchange)
+                return self._call_provider(attempt, scope, exchange, begun)
             except GatewayError as error:
+                begun = None
                 error.hide(attempt.lane.secrets)
                 if exchange.responder.has_begun:
                     return self._end_with(error, attempt.lane, exchange)
@@ -16107,16 +16313,15 @@ class Gateway:
             self._note_precedent(lane, credential, call, dropped, exchange)
         return call
 
-    def _call_provider(self, attempt: Attempt, scope: Scope, exchange: Exchange) -> None:
+    def _call_provider(self, attempt: Attempt, scope: Scope, exchange: Exchange, begun: Optional[Begun]) -> None:
         lane = attempt.lane
         exchange.log["lane"] = lane.name
         if lane.request.stream:
             scope.on_beat = functools.partial(self._beat, exchange)
-        response = self.transport.open(attempt.call, scope)
+        response = self.transport.go_on(begun) if begun else None
+        response = response or self.transport.open(attempt.call, scope)
         try:
-            carried = [(name, header_text(redact(value, lane.secrets))) for name, value in response.headers.items()
-                       if name.startswith(CARRIED_TO_CLIENT)]
-            exchange.answer_headers.update(carried[:MAX_CARRIED])
+            self._note_response(lane, response, exchange)
             if not 200 <= response.status < 300:
                 raise self._refusal(lane, response)
             if len(attempt.call.body) > LARGE_BODY_BYTES:
@@ -16128,11 +16333,21 @@ class Gateway:
                 exchange.answer_headers["x-pigateway-lane"] = lane.name
             self._carry(lane, response, is_stream, scope, exchange)
         finally:
-            exchange.usage = lane.usage
-            exchange.log.update(lane=lane.name, tokens_in=lane.usage.prompt, tokens_out=lane.usage.output,
-                                stop=told_stop(lane))
+            self._note_answer(lane, exchange)
             response.close()
         self._observe(lane)
+
+    def _note_response(self, lane: Lane, response: Response, exchange: Exchange) -> None:
+        """Takes over what a provider's headers say to the client."""
+        carried = [(name, header_text(redact(value, lane.secrets))) for name, value in response.headers.items()
+                   if name.startswith(CARRIED_TO_CLIENT)]
+        exchange.answer_headers.update(carried[:MAX_CARRIED])
+
+    def _note_answer(self, lane: Lane, exchange: Exchange) -> None:
+        """Notes for the log what an answer was like."""
+        exchange.usage = lane.usage
+        exchange.log.update(lane=lane.name, tokens_in=lane.usage.prompt, tokens_out=lane.usage.output,
+                            stop=told_stop(lane))
 
     def _observe(self, lane: Lane) -> None:
         """Learns from an answer that has been sent how its model counts, unless its provider can be asked."""
@@ -16179,16 +16394,22 @@ class Gateway:
         """Brings the answer to the client, streamed as it comes or whole at its end."""
         if not is_stream and not lane.request.stream:       # in one step, with nothing shown before
             body = response.read(lane.limit_bytes)
-            out = lane.answers.whole(lane, body) if lane.answers else lane.whole(body)
+            out = lane.answers.known(lane, body) if lane.answers else None
+            exchange.is_regular = out is not None and response.sock is not None
+            if out is None:
+                out = lane.answers.learnt(lane, body) if lane.answers else lane.whole(body)
             self._remember(lane)
             if lane.error:
                 lane.raise_error()
-            exchange.responder.send(200, {**exchange.answer_headers, "content-type": "application/json"}, out)
+            self._send_whole(out, exchange)
             return
         steps = self._steps(lane, response, is_stream, exchange)
         for size in steps:
             if size < PIECE_BYTES and exchange.responder.has_begun:
                 self.carrier.carry(steps, response, scope, exchange.responder)
+
+    def _send_whole(self, out: bytes, exchange: Exchange) -> None:
+        exchange.responder.send(200, {**exchange.answer_headers, "content-type": "application/json"}, out)
 
     def _steps(self, lane: Lane, response: Response, is_stream: bool, exchange: Exchange) -> Iterator[int]:
         """The same in steps: each sends what became of one receive, and tells how many bytes that are."""
@@ -16214,7 +16435,7 @@ class Gateway:
         if lane.request.stream:
             exchange.responder.finish(lane.error is None)
         else:
-            exchange.responder.send(200, {**exchange.answer_headers, "content-type": "application/json"}, held)
+            self._send_whole(held, exchange)
 
     def _remember(self, lane: Lane) -> None:
         """Keeps the seals of calls before the client sees the calls: it may answer them at once."""
@@ -16867,6 +17088,7 @@ class HttpResponder:
         self.capture: Optional[Capture] = None      # what keeps the answer, where it is logged
         self.stopwatch: Optional[Stopwatch] = None  # where the client wants to know the gateway's own time
         self.unsent = b""                           # what the client has not taken yet
+        self.is_deferred = False                    # whether that is all, until `send_now`
         self._scope: Optional[Scope] = None
 
     def _head(self, status: int, headers: Mapping[str, str]) -> bytes:
@@ -16882,15 +17104,18 @@ class HttpResponder:
         try:
             if self._scope and self._scope.is_carried:
                 self.unsent += data
-                try:
-                    self.unsent = self.unsent[self.sock.send(self.unsent):]
-                except BlockingIOError:
-                    pass
+                if not self.is_deferred:
+                    self.send_now()
                 return
             send_all(self.sock, data, self.SEND_TIMEOUT_S)
         except OSError:
             self.keep_alive = False
             raise ClientGone from None
+
+    def send_now(self) -> None:
+        """Sends what the client takes at once. Raises OSError."""
+        with contextlib.suppress(BlockingIOError):
+            self.unsent = self.unsent[self.sock.send(self.unsent):]
 
     def send_rest(self) -> None:
         """Sends what the client did not take at once, while nothing was to wait for it."""
@@ -16966,11 +17191,176 @@ class Visit(NamedTuple):
     serve: Optional[Callable[..., None]] = None
 
 
+class Regular(Carried):
+    """A client that asks one plain question after another, each like one before and with answers like those before:
+    `Carrier` serves it as long as that is so. There is no change of threads then, neither for the request nor for the
+    response, which is a third of what a request costs. For whatever is not so, its own thread has the connection back: before
+    a request has been taken from `Handler`'s buffer, or in the midst of one, for `Handler` to go on with."""
+
+    PARTIAL_S, HELD_S = 1.0, 1.0                # the wait for the rest of a request; how long a connection is held idle
+
+    def __init__(self, handler: Handler) -> None:
+        self._client = handler.request.fileno()
+        super().__init__({self._client: select.EPOLLIN})
+        self._handler = handler
+        self._gateway = handler.server.gateway
+        self._carrier = self._gateway.carrier
+        self._held: Optional[Connection] = None     # to the provider, between two requests and during one
+        self._begun: Optional[Begun] = None
+        self._is_answered = self._is_sending = False
+        self.head: Any = None                   # of the request under way
+        self.exchange: Optional[Exchange] = None
+        self.since = time.monotonic()           # when something came last
+        self.served = 0
+        self.is_over = False                    # the connection can serve no more
+
+    def step(self, fd: int, now: float) -> bool:
+        """Begins a request, or answers it; what that has to send is sent afterwards."""
+        if self._is_sending:                    # it will be told again
+            return True
+        if not self._handler._buffer:           # the rest of a request does not make time
+            self.since = now
+        try:
+            if fd == self._client:
+                return not self._begun and self._begin()
+            if self._begun:
+                return self._answer(self._begun)
+        except (GatewayError, OSError, *MALFORMED):         # as its own thread will see
+            return False
+        self._drop()                            # closed by the provider
+        return True
+
+    def _begin(self) -> bool:
+        handler = self._handler
+        try:
+            data = handler.request.recv(RECEIVE_BYTES)
+        except BlockingIOError:                 # woken for nothing
+            return True
+        buffer = handler._buffer = handler._buffer + data
+        end = buffer.find(b"\r\n\r\n")
+        if end < 0 or not data:
+            return handler.may_be_like_last(buffer) and bool(data)
+        head = handler.head_like_last(buffer[:end])
+        missing = end + 4 + (head.length or 0) - len(buffer) if head else -1
+        if missing or head is None:
+            return 0 < missing < RECEIVE_BYTES
+        begun = handler.begin(head, new_stamp(self._gateway.clock()), buffer[end + 4:], self._held)
+        if begun is None:
+            return False
+        handler._buffer, self.head, self.exchange, self._begun = b"", head, begun.exchange, begun
+        if begun.connection is not self._held:
+            if self._held:
+                self._drop(True)
+            try:
+                self._carrier.watch(self, begun.connection.sock.fileno())
+            except OSError:                     # no room
+                self._lose(begun)
+                return False
+            self._held = begun.connection
+        self._is_sending = True
+        self._carrier.senders.append(self)
+        return True
+
+    def _answer(self, begun: Begun) -> bool:
+        data = begun.connection.receive_now(begun.scope)
+        if data is None:                        # woken for nothing
+            return True
+        begun.buffer += data
+        response, out = self._gateway.answer_to(begun) if data else (None, None)
+        if response is None:
+            return 0 < len(data) and len(begun.buffer) < RECEIVE_BYTES
+        if out is None:
+            return False
+        self._gateway.answer(begun, response, out)
+        if not response.is_reusable:
+            self._drop()
+        self._is_sending = self._is_answered = True
+        self._carrier.senders.append(self)
+        return True
+
+    def send(self) -> None:
+        """Sends what there is to send."""
+        begun: Any = self._begun
+        try:
+            if self._is_answered:
+                begun.exchange.responder.send_now()
+            else:
+                self._sent = begun.connection.sock.send(begun.message) == len(begun.message)
+        except (OSError, ValueError):           # the latter where it is closed
+            self._sent = False
+
+    def settle(self) -> bool:
+        """Whether what was sent has been taken, and this can go on."""
+        begun: Any = self._begun
+        self._is_sending = False
+        if not self._is_answered:
+            if not self._sent:                  # half a message leads to nothing
+                self._carrier.unwatch(self, begun.connection.sock.fileno())
+                self._held = None
+                self._lose(begun)
+            return self._sent
+        self._gateway.note_end(begun)
+        if begun.exchange.responder.unsent:
+            return False
+        keep = self._handler.close_exchange(self.head, begun.exchange)
+        self._handler.server.end()
+        self._begun, self.exchange, self._is_answered = None, None, False
+        self.served += 1
+        self.is_over = not keep or self._handler.server.is_stopping
+        return not self.is_over
+
+    def _lose(self, begun: Begun) -> None:
+        begun.scope.detach()
+        begun.connection.close()                # type: ignore[union-attr]
+        begun.connection = None
+
+    def _drop(self, is_reusable: bool = False) -> None:
+        connection, self._held = self._held, None
+        self._carrier.unwatch(self, connection.sock.fileno())
+        connection.release(is_reusable)
+
+    def let_go(self) -> None:
+        """Gives back the connection to the provider, in its own thread."""
+        connection, self._held = self._held, None
+        if connection and not (self._begun and not self._is_answered):
+            connection.release(True)
+
+    def finish(self, error: Optional[BaseException]) -> None:
+        """The rest of the request under way, in its own thread, after `step` had this error. Raises what
+        `Gateway.complete` raises."""
+        begun: Any = self._begun
+        begun.scope.is_carried = False
+        begun.scope.note_heard(self.since)
+        if not self._is_answered:
+            self._gateway.go_on(begun)
+        elif error:
+            raise error
+        else:
+            begun.exchange.responder.send_rest()
+
+    @property
+    def due_at(self) -> float:
+        """When a limit is over: that of a connection without a request, or of one of which a part has come, or of a
+        provider's silence."""
+        if self._begun:
+            limits = self._gateway.transport.limits
+            return self.since + (limits.idle_s if self._begun.buffer else limits.first_byte_s)
+        return self.since + (self.PARTIAL_S if self._handler._buffer else self.HELD_S if self._held else KEEP_ALIVE_S)
+
+    def end_wait(self) -> bool:
+        """Nothing can go on, but a connection that was held gives way."""
+        if self._begun or self._handler._buffer or not self._held:
+            return False
+        self._drop(True)
+        return True
+
+
 class Handler(socketserver.BaseRequestHandler):
     """One client connection, one request after the other."""
 
     server: Server
     LINGER_S = 2.0
+    PATIENCE, WORTHWHILE = 64, 4                # see `_leave_to_carrier`
 
     def handle(self) -> None:
         """Serves requests until the connection ends."""
@@ -16978,13 +17368,15 @@ class Handler(socketserver.BaseRequestHandler):
         self._head: Optional[Head] = None       # the last one, and its bytes around the body's length
         self._around_length = b"", b""
         self._visit: Optional[Visit] = None
+        self._idle_since: Optional[float] = None    # when something came last, if not just now
+        self._regulars, self._patience = 0, 1   # answers in a row after which `Carrier` gets this, and the wanted number
         self.server.track(self.request, True)
         try:
             self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self.request.setblocking(False)
             self._poller = Poller(self.request)
             self._wait = self._poller.wait
-            while self._serve_one() and not self.server.is_stopping:
+            while self._serve_one() and not self.server.is_stopping and self._leave_to_carrier():
                 pass
         except (OSError, ClientGone):
             pass
@@ -17011,7 +17403,36 @@ class Handler(socketserver.BaseRequestHandler):
             return False
         self.server.begin(self.request)
         try:
-            return self._answer(head, stamp)
+            self._has_unread_body = head.length not in (0, -1)
+            visit = self._visit
+            if visit is None or visit.config is not self.server.config:
+                client = client_protocol(head)
+                head = with_query_key(head) if client.takes_query_key else head
+                visit = Visit(self.server.config, client, self.server.cors(head.headers.get("origin")),
+                              head.target.partition("?")[2], path_fields(head))
+            exchange = self.open_exchange(head, stamp, visit)
+            return self._answer(head, exchange, functools.partial(self._dispatch, head, exchange, visit))
+        finally:
+            self.server.end()
+
+    def _leave_to_carrier(self) -> bool:
+        """Has the carrier serve requests that are like the last; whether the connection can serve another one. Where that
+        turns out to save few changes of threads, it is tried again ever later."""
+        carrier, visit = self.server.gateway.carrier, self._visit
+        if self._regulars < self._patience or self._buffer or not self._around_length[0] or not carrier.is_open or (
+                visit is None or visit.serve is not Handler._complete):
+            return True
+        regular = Regular(self)
+        error = carrier.look_after(regular)
+        regular.let_go()
+        self._idle_since = regular.since
+        is_worthwhile = regular.served >= self.WORTHWHILE
+        self._regulars, self._patience = 0, 1 if is_worthwhile else min(2 * self._patience, self.PATIENCE)
+        if regular.exchange is None:
+            return not regular.is_over
+        try:
+            rest = functools.partial(regular.finish, error)
+            return self._answer(regular.head, regular.exchange, rest) and not self.server.is_stopping
         finally:
             self.server.end()
 
@@ -17030,12 +17451,15 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _read_head(self) -> Optional[Head]:
         """The next request's head, None when the client is done or idle for too long."""
-        self._seen_at = time.monotonic()        # when what there is of it came
-        deadline = self._seen_at + (HEAD_TIMEOUT_S if self._buffer else KEEP_ALIVE_S)
+        self._seen_at = now = time.monotonic()  # when what there is of it came
+        deadline = now + HEAD_TIMEOUT_S if self._buffer else (self._idle_since or now) + KEEP_ALIVE_S
+        self._idle_since = None
         has_begun = bool(self._buffer)
         while True:
             self._buffer = self._buffer.lstrip(b"\r\n") if self._buffer[:1] in (b"\r", b"\n") else self._buffer
             end = self._buffer.find(b"\r\n\r\n")
+            if end < 0 and _BARE_LF.search(self._buffer):
+                raise BadRequest("malformed HTTP request: lines must end in CRLF", code="invalid_http")
             if end >= 0 or len(self._buffer) > MAX_HEAD_BYTES:
                 break
             started = bool(self._buffer)
@@ -17051,18 +17475,12 @@ class Handler(socketserver.BaseRequestHandler):
             if not has_begun:                   # once: line ends before a request do not make time
                 deadline, has_begun = self._seen_at + HEAD_TIMEOUT_S, True
             self._buffer += data
-            if b"\r\n\r\n" not in self._buffer and _BARE_LF.search(self._buffer.lstrip(b"\r\n")):
-                raise BadRequest("malformed HTTP request: lines must end in CRLF", code="invalid_http")
         if not 0 <= end <= MAX_HEAD_BYTES:
             raise HeadTooLarge("the request's head is too long")
         data, self._buffer = self._buffer[:end], self._buffer[end + 4:]
-        before, behind = self._around_length
-        digits = data[len(before):len(data) - len(behind)]
-        if before and data.startswith(before) and data.endswith(behind) and digits.isdigit() and len(digits) < 16:
-            # a client's next request says the same, but for this
-            method, target, path, query, minor_version, headers, _ = self._head     # type: ignore[misc]
-            headers = {**headers, "content-length": digits.decode("ascii")}
-            return Head(method, target, path, query, minor_version, headers, int(digits))
+        head = self.head_like_last(data)
+        if head:
+            return head
         self._visit = None
         try:
             self._head = parse_request_head(data)
@@ -17071,6 +17489,22 @@ class Handler(socketserver.BaseRequestHandler):
         length = _LENGTH_LINE.search(data)
         self._around_length = (data[:length.start(1)], data[length.end(1):]) if length else (b"", b"")
         return self._head
+
+    def head_like_last(self, data: bytes) -> Optional[Head]:
+        """A head that says the same as the last one but for the body's length, as a client's next one does; None for any
+        other."""
+        before, behind = self._around_length
+        digits = data[len(before):len(data) - len(behind)]
+        if not before or not data.startswith(before) or not data.endswith(behind) or not digits.isdigit() or len(digits) > 15:
+            return None
+        method, target, path, query, minor_version, headers, _ = self._head     # type: ignore[misc]
+        headers = {**headers, "content-length": digits.decode("ascii")}
+        return Head(method, target, path, query, minor_version, headers, int(digits))
+
+    def may_be_like_last(self, data: bytes) -> bool:
+        """Whether this may become such a head."""
+        before = self._around_length[0]
+        return before.startswith(data) or data.startswith(before)
 
     def _read_body(self, head: Head) -> bytes:
         """The request's body. Raises `BodyTooLarge` before it has all been read."""
@@ -17106,25 +17540,23 @@ class Handler(socketserver.BaseRequestHandler):
             if not data:
                 raise ClientGone
 
-    def _answer(self, head: Head, stamp: Stamp) -> bool:
-        """Answers one request and logs it."""
+    def open_exchange(self, head: Head, stamp: Stamp, visit: Visit) -> Exchange:
+        """What is known of a request before its body is read."""
         server, started = self.server, time.monotonic()
         stamp = Stamp(stamp.id, int(server.gateway.clock()), lambda: time.monotonic() - started)
-        self._has_unread_body = head.length not in (0, -1)
-        visit = self._visit
-        if visit is None or visit.config is not server.config:
-            client = client_protocol(head)
-            head = with_query_key(head) if client.takes_query_key else head
-            visit = Visit(server.config, client, server.cors(head.headers.get("origin")), head.target.partition("?")[2],
-                          path_fields(head))
         responder = HttpResponder(self.request, head, {**self._common(stamp), **visit.cors},
                                   server.config.heartbeat_interval_ms / 1000)
         exchange = Exchange(visit.client, stamp, head.headers, responder, visit.query, named=visit.named)
         if head.headers.get("x-pigateway-overhead") in ("1", "true"):
             responder.stopwatch = Stopwatch(self._seen_at)
             self._wait = responder.stopwatch.paused()(self._poller.wait)
+        return exchange
+
+    def _answer(self, head: Head, exchange: Exchange, serve: Callable[[], None]) -> bool:
+        """Answers one request and logs it; whether the connection can serve another."""
+        responder = exchange.responder
         try:
-            self._dispatch(head, exchange, visit)
+            serve()
         except (ClientGone, ConnectionError):
             responder.keep_alive = False
             exchange.log["gone"] = True
@@ -17137,8 +17569,14 @@ class Handler(socketserver.BaseRequestHandler):
             log.error("internal error: %s: %s", type(error).__name__, redact(str(error)))
             log.debug("where it happened", exc_info=True)
             self._send_error(GatewayError("internal error; the gateway's log names it"), exchange)
+        self._regulars = self._regulars + 1 if exchange.is_regular and not responder.stopwatch else 0
+        return self.close_exchange(head, exchange)
+
+    def close_exchange(self, head: Head, exchange: Exchange) -> bool:
+        """Logs a request that was answered; whether the connection can serve another."""
+        server, responder = self.server, exchange.responder
         status = 499 if exchange.log.pop("gone", False) else responder.status
-        duration_ms = (time.monotonic() - started) * 1000
+        duration_ms = exchange.stamp.elapsed() * 1000
         self._log_access(head, exchange, status, duration_ms)
         self._log_to_files(head, exchange, status, duration_ms)
         self._wait = self._poller.wait
@@ -17237,9 +17675,25 @@ class Handler(socketserver.BaseRequestHandler):
         return route[method]
 
     def _complete(self, head: Head, exchange: Exchange, body: bytes) -> None:
+        self._keep_body(exchange, body)
+        self.server.gateway.complete(exchange, body)
+
+    def _keep_body(self, exchange: Exchange, body: bytes) -> None:
         if self.server.gateway.journal.takes_conversation:
             exchange.body, exchange.responder.capture = body, Capture()
-        self.server.gateway.complete(exchange, body)
+
+    def begin(self, head: Head, stamp: Stamp, body: bytes, held: Optional[Connection]) -> Optional[Begun]:
+        """Begins a request whose head is like the last one's, see `Gateway.begin`."""
+        if self._visit is None or self._visit.config is not self.server.config or len(body) > self.server.config.max_body_bytes:
+            return None
+        exchange = self.open_exchange(head, stamp, self._visit)
+        exchange.size = len(body)
+        self._keep_body(exchange, body)
+        exchange.responder.is_deferred = True
+        begun = self.server.gateway.begin(exchange, body, held)
+        if begun:
+            self.server.begin(self.request)
+        return begun
 
     def _ollama(self, head: Head, exchange: Exchange, body: bytes) -> None:
         """A chat or a prompt; without either, Ollama's clients want the model loaded, or forgotten."""

@@ -4103,6 +4103,14 @@ def shaped_answer(rng: random.Random, shape: str) -> bytes:
     return body
 
 
+def from_memory(memo: pg.AnswerMemo) -> Callable[[pg.Lane, bytes], bytes]:
+    """A whole answer as the memory knows it, or learns it."""
+    def whole(lane: pg.Lane, body: bytes) -> bytes:
+        known = memo.known(lane, body)
+        return memo.learnt(lane, body) if known is None else known
+    return whole
+
+
 def told_whole(take: Callable[[Any, bytes], bytes], lane: Any, body: bytes) -> Tuple[Any, ...]:
     """What comes of a whole answer, and what is known of it."""
     try:
@@ -4135,7 +4143,7 @@ def test_whole_answers_from_memory_are_those_of_the_long_way(name: str, client: 
                 body = shaped_answer(rng, rng.choice(WHOLE_SHAPES[name]) if rng.random() < .05 else shape)
                 stamp = pg.Stamp("s%023d" % number, 1_700_000_000 + number)
                 lanes = [kind(client, upstream, whole_request(client), model(name), stamp) for _ in range(2)]
-                assert told_whole(memo.whole, lanes[0], body) == told_whole(lambda lane, body: lane.whole(body), lanes[1], body)
+                assert told_whole(from_memory(memo), lanes[0], body) == told_whole(lambda lane, body: lane.whole(body), lanes[1], body)
     assert sum(filled) > 20 * len(kinds) * len(WHOLE_SHAPES[name]), "hardly used"
 
 
@@ -4146,8 +4154,8 @@ def test_answers_with_counts_of_odd_form_are_not_remembered() -> None:
     for count, is_kept in (("0", True), ("20.0", False), ("2e1", False), ("2000000000000000", False)):
         memo, lanes = pg.AnswerMemo(), [pg.TranslatedLane(CHAT, COMPLETIONS, whole_request(CHAT), model("openai-completions"), STAMP)
                                         for _ in range(3)]
-        assert memo.whole(lanes[0], (shape % count).encode()) == lanes[1].whole((shape % count).encode())
-        assert told_whole(memo.whole, lanes[2], (shape % count).encode())[3] == lanes[1].usage
+        assert from_memory(memo)(lanes[0], (shape % count).encode()) == lanes[1].whole((shape % count).encode())
+        assert told_whole(from_memory(memo), lanes[2], (shape % count).encode())[3] == lanes[1].usage
         assert bool(memo._shapes) is is_kept, count
 
 
@@ -4161,17 +4169,17 @@ def test_answers_that_tell_a_time_or_hold_calls_are_not_remembered() -> None:
                                   (CHAT, plain.replace(b'"ok"', b"null"), False)):
         memo = pg.AnswerMemo()
         with contextlib.suppress(pg.GatewayError):
-            memo.whole(pg.TranslatedLane(client, COMPLETIONS, whole_request(client), model("openai-completions"), STAMP), body)
+            from_memory(memo)(pg.TranslatedLane(client, COMPLETIONS, whole_request(client), model("openai-completions"), STAMP), body)
         assert bool(memo._shapes) is is_kept
     memo, call = pg.AnswerMemo(), {"type": "function", "function": {"name": "f", "arguments": "{}"}}
     for first in "axb":                         # of an answer without an id it is the first id, and may be like the second
         body = json.dumps({"choices": [{"message": {"content": "ok", "tool_calls": [{"id": first, **call}, {"id": "b", **call}]},
                                         "finish_reason": "stop"}]}).encode()
         lanes = [pg.ChatLane(CHAT, COMPLETIONS, chat_request(), model("openai-completions"), STAMP) for _ in range(2)]
-        assert memo.whole(lanes[0], body) == lanes[1].whole(body)
+        assert from_memory(memo)(lanes[0], body) == lanes[1].whole(body)
     memo = pg.AnswerMemo()
     for _ in range(2):
-        made = memo.whole(pg.ChatLane(CHAT, COMPLETIONS, chat_request(), model("openai-completions"), STAMP), calls)
+        made = from_memory(memo)(pg.ChatLane(CHAT, COMPLETIONS, chat_request(), model("openai-completions"), STAMP), calls)
         assert [call["id"] for call in json.loads(made)["choices"][0]["message"]["tool_calls"]] == ["a", "b"]
 
 
@@ -21140,11 +21148,12 @@ def follows(monkeypatch: Any) -> List[bool]:
     found: List[bool] = []
     follow = pg.Gateway._follow_precedent
 
-    def noted(gateway: Any, data: Any, body: bytes, exchange: Any) -> bool:
+    def noted(gateway: Any, *args: Any) -> Any:
         place = len(found)                      # the next request may be here before this one is through
         found.append(True)                      # an error on the short way is one as well
-        found[place] = follow(gateway, data, body, exchange)
-        return found[place]
+        followed = follow(gateway, *args)
+        found[place] = followed is not None
+        return followed
 
     monkeypatch.setattr(pg.TokenMeter, "is_due", lambda meter, model_id: False)
     monkeypatch.setattr(pg.Gateway, "_follow_precedent", noted)
@@ -21568,21 +21577,21 @@ def without_carrier() -> Iterator[None]:
 def carried_steps(monkeypatch: Any) -> List[float]:
     """The steps that the carrier takes from now on."""
     steps: List[float] = []
-    step = pg.Carried.step
-    monkeypatch.setattr(pg.Carried, "step", lambda stream, now: steps.append(now) or step(stream, now))
+    step = pg.CarriedStream.step
+    monkeypatch.setattr(pg.CarriedStream, "step", lambda stream, fd, now: steps.append(now) or step(stream, fd, now))
     return steps
 
 
 def taken_streams(monkeypatch: Any) -> List[str]:
     """The providers' content types of the streams that the carrier takes from now on."""
     taken: List[str] = []
-    make = pg.Carried.__init__
+    make = pg.CarriedStream.__init__
 
     def init(stream: Any, steps: Any, response: pg.Response, *others: Any) -> None:
         make(stream, steps, response, *others)
         taken.append(response.headers["content-type"])
 
-    monkeypatch.setattr(pg.Carried, "__init__", init)
+    monkeypatch.setattr(pg.CarriedStream, "__init__", init)
     return taken
 
 
@@ -21668,7 +21677,7 @@ def test_crowd_of_streams_leaves_nothing_behind(tmp_path: Any, monkeypatch: Any)
         said = ["".join(event["choices"][0]["delta"].get("content", "") for event in result.events[:-1]) for result in results]
         assert said == ["0 1 2 3 4 5 6 7 "] * 90
         carrier = RUNNING[-1].gateway.carrier
-        assert not carrier._streams and not carrier._clients
+        assert not carrier._carried
         thread = carrier._thread
         assert thread and thread.is_alive() or not HAS_EPOLL
     assert not thread or not thread.is_alive()
@@ -21817,7 +21826,7 @@ def test_clients_that_leave_carried_streams_leave_nothing(tmp_path: Any, monkeyp
         for number in range(6):
             clients.append(OpenCall(handle.url, WAY_IN["messages" if number % 2 else "chat"], question("chat", True)))
             clients[-1].read_until(b"Hel")
-        until(lambda: len(carrier._streams) == 6 or not HAS_EPOLL)
+        until(lambda: len(carrier._carried) == 12 or not HAS_EPOLL)
         for number, client in enumerate(clients):
             if number > 3:                      # as a process that is killed does
                 client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -21830,7 +21839,7 @@ def test_clients_that_leave_carried_streams_leave_nothing(tmp_path: Any, monkeyp
         until(lambda: not set(sys._current_frames()) - threads)
         said = [record.fields for record in list(lines.records) if record.getMessage() == "access"]
         assert [fields["status"] for fields in said] == [499] * 6
-        assert not carrier._streams and not carrier._clients
+        assert not carrier._carried
     assert len(taken) == 7 or not HAS_EPOLL
 
 
@@ -21850,7 +21859,7 @@ def test_stopping_ends_carried_streams(tmp_path: Any, monkeypatch: Any) -> None:
                 opened.append(OpenCall(handle.url, WAY_IN[client], question("chat", True)))
                 opened[-1].read_until(b"Hel")
             carrier = handle.gateway.carrier
-            until(lambda: len(carrier._streams) == len(cases) or not HAS_EPOLL)
+            until(lambda: len(carrier._carried) == 2 * len(cases) or not HAS_EPOLL)
             thread = carrier._thread
             end_accepting(handle.server)
         finally:
@@ -21867,7 +21876,7 @@ def test_stopping_ends_carried_streams(tmp_path: Any, monkeypatch: Any) -> None:
                 assert b"the gateway is stopping" in seen and ending not in seen, (kind, client, seen)
                 assert (b"event: error\n" if client == "messages" else b'data: {"error":') in seen
         stopping.join(5)
-        assert not stopping.is_alive() and not carrier._streams and not carrier._clients
+        assert not stopping.is_alive() and not carrier._carried
     assert thread and not thread.is_alive() and len(taken) == len(cases) or not HAS_EPOLL
 
 
@@ -21898,9 +21907,9 @@ def test_limits_count_from_what_a_carried_stream_brought_last(beat_s: float, spe
         scope.note_heard(100.0)
         assert scope.due_at(20.0) == 100.0 + min(beat_s, 20.0)
         steps = (scope.put_off_beat() or 1 if speaks else 1 for _ in range(1))
-        stream = pg.Carried(steps, response, scope, types.SimpleNamespace(sock=other, unsent=b""))
-        assert stream.step(105.0) and stream.due_at == due
-        assert not stream.step(106.0) and not stream.error
+        stream = pg.CarriedStream(steps, response, scope, types.SimpleNamespace(sock=other, unsent=b""))
+        assert stream.step(one.fileno(), 105.0) and stream.due_at == due
+        assert not stream.step(one.fileno(), 106.0) and not stream.error
 
 
 def test_wait_of_a_stream_that_comes_back_began_before() -> None:
