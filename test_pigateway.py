@@ -53,7 +53,7 @@ import urllib.parse
 import urllib.request
 import warnings
 import zlib
-from typing import Any, Callable, Dict, FrozenSet, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, FrozenSet, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 MODULE = os.path.join(HERE, "pigateway.py")
@@ -21921,6 +21921,457 @@ def test_wait_of_a_stream_that_comes_back_began_before() -> None:
         assert not scope.wait(one, 20.0) and time.monotonic() - began < 10
         began = time.monotonic()
         assert not scope.wait(one, 0.02) and time.monotonic() - began >= 0.019          # it counts for one wait only
+
+# --- Clients that ask one plain question after another ---------------------------------------------------------------------
+
+
+def regular_answers(monkeypatch: Any) -> List[int]:
+    """The statuses of the answers that the carrier gives from now on."""
+    given: List[int] = []
+    note_end = pg.Gateway.note_end
+    monkeypatch.setattr(pg.TokenMeter, "is_due", lambda meter, model_id: False)
+    monkeypatch.setattr(pg.Gateway, "note_end", lambda gateway, begun: given.append(begun.exchange.responder.status) or (
+        note_end(gateway, begun)))
+    return given
+
+
+def plain_request(text: str, model_id: str, path: str = "/v1/chat/completions", *head_lines: str, **fields: Any) -> bytes:
+    """The bytes of a plain chat."""
+    body = json.dumps({"model": model_id, "max_tokens": 50, "messages": [{"role": "user", "content": text}], **fields}).encode()
+    lines = [f"POST {path} HTTP/1.1", "Host: localhost", *head_lines, f"Content-Length: {len(body)}"]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+
+
+def ask_for(number: int, **fields: Any) -> bytes:
+    """One of many plain chats."""
+    return plain_request(f"text {number}", "chat/m1", **fields)
+
+
+def plain_answer(number: int, text: str = "Hello", headers: str = "", status: str = "200 OK", **fields: Any) -> bytes:
+    """A whole answer that is one in both protocols of `two_providers`, which are written alike for that."""
+    answer = {"id": f"chatcmpl-{number}", "type": "message", "role": "assistant", "model": "m1", "content": [
+        {"type": "text", "text": text}], "stop_reason": "end_turn", "usage": {"input_tokens": 9 + number, "output_tokens": 3}}
+    chat = {"id": f"chatcmpl-{number}", "object": "chat.completion", "created": 1_600_000_000, "model": "m1", "choices": [
+        {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}],
+        "usage": {"prompt_tokens": 9 + number, "completion_tokens": 3, "total_tokens": 12 + number}}
+    return http_answer(json.dumps({**(answer if fields.pop("is_messages", False) else chat), **fields}).encode(),
+                       "Content-Type: application/json\r\n" + headers, status)
+
+
+WARM_UP = 7                                     # requests after which the carrier has served some
+Piece = Any                                     # what is sent, or a pause; b"" closes
+
+
+def send_pieces(sock: socket.socket, pieces: Iterable[Piece]) -> bool:
+    """Sends what is given; whether the connection is still open."""
+    for piece in pieces:
+        if isinstance(piece, float):
+            time.sleep(piece)
+        elif piece:
+            sock.sendall(piece)
+        else:
+            sock.close()
+            return False
+    return True
+
+
+def cut(data: bytes, *places: int) -> List[Piece]:
+    """The pieces of something, with pauses between them."""
+    pieces: List[Piece] = []
+    for start, end in zip((0, *places), (*places, len(data))):
+        pieces += [data[start:end], 0.01]
+    return pieces[:-1]
+
+
+def chunked(answer: bytes, size: int, ending: bytes = b"0\r\n\r\n") -> bytes:
+    """An answer in chunks of this size."""
+    head, _, body = answer.partition(b"\r\n\r\n")
+    head = re.sub(rb"(?i)content-length: \d+", b"Transfer-Encoding: chunked", head)
+    chunks = [body[start:start + size] for start in range(0, len(body), size)]
+    return head + b"\r\n\r\n" + b"".join(b"%x\r\n%b\r\n" % (len(chunk), chunk) for chunk in chunks) + ending
+
+
+def gzipped(answer: bytes) -> bytes:
+    """An answer that is compressed."""
+    return http_answer(zlib.compress(answer.partition(b"\r\n\r\n")[2]), "Content-Type: application/json\r\nContent-Encoding: deflate\r\n")
+
+
+TOOL_CALLS = {"id": "chatcmpl-8", "object": "chat.completion", "created": 1, "model": "m1", "choices": [{
+    "index": 0, "message": {"role": "assistant", "content": None, "tool_calls": [
+        {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]}, "finish_reason": "tool_calls"}]}
+REFUSED = b'{"error": {"message": "slow down", "type": "rate_limit_error"}}'
+# What a provider does in the midst of a conversation: pieces for each of the requests that come then.
+ODD_PROVIDERS: Dict[str, Callable[[bytes], List[List[Piece]]]] = {
+    "as before": lambda answer: [[answer]],
+    "in pieces": lambda answer: [cut(answer, 7, 60, 150, len(answer) - 1)],
+    "head and body": lambda answer: [cut(answer, answer.index(b"\r\n\r\n") + 4)],
+    "in chunks": lambda answer: [[chunked(answer, 50)]],
+    "in one chunk": lambda answer: [[chunked(answer, 5000)]],
+    "in chunks, in pieces": lambda answer: [cut(chunked(answer, 50), 90, 200, len(chunked(answer, 50)) - 5)],
+    "with trailers": lambda answer: [[chunked(answer, 50, b"0\r\nX-T: 1\r\n\r\n")]],
+    "broken chunks": lambda answer: [[chunked(answer, 50).replace(b"\r\n32\r\n", b"\r\n3x\r\n"), b""]],
+    "behind the last chunk": lambda answer: [[chunked(answer, 50) + b"more"]],
+    "after a 100": lambda answer: [[b"HTTP/1.1 100 Continue\r\n\r\n" + answer]],
+    "compressed": lambda answer: [[gzipped(answer)]],
+    "without a length": lambda answer: [[re.sub(rb"Content-Length: \d+\r\n", b"", answer), b""]],
+    "then it closes": lambda answer: [[answer.replace(b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 200 OK\r\nConnection: close\r\n"), b""]],
+    "then it closes without a word": lambda answer: [[answer, 0.02, b""]],
+    "then more than was asked": lambda answer: [[answer + b"HTTP/1.1 200 OK\r\n"]],
+    "then more, later": lambda answer: [[answer, 0.02, b"HTTP/1.1 200 OK\r\n"]],
+    "another shape": lambda answer: [[http_answer(json.dumps(TOOL_CALLS).encode(), "Content-Type: application/json\r\n")]],
+    "not JSON": lambda answer: [[http_answer(b"<html>", "Content-Type: application/json\r\n")]],
+    "an empty body": lambda answer: [[http_answer(b"")]],
+    "too few bytes": lambda answer: [[answer[:-20], b""]],
+    "a cut head": lambda answer: [[answer[:30], b""]],
+    "not HTTP": lambda answer: [[b"SSH-2.0-OpenSSH\r\n\r\n", b""]],
+    "no answer": lambda answer: [[b""], [answer]],
+    "no answer twice": lambda answer: [[b""], [b""], [answer]],
+    "a refusal, then an answer": lambda answer: [[http_answer(REFUSED, status="429 Too Many Requests")], [answer]],
+    "refusals": lambda answer: [[http_answer(REFUSED, "x-should-retry: false\r\n", "429 Too Many Requests")]],
+    "an error": lambda answer: [[http_answer(b"{}", status="400 Bad Request")]],
+    "a redirect": lambda answer: [[http_answer(b"", "Location: http://localhost/\r\n", "302 Found")]],
+    "a stream": lambda answer: [[http_answer(CHAT_STREAM, "Content-Type: text/event-stream\r\n")]],
+    "much text": lambda answer: [[plain_answer(5, "much \u00e9 " * 30_000)]],
+    "limits in its head": lambda answer: [[answer.replace(b"\r\n\r\n", b"\r\nx-ratelimit-remaining-requests: 5\r\n\r\n", 1)]]}
+
+
+def told_of(answer: Optional[Result]) -> Any:
+    """What an answer says, but for ids and times that are made up; None for none."""
+    return answer and (answer.status, {name: value for name, value in answer.headers.items() if not name.endswith("request-id")},
+                       re.sub(rb'req_\w+|(?:chatcmpl-|msg_)\w{12,}|"created":17\d{8}', b"ID", answer.body))
+
+
+def plain_turns(client: RawClient, requests: Iterable[bytes]) -> List[Any]:
+    """What a client is told on its requests, one after the other, until the connection ends."""
+    told: List[Any] = []
+    for request in requests:
+        client.send(request)
+        told.append(told_of(client.answer()))
+        if told[-1] is None:
+            break
+    return told
+
+
+def scripted(script: List[List[Piece]]) -> Callable[[RawServer, socket.socket, int], None]:
+    """A provider that goes by a script, and answers plainly where it is at its end. Connections go on after an entry unless
+    that ends them."""
+    def serve(server: RawServer, sock: socket.socket, number: int) -> None:
+        while server.read(sock):
+            if not send_pieces(sock, script.pop(0) if script else [plain_answer(1)]):
+                return
+    return serve
+
+
+@contextlib.contextmanager
+def two_gateways(home: Any, monkeypatch: Any, script: List[List[Piece]], **overrides: Any,
+                 ) -> Iterator[Tuple[RawServer, List[pg.ServerHandle]]]:
+    """A provider that goes by the script, and two gateways: one as it is, and one where each connection has its own thread."""
+    with raw_server(scripted(script)) as provider, before_url(home, provider.url, **overrides) as handle:
+        with before_url(home, provider.url, **overrides) as own:
+            monkeypatch.setattr(own.gateway.carrier, "look_after", lambda carried: None)
+            yield provider, [handle, own]
+
+
+def is_at_rest(handle: pg.ServerHandle) -> bool:
+    """Whether nothing is under way any more, and nobody connected; closes what is idle."""
+    if handle.server.active or handle.gateway.open_requests or handle.server._sockets or handle.gateway.carrier._carried:
+        return False
+    pool = handle.gateway.transport._handler.pool
+    while pool._idle:
+        for connection in pool._idle.popitem()[1]:
+            connection.close()
+    return True
+
+
+def shown(requests: List[bytes]) -> List[bytes]:
+    """What a provider was sent."""
+    asked = [re.sub(rb"(?i)\r\nhost: [^\r]*", b"", request) for request in requests]
+    requests.clear()
+    return asked
+
+
+def test_regular_clients_are_served_whatever_a_provider_does(tmp_path: Any, monkeypatch: Any, lines: LogLines) -> None:
+    """As their own threads would, which have to go on in the midst of a request."""
+    monkeypatch.setattr(pg, "RETRY_FIRST_S", 0.001)
+    given, script = regular_answers(monkeypatch), []    # type: ignore[var-annotated]
+    with two_gateways(tmp_path, monkeypatch, script, retries=1) as (provider, handles):
+        def talk(handle: pg.ServerHandle, kind: str) -> Any:
+            lines.records.clear()
+            script[:] = [[plain_answer(number)] for number in range(WARM_UP)] + ODD_PROVIDERS[kind](plain_answer(7, "So \u00e9\n"))
+            with RawClient(handle.url) as client:
+                told = plain_turns(client, map(ask_for, range(WARM_UP + 1)))
+                time.sleep(0.03 if kind.startswith("then") else 0.0)
+                told += plain_turns(client, map(ask_for, range(4)))
+            until(lambda: is_at_rest(handle))
+            logged = [{name: value for name, value in record.fields.items() if name not in ("id", "durationMs")}
+                      for record in lines.records if record.getMessage() == "access"]
+            return told, shown(provider.requests), logged
+
+        for kind in ODD_PROVIDERS:
+            given.clear()
+            carried, own = [talk(handle, kind) for handle in handles]
+            assert carried == own, kind
+            assert len(carried[0]) == len(carried[2]) == WARM_UP + 5 and carried[0][-1][0] == 200, kind
+            assert len(given) >= WARM_UP - 3 or not HAS_EPOLL, kind
+
+
+# What a client does in the midst of a conversation: pieces, and how many answers it waits for.
+ODD_CLIENTS: Dict[str, Tuple[List[Piece], int]] = {
+    "as before": ([ask_for(5)], 1),
+    "in pieces": (cut(ask_for(5), 1, 30, 90, len(ask_for(5)) - 1), 1),
+    "head and body": (cut(ask_for(5), ask_for(5).index(b"\r\n\r\n") + 4), 1),
+    "byte by byte": ([ask_for(5)[place:place + 1] for place in range(len(ask_for(5)))], 1),
+    "two at once": ([ask_for(5) + ask_for(6)], 2),
+    "two and a half": (cut(ask_for(5) + ask_for(6), len(ask_for(5)) + 40), 2),
+    "a line end before": ([b"\r\n" + ask_for(5)], 1),
+    "another length": ([plain_request("longer " * 500, "chat/m1")], 1),
+    "much": ([plain_request("longer " * 30_000, "chat/m1")], 1),
+    "another header": ([plain_request("x", "chat/m1", "/v1/chat/completions", "X-Other: 1")], 1),
+    "the time wanted": ([plain_request("x", "chat/m1", "/v1/chat/completions", "X-PiGateway-Overhead: 0")], 1),
+    "another path": ([b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"], 1),
+    "another client": ([plain_request("x", "chat/m1", "/v1/messages")], 1),
+    "another model": ([plain_request("x", "anth/m1")], 1),
+    "no such model": ([plain_request("x", "chat/none/at/all:")], 1),
+    "tools": ([ask_for(5, tools=[WEATHER])], 1),
+    "a blank": ([plain_request(" ", "chat/m1")], 1),
+    "not JSON": ([ask_for(5)[:-1] + b"x"], 1),
+    "not UTF-8": ([ask_for(5).replace(b"text", b"te\xfft")], 1),
+    "half a character": ([ask_for(5).replace(b"text 5", b"\\ud83d5")], 1),
+    "a bare line end": ([ask_for(5).replace(b"\r\n", b"\n")], 1),
+    "no request": ([b"hello\r\n\r\n"], 1),
+    "a wrong host": ([ask_for(5).replace(b"localhost", b"elsewhere")], 1),
+    "two lengths": ([ask_for(5).replace(b"Content-Length", b"Content-Length: 1\r\nContent-Length")], 1),
+    "chunks": ([chunked(ask_for(5), 20)], 1),
+    "a long body announced": ([b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 999999999\r\n\r\n"], 1),
+    "the last one": ([plain_request("x", "chat/m1", "/v1/chat/completions", "Connection: close")], 1),
+    "half a request": ([ask_for(5)[:40], 0.02, b""], 0),
+    "it does not wait": ([ask_for(5), b""], 0)}
+
+
+def test_regular_clients_are_served_whatever_they_do(tmp_path: Any, monkeypatch: Any) -> None:
+    given = regular_answers(monkeypatch)
+    with two_gateways(tmp_path, monkeypatch, [], max_body_bytes=10 ** 6) as (provider, handles):
+        def talk(handle: pg.ServerHandle, kind: str) -> Any:
+            pieces, count = ODD_CLIENTS[kind]
+            with RawClient(handle.url) as client:
+                told = plain_turns(client, map(ask_for, range(WARM_UP)))
+                if send_pieces(client.sock, pieces):
+                    told += [told_of(client.answer()) for _ in range(count)]
+                    with contextlib.suppress(OSError):
+                        told += plain_turns(client, map(ask_for, range(4)))
+            until(lambda: is_at_rest(handle))
+            return told, shown(provider.requests)[:None if count else WARM_UP]
+
+        for kind in ODD_CLIENTS:
+            given.clear()
+            carried, own = [talk(handle, kind) for handle in handles]
+            assert carried == own, kind
+            assert len(given) >= WARM_UP - 3 or not HAS_EPOLL, kind
+
+
+@pytest.mark.skipif(not HAS_EPOLL, reason="needs epoll")
+@pytest.mark.parametrize("client, row", [("chat", "chat"), ("chat", "anth"), ("messages", "chat")])
+def test_regular_clients_get_what_others_get(client: str, row: str, tmp_path: Any, monkeypatch: Any) -> None:
+    """Random chats and answers, with kept connections among them to more than one provider."""
+    rng, given = random.Random(20261122), regular_answers(monkeypatch)
+    asked: List[Tuple[bytes, bytes]] = []
+    texts = [rng.choice((*PLAIN_TEXTS, "100% %b", "\U0001f600" * 9)) for _ in range(60)]
+    models = [rng.choice((f"{row}/m1", f"{row}/m1", f"{row}/m1", f"{row}/m2", "other/m1")) for _ in range(60)]
+
+    def serve(server: RawServer, sock: socket.socket, number: int) -> None:
+        while True:
+            request = server.read(sock)
+            if not request:
+                return
+            at = len(asked)
+            asked.append((b"%d" % server.port, re.sub(rb"(?i)\r\nhost: [^\r]*", b"", request)))
+            sock.sendall(plain_answer(at, f"Answer {at}, " + texts[at % 60], is_messages=b"/messages" in request[:40]))
+
+    def run() -> Any:
+        asked.clear()
+        with raw_server(serve) as provider, raw_server(serve) as other:
+            found = two_providers(provider.url)
+            found["providers"][row]["models"] = [{"id": "m1"}, {"id": "m2"}]
+            found["providers"]["other"] = {**found["providers"][row], "baseUrl": found["providers"][row]["baseUrl"].replace(
+                provider.url, other.url)}
+            write_agent_files(tmp_path, models=found)
+            with running(tmp_path) as handle, RawClient(handle.url) as kept:
+                requests = [plain_request(text, model_id, WAY_IN[client]) for text, model_id in zip(texts, models)]
+                told = plain_turns(kept, requests)
+                until(lambda: handle.server.active == 0)
+                assert provider.connections == other.connections == 1
+            return told, [request for _, request in asked]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pg.Carrier, "look_after", lambda *args: None)
+        own = run()
+    carried = run()
+    assert carried == own and len(carried[0]) == 60
+    assert len(given) > 15
+
+
+@contextlib.contextmanager
+def regular_client(home: Any, script: Optional[List[List[Piece]]] = None, **overrides: Any,
+                   ) -> Iterator[Tuple[pg.ServerHandle, RawServer, RawClient]]:
+    """A gateway, a provider that goes by the script after five plain answers, and a client that the carrier serves."""
+    with raw_server(scripted([[plain_answer(1)] for _ in range(WARM_UP)] + (script or []))) as provider:
+        with before_url(home, provider.url, **overrides) as handle, RawClient(handle.url) as client:
+            plain_turns(client, map(ask_for, range(WARM_UP)))
+            until(lambda: handle.server.active == 0 and (handle.gateway.carrier._carried or not HAS_EPOLL))
+            yield handle, provider, client
+
+
+def test_regular_client_leaves_in_the_midst_of_a_request(tmp_path: Any, monkeypatch: Any, lines: LogLines) -> None:
+    """Its provider is not waited for."""
+    given = regular_answers(monkeypatch)
+    with regular_client(tmp_path, [[20.0]]) as (handle, provider, client):
+        lines.records.clear()
+        client.send(ask_for(6))
+        until(lambda: len(provider.requests) == WARM_UP + 1)
+        client.sock.close()
+        until(lambda: handle.server.active == 0 and handle.gateway.open_requests == 0 and not handle.gateway.carrier._carried)
+        lines.wait(lambda record: getattr(record, "fields", {}).get("status") == 499)
+    assert given or not HAS_EPOLL
+
+
+def test_regular_client_that_does_not_read(tmp_path: Any, monkeypatch: Any) -> None:
+    """Others are served meanwhile, and it misses nothing."""
+    given = regular_answers(monkeypatch)
+    large = [plain_answer(1, "x" * 60_000)]
+    with regular_client(tmp_path, [large] * 300) as (handle, provider, client):
+        client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32 * 1024)
+        for sock in handle.server._sockets:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 32 * 1024)
+        for number in range(20):
+            client.send(ask_for(number))
+            time.sleep(0.002)
+        assert len(provider.requests) < 20
+        with RawClient(handle.url) as other:
+            assert [status for status, *_ in plain_turns(other, map(ask_for, range(8)))] == [200] * 8
+        answers = [client.answer() for _ in range(20)]
+        assert [answer and len(answer.json["choices"][0]["message"]["content"]) for answer in answers] == [60_000] * 20
+    assert given or not HAS_EPOLL
+
+
+@pytest.mark.parametrize("grace_s, told", [(5.0, 200), (0.05, 503)])
+def test_stopping_ends_regular_requests(grace_s: float, told: int, tmp_path: Any, monkeypatch: Any) -> None:
+    """With an answer within the grace time, and else with an error; a client without a request is just let go."""
+    release, given = threading.Event(), regular_answers(monkeypatch)
+
+    def serve(server: RawServer, sock: socket.socket, number: int) -> None:
+        while server.read(sock):
+            if b"wait" in server.requests[-1]:
+                release.wait(5)
+            sock.sendall(plain_answer(1))
+
+    with raw_server(serve) as provider:
+        write_agent_files(tmp_path, models=two_providers(provider.url))
+        handle = pg.start_server(environ={"HOME": str(tmp_path)}, port=0, retries=0)
+        stopping = threading.Thread(target=pg.stop_server, args=(handle, grace_s))
+        try:
+            with RawClient(handle.url) as idle, RawClient(handle.url) as client:
+                for each in (idle, client):
+                    plain_turns(each, map(ask_for, range(WARM_UP)))
+                client.send(plain_request("wait", "chat/m1"))
+                until(lambda: len(provider.requests) == 2 * WARM_UP + 1)
+                end_accepting(handle.server)
+                stopping.start()
+                until(lambda: handle.server.is_stopping)
+                if told == 200:
+                    release.set()
+                answer = client.answer()
+                assert answer and answer.status == told and client.is_closed() and idle.is_closed()
+        finally:
+            release.set()
+            stopping.join(5)
+        assert not stopping.is_alive() and not handle.gateway.carrier._carried
+    assert given or not HAS_EPOLL
+
+
+def test_limits_of_regular_clients(tmp_path: Any, monkeypatch: Any) -> None:
+    """One that asks nothing more, one that asks half, and a provider that says nothing."""
+    given = regular_answers(monkeypatch)
+    monkeypatch.setattr(pg.Carrier, "PAUSE_S", 0.01)
+    monkeypatch.setattr(pg.Regular, "PARTIAL_S", 0.03)
+    monkeypatch.setattr(pg.Regular, "HELD_S", 0.03)
+    with regular_client(tmp_path, [[20.0]], first_byte_timeout_ms=200) as (handle, provider, client):
+        pool = handle.gateway.transport._handler.pool
+        until(lambda: pool._idle)               # another may have the connection now
+        client.send(ask_for(6)[:90])
+        until(lambda: not handle.gateway.carrier._carried)
+        client.send(ask_for(6)[90:])
+        answer = client.answer()
+        assert answer and answer.status == 504 and provider.connections == 1
+        monkeypatch.setattr(pg, "KEEP_ALIVE_S", 0.2)
+        with RawClient(handle.url) as other:
+            plain_turns(other, map(ask_for, range(WARM_UP)))
+            began = time.monotonic()
+            assert other.is_closed() and 0.1 < time.monotonic() - began < 5
+    assert given or not HAS_EPOLL
+
+
+@pytest.mark.skipif(not HAS_EPOLL, reason="needs epoll")
+def test_regular_clients_under_another_configuration(tmp_path: Any, monkeypatch: Any) -> None:
+    """What was found out about a request holds for the settings under which it was."""
+    given = regular_answers(monkeypatch)
+    with regular_client(tmp_path) as (handle, provider, client):
+        before = len(given)
+        handle.server.config = handle.gateway.config = pg.replace(handle.server.config, api_key="k3y-of-no-shape",
+                                                                  require_key_on_loopback=True)
+        client.send(ask_for(6))
+        answer = client.answer()
+        assert answer and answer.status == 401 and len(given) == before > 0 and len(provider.requests) == WARM_UP
+
+
+@pytest.mark.skipif(not HAS_EPOLL, reason="needs epoll")
+@pytest.mark.parametrize("broken", ["register", "send"])
+def test_regular_requests_that_cannot_be_sent_at_once(broken: str, tmp_path: Any, monkeypatch: Any) -> None:
+    """They are sent by the connection's own thread."""
+    given = regular_answers(monkeypatch)
+    with regular_client(tmp_path) as (handle, provider, client):
+        def fail(carrier: Any, carried: Any, fd: int) -> None:
+            raise OSError(errno.ENOSPC, "no room")
+
+        if broken == "register":
+            monkeypatch.setattr(pg.Carrier, "watch", fail)
+            monkeypatch.setattr(pg.Regular, "HELD_S", 0.0)
+            until(lambda: handle.gateway.transport._handler.pool._idle)
+        else:
+            with handle.gateway.carrier._lock:
+                held = next(carried._held for carried in handle.gateway.carrier._carried.values() if carried._held)
+            held.sock.shutdown(socket.SHUT_WR)
+        said = plain_turns(client, map(ask_for, range(3)))
+        assert [status for status, *_ in said] == [200] * 3 and len(provider.requests) == WARM_UP + 3
+        until(lambda: handle.gateway.open_requests == 0)
+    assert given
+
+
+def test_many_regular_clients_at_once(tmp_path: Any, monkeypatch: Any) -> None:
+    """Each has the answers to its own questions, and nothing is left of them."""
+    given = regular_answers(monkeypatch)
+
+    def serve(server: RawServer, sock: socket.socket, number: int) -> None:
+        while True:
+            match = re.search(rb"question (\d+)", server.read(sock))
+            if not match:
+                return
+            sock.sendall(plain_answer(int(match.group(1)), f"answer {match.group(1).decode()}"))
+
+    with raw_server(serve) as provider, before_url(tmp_path, provider.url) as handle:
+        plain_turns(RawClient(handle.url), [plain_request(f"question {number}", "chat/m1") for number in range(3)])
+
+        def talk(first: int) -> List[str]:
+            with RawClient(handle.url) as client:
+                told = plain_turns(client, [plain_request(f"question {first + number}", "chat/m1") for number in range(20)])
+            return [json.loads(said)["choices"][0]["message"]["content"] for _, _, said in told]
+
+        with concurrent.futures.ThreadPoolExecutor(24) as pool:
+            for number, said in enumerate(pool.map(talk, range(0, 2400, 100))):
+                assert said == [f"answer {100 * number + place}" for place in range(20)]
+        until(lambda: handle.gateway.open_requests == 0 and handle.server.active == 0)
+        until(lambda: len(handle.server._sockets) <= 1)
+        assert sum(map(len, handle.gateway.transport._handler.pool._idle.values())) <= provider.connections
+    assert len(given) > 300 or not HAS_EPOLL
 
 
 # --- Signs of life, and two models in one request ---------------------------------------------------------------------
