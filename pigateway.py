@@ -15540,11 +15540,13 @@ class Carrier:
     Needs `epoll`, which takes sockets from other threads while it waits; elsewhere each thread does its own work."""
 
     PAUSE_S, EVENTS = 0.1, 64                   # between two looks at the limits; how many sockets are served in a row
+    BRISK_S = 0.0001                            # see `_wait`
 
     def __init__(self) -> None:
         self._lock = threading.Lock()           # held across no system call but at the start: the loop would wait, too
         self._carried: Dict[int, Carried] = {}  # by descriptor
         self.senders: List[Regular] = []        # those that have something to send
+        self._is_asking = self._is_brisk = False    # whether somebody was sent something last, and answered at once then
         self._has_work = threading.Event()      # not set while there is nothing whose limits the thread would look at
         self._epoll: Any = None
         self._thread: Optional[threading.Thread] = None
@@ -15625,10 +15627,10 @@ class Carrier:
             while not self._is_closed:
                 if not self._carried:
                     self._rest()
-                events = self._epoll.poll(self.PAUSE_S, self.EVENTS)
-                now = time.monotonic()
+                events, now = self._wait()
                 for fd, _ in events:
                     self._serve(fd, now)
+                self._is_asking = bool(self.senders)
                 if self.senders:
                     self._send()
                 if now >= look_at:
@@ -15640,6 +15642,21 @@ class Carrier:
             with self._lock:
                 self._is_closed = True
             self._end_waits(math.inf)
+
+    def _wait(self) -> Tuple[List[Tuple[int, int]], float]:
+        """What `epoll` tells, and the time. To be put to sleep and woken up takes a while: where the last wait for the other
+        side of a request or an answer was not longer than that, looks without a pause for as long."""
+        began = now = time.monotonic()
+        while self._is_brisk and self._is_asking and now - began < self.BRISK_S:
+            events = self._epoll.poll(0, self.EVENTS)
+            now = time.monotonic()
+            if events:
+                return events, now
+        events, began = self._epoll.poll(self.PAUSE_S, self.EVENTS), now
+        now = time.monotonic()
+        if self._is_asking:
+            self._is_brisk = now - began < self.BRISK_S
+        return events, now
 
     def _rest(self) -> None:
         with self._lock:
