@@ -35,7 +35,8 @@ One request in twelve steps:
     12. The response goes back to the pool or is closed; one access line is logged.
 
 A plain chat like earlier ones follows a `Precedent`: its texts are put into the `Call` that they came to, without steps 3 to
-8. What its whole answer comes to, an `AnswerMemo` knows if it has seen one of that shape.
+8. What its whole answer comes to, an `AnswerMemo` knows if it has seen one of that shape. A client that asks one such chat
+after another is a `Regular`: `Carrier` serves it.
 
 To add a provider that speaks a known protocol: one row in `PROVIDERS` (§9) and its lines in `MODELS` (§16).
 To add a wire format: one class in §8 and its entry in `UPSTREAM_PROTOCOLS`, or one in §7 and its path in `ROUTES`;
@@ -17210,9 +17211,9 @@ class Visit(NamedTuple):
 
 class Regular(Carried):
     """A client that asks one plain question after another, each like one before and with answers like those before:
-    `Carrier` serves it as long as that is so. There is no change of threads then, neither for the request nor for the
-    response, which is a third of what a request costs. For whatever is not so, its own thread has the connection back: before
-    a request has been taken from `Handler`'s buffer, or in the midst of one, for `Handler` to go on with."""
+    `Carrier` serves it as long as that is so. Changes of threads, and the calls that wake somebody up, are half of what a
+    request costs otherwise. For whatever is not so, its own thread has the connection back: before a request has been taken
+    from `Handler`'s buffer, or in the midst of one, for `Handler` to go on with."""
 
     PARTIAL_S, HELD_S = 1.0, 1.0                # the wait for the rest of a request; how long a connection is held idle
 
