@@ -2033,10 +2033,10 @@ class Stamp(NamedTuple):
         return "req_" + self.id
 
 
-def new_stamp(seconds: float) -> Stamp:
+def new_stamp(seconds: float, elapsed: Callable[[], float] = float) -> Stamp:
     """A fresh stamp for an answer that begins at that time. Its id is a name and no secret, so the system is not asked for
     randomness, during which another thread would take its turn."""
-    return Stamp(f"{random.getrandbits(96):024x}", int(seconds))
+    return Stamp(f"{random.getrandbits(96):024x}", int(seconds), elapsed)
 
 
 class ClientProtocol:
@@ -9961,19 +9961,29 @@ class TranslatedLane(Lane):
     """Through the representation, between any two protocols."""
 
     name = "translated"
+    _growing = 0                                # the part to which the last text belongs
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._reader = Settled(self.upstream.reader(self.model, self.stamp))
-        self._writer = self.client.writer(self.request, self.stamp)
         if self.request.stream and self._reader.reader.tells_text and self._writer.repeats:
             self._memo = TextMemo()
-        self._growing = 0                       # the part to which the last text belongs
         self._events: List[Event] = []
+
+    # made when they are needed: a whole answer that is known needs none of them
+
+    @functools.cached_property
+    def _reader(self) -> Settled:
+        return Settled(self.upstream.reader(self.model, self.stamp))
+
+    @functools.cached_property
+    def _writer(self) -> Writer:
+        return self.client.writer(self.request, self.stamp)
+
+    @functools.cached_property
+    def _sound(self) -> Optional[SoundCalls]:
         # Where servers see to it that arguments are sound, a client that streams may have them as they grow.
         grows = self.request.stream and self.client.streams_arguments and not self.upstream.is_lax
-        holds_calls = self.client.wants_objects and not grows
-        self._sound = SoundCalls() if holds_calls else None
+        return SoundCalls() if self.client.wants_objects and not grows else None
 
     def call(self, credential: Credential) -> Tuple[Call, List[str]]:
         """See `Lane.call`."""
@@ -17090,6 +17100,15 @@ class HttpResponder:
     """Answers on a client's connection: head and first piece in one send, chunked when the length is unknown."""
 
     SEND_TIMEOUT_S = 120.0
+    status = 0
+    is_over = False                                 # the whole answer is out: another byte would belong to the next one
+    capture: Optional[Capture] = None               # what keeps the answer, where it is logged
+    stopwatch: Optional[Stopwatch] = None           # where the client wants to know the gateway's own time
+    unsent = b""                                    # what the client has not taken yet
+    is_deferred = False                             # whether that is all, until `send_now`
+    _pending_head: Optional[bytes] = None
+    _repack: Optional[JsonArray] = None
+    _scope: Optional[Scope] = None
 
     def __init__(self, sock: socket.socket, head: Optional[Head], common: Mapping[str, str], heartbeat_s: float) -> None:
         self.sock = sock
@@ -17097,17 +17116,8 @@ class HttpResponder:
         self._chunked = head is not None and head.minor_version == 1
         self._common = common
         self._heartbeat_s = heartbeat_s
-        self._pending_head: Optional[bytes] = None
-        self._repack: Optional[JsonArray] = None
         self.keep_alive = (head is not None and self._chunked
                            and "close" not in head.headers.get("connection", "").lower())
-        self.status = 0
-        self.is_over = False                        # the whole answer is out: another byte would belong to the next one
-        self.capture: Optional[Capture] = None      # what keeps the answer, where it is logged
-        self.stopwatch: Optional[Stopwatch] = None  # where the client wants to know the gateway's own time
-        self.unsent = b""                           # what the client has not taken yet
-        self.is_deferred = False                    # whether that is all, until `send_now`
-        self._scope: Optional[Scope] = None
 
     def _head(self, status: int, headers: Mapping[str, str]) -> bytes:
         self.status = status
@@ -17262,7 +17272,7 @@ class Regular(Carried):
         missing = end + 4 + (head.length or 0) - len(buffer) if head else -1
         if missing or head is None:
             return 0 < missing < RECEIVE_BYTES
-        begun = handler.begin(head, new_stamp(self._gateway.clock()), buffer[end + 4:], self._held)
+        begun = handler.begin(head, buffer[end + 4:], self._held)
         if begun is None:
             return False
         handler._buffer, self.head, self.exchange, self._begun = b"", head, begun.exchange, begun
@@ -17403,10 +17413,10 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _serve_one(self) -> bool:
         """Reads and answers one request; whether the connection can serve another."""
-        stamp = new_stamp(self.server.gateway.clock())
         try:
             head = self._read_head()
         except BadRequest as error:
+            stamp = new_stamp(self.server.gateway.clock())
             responder = HttpResponder(self.request, None, self._common(stamp), 0)
             status, body = CHAT.render_error(error, stamp.request_id)
             log.info("access", extra={"fields": {"kind": "access", "id": stamp.request_id, "status": status,
@@ -17428,7 +17438,7 @@ class Handler(socketserver.BaseRequestHandler):
                 head = with_query_key(head) if client.takes_query_key else head
                 visit = Visit(self.server.config, client, self.server.cors(head.headers.get("origin")),
                               head.target.partition("?")[2], path_fields(head))
-            exchange = self.open_exchange(head, stamp, visit)
+            exchange = self.open_exchange(head, visit)
             return self._answer(head, exchange, functools.partial(self._dispatch, head, exchange, visit))
         finally:
             self.server.end()
@@ -17455,7 +17465,8 @@ class Handler(socketserver.BaseRequestHandler):
             self.server.end()
 
     def _common(self, stamp: Stamp) -> Dict[str, str]:
-        return {"x-request-id": stamp.request_id, "request-id": stamp.request_id}
+        name = stamp.request_id
+        return {"x-request-id": name, "request-id": name}
 
     def _receive(self, deadline: float) -> bytes:
         """What the client sent next, b"" when it has closed. Raises `socket.timeout`."""
@@ -17558,10 +17569,10 @@ class Handler(socketserver.BaseRequestHandler):
             if not data:
                 raise ClientGone
 
-    def open_exchange(self, head: Head, stamp: Stamp, visit: Visit) -> Exchange:
+    def open_exchange(self, head: Head, visit: Visit) -> Exchange:
         """What is known of a request before its body is read."""
         server, started = self.server, time.monotonic()
-        stamp = Stamp(stamp.id, int(server.gateway.clock()), lambda: time.monotonic() - started)
+        stamp = new_stamp(server.gateway.clock(), lambda: time.monotonic() - started)
         responder = HttpResponder(self.request, head, {**self._common(stamp), **visit.cors},
                                   server.config.heartbeat_interval_ms / 1000)
         exchange = Exchange(visit.client, stamp, head.headers, responder, visit.query, named=visit.named)
@@ -17700,11 +17711,11 @@ class Handler(socketserver.BaseRequestHandler):
         if self.server.gateway.journal.takes_conversation:
             exchange.body, exchange.responder.capture = body, Capture()
 
-    def begin(self, head: Head, stamp: Stamp, body: bytes, held: Optional[Connection]) -> Optional[Begun]:
+    def begin(self, head: Head, body: bytes, held: Optional[Connection]) -> Optional[Begun]:
         """Begins a request whose head is like the last one's, see `Gateway.begin`."""
         if self._visit is None or self._visit.config is not self.server.config or len(body) > self.server.config.max_body_bytes:
             return None
-        exchange = self.open_exchange(head, stamp, self._visit)
+        exchange = self.open_exchange(head, self._visit)
         exchange.size = len(body)
         self._keep_body(exchange, body)
         exchange.responder.is_deferred = True

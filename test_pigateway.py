@@ -21991,7 +21991,7 @@ def chunked(answer: bytes, size: int, ending: bytes = b"0\r\n\r\n") -> bytes:
     return head + b"\r\n\r\n" + b"".join(b"%x\r\n%b\r\n" % (len(chunk), chunk) for chunk in chunks) + ending
 
 
-def gzipped(answer: bytes) -> bytes:
+def compressed(answer: bytes) -> bytes:
     """An answer that is compressed."""
     return http_answer(zlib.compress(answer.partition(b"\r\n\r\n")[2]), "Content-Type: application/json\r\nContent-Encoding: deflate\r\n")
 
@@ -21999,7 +21999,7 @@ def gzipped(answer: bytes) -> bytes:
 TOOL_CALLS = {"id": "chatcmpl-8", "object": "chat.completion", "created": 1, "model": "m1", "choices": [{
     "index": 0, "message": {"role": "assistant", "content": None, "tool_calls": [
         {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]}, "finish_reason": "tool_calls"}]}
-REFUSED = b'{"error": {"message": "slow down", "type": "rate_limit_error"}}'
+SLOW_DOWN = b'{"error": {"message": "slow down", "type": "rate_limit_error"}}'
 # What a provider does in the midst of a conversation: pieces for each of the requests that come then.
 ODD_PROVIDERS: Dict[str, Callable[[bytes], List[List[Piece]]]] = {
     "as before": lambda answer: [[answer]],
@@ -22012,7 +22012,7 @@ ODD_PROVIDERS: Dict[str, Callable[[bytes], List[List[Piece]]]] = {
     "broken chunks": lambda answer: [[chunked(answer, 50).replace(b"\r\n32\r\n", b"\r\n3x\r\n"), b""]],
     "behind the last chunk": lambda answer: [[chunked(answer, 50) + b"more"]],
     "after a 100": lambda answer: [[b"HTTP/1.1 100 Continue\r\n\r\n" + answer]],
-    "compressed": lambda answer: [[gzipped(answer)]],
+    "compressed": lambda answer: [[compressed(answer)]],
     "without a length": lambda answer: [[re.sub(rb"Content-Length: \d+\r\n", b"", answer), b""]],
     "then it closes": lambda answer: [[answer.replace(b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 200 OK\r\nConnection: close\r\n"), b""]],
     "then it closes without a word": lambda answer: [[answer, 0.02, b""]],
@@ -22026,8 +22026,8 @@ ODD_PROVIDERS: Dict[str, Callable[[bytes], List[List[Piece]]]] = {
     "not HTTP": lambda answer: [[b"SSH-2.0-OpenSSH\r\n\r\n", b""]],
     "no answer": lambda answer: [[b""], [answer]],
     "no answer twice": lambda answer: [[b""], [b""], [answer]],
-    "a refusal, then an answer": lambda answer: [[http_answer(REFUSED, status="429 Too Many Requests")], [answer]],
-    "refusals": lambda answer: [[http_answer(REFUSED, "x-should-retry: false\r\n", "429 Too Many Requests")]],
+    "a refusal, then an answer": lambda answer: [[http_answer(SLOW_DOWN, status="429 Too Many Requests")], [answer]],
+    "refusals": lambda answer: [[http_answer(SLOW_DOWN, "x-should-retry: false\r\n", "429 Too Many Requests")]],
     "an error": lambda answer: [[http_answer(b"{}", status="400 Bad Request")]],
     "a redirect": lambda answer: [[http_answer(b"", "Location: http://localhost/\r\n", "302 Found")]],
     "a stream": lambda answer: [[http_answer(CHAT_STREAM, "Content-Type: text/event-stream\r\n")]],
