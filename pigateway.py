@@ -17450,6 +17450,8 @@ class Handler(socketserver.BaseRequestHandler):
         if self._regulars < self._patience or self._buffer or not self._around_length[0] or not carrier.is_open or (
                 visit is None or visit.serve is not Handler._complete):
             return True
+        if self._head and "expect" in self._head.headers:       # it wants a word before it sends a body
+            return True
         regular = Regular(self)
         error = carrier.look_after(regular)
         regular.let_go()

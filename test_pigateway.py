@@ -22288,6 +22288,22 @@ def test_stopping_ends_regular_requests(grace_s: float, told: int, tmp_path: Any
     assert given or not HAS_EPOLL
 
 
+def test_clients_that_wait_for_a_word_do_not_wait_for_the_carrier(tmp_path: Any, monkeypatch: Any) -> None:
+    """Those with `Expect: 100-continue` send no body before it."""
+    given = regular_answers(monkeypatch)
+    monkeypatch.setattr(pg.Regular, "PARTIAL_S", 60.0)
+    with regular_client(tmp_path) as (_, provider, client):
+        client.sock.settimeout(3.0)
+        for number in range(WARM_UP):
+            head, blank, body = plain_request("x", "chat/m1", "/v1/chat/completions", "Expect: 100-continue").partition(b"\r\n\r\n")
+            client.send(head + blank)
+            statuses = [getattr(client.answer(), "status", 0)]
+            client.send(body)
+            assert statuses + [getattr(client.answer(), "status", 0)] == [100, 200], number
+        assert len(provider.requests) == 2 * WARM_UP
+    assert given or not HAS_EPOLL
+
+
 def test_limits_of_regular_clients(tmp_path: Any, monkeypatch: Any) -> None:
     """One that asks nothing more, one that asks half, and a provider that says nothing."""
     given = regular_answers(monkeypatch)
