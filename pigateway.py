@@ -17034,7 +17034,8 @@ class Head(NamedTuple):
 
 
 _BARE_LF = re.compile(rb"(?<!\r)\n")
-_LENGTH_LINE = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: *([0-9]{1,15})(?=\r\n|\Z)")
+LENGTH_DIGITS = 15
+_LENGTH_LINE = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: *([0-9]{1,%d})(?=\r\n|\Z)" % LENGTH_DIGITS)
 _REQUEST_LINE = re.compile(r"([A-Z]{1,20}) (\S+) HTTP/1\.([01])")
 # A browser page may not reach this server unless listed, but applications with an embedded browser may.
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^\[\]:]+?)\.?(?::\d*)?")
@@ -17526,7 +17527,8 @@ class Handler(socketserver.BaseRequestHandler):
         other."""
         before, behind = self._around_length
         digits = data[len(before):len(data) - len(behind)]
-        if not before or not data.startswith(before) or not data.endswith(behind) or not digits.isdigit() or len(digits) > 15:
+        if not before or not data.startswith(before) or not data.endswith(behind) or not digits.isdigit() or (
+                len(digits) > LENGTH_DIGITS):
             return None
         method, target, path, query, minor_version, headers, _ = self._head     # type: ignore[misc]
         headers = {**headers, "content-length": digits.decode("ascii")}
@@ -17534,8 +17536,9 @@ class Handler(socketserver.BaseRequestHandler):
 
     def may_be_like_last(self, data: bytes) -> bool:
         """Whether this may become such a head."""
-        before = self._around_length[0]
-        return before.startswith(data) or data.startswith(before)
+        before, behind = self._around_length
+        return len(data) < len(before) + LENGTH_DIGITS + len(behind) + len(b"\r\n\r\n") and (
+            before.startswith(data) or data.startswith(before))
 
     def _read_body(self, head: Head) -> bytes:
         """The request's body. Raises `BodyTooLarge` before it has all been read."""

@@ -22304,6 +22304,20 @@ def test_clients_that_wait_for_a_word_do_not_wait_for_the_carrier(tmp_path: Any,
     assert given or not HAS_EPOLL
 
 
+def test_head_that_is_no_longer_like_the_last_is_not_waited_for(tmp_path: Any, monkeypatch: Any) -> None:
+    """One thread serves all: what it keeps for one client is not more than a head like the last one can have."""
+    given, long = regular_answers(monkeypatch), b"\r\nX-Long: " + b"x" * 300
+    monkeypatch.setattr(pg.Regular, "PARTIAL_S", 60.0)
+    with regular_client(tmp_path) as (handle, _, client):
+        head, blank, body = ask_for(6).partition(b"\r\n\r\n")
+        client.send(head + long)
+        until(lambda: not handle.gateway.carrier._carried)
+        client.send(blank + body)
+        answer = client.answer()
+        assert answer and answer.status == 200
+    assert given or not HAS_EPOLL
+
+
 def test_limits_of_regular_clients(tmp_path: Any, monkeypatch: Any) -> None:
     """One that asks nothing more, one that asks half, and a provider that says nothing."""
     given = regular_answers(monkeypatch)
