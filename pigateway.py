@@ -1929,11 +1929,19 @@ class TokenMeter:
         self._lock = threading.Lock()
         self._models: Dict[str, _ModelMeter] = {}
         self._count = 0
+        self._owed: set[str] = set()    # models for which `is_due` was said to who could not see to it
 
     def is_due(self, model_id: str) -> bool:
         """Whether there is still much to learn about a model, or it is time to see whether it holds."""
+        if model_id in self._owed:
+            self._owed.discard(model_id)
+            return True
         known = self._models.get(model_id)
         return known is not None and known.heard < self.ALWAYS or random.random() * self.PLAIN_EVERY < 1
+
+    def owe(self, model_id: str) -> None:
+        """Has the next to ask hear that it is due."""
+        self._owed.add(model_id)
 
     def observe(self, model_id: str, request: Request, tokens: int) -> None:
         """Notes how many tokens the provider counted in a request's prompt."""
@@ -15892,6 +15900,8 @@ class Gateway:
             return None
         if self.meter.is_due(full_id):
             exchange.plain = None               # the meter wants this one whole; what is known stays
+            if at_once:                         # the connection's own thread will ask again
+                self.meter.owe(full_id)
             return None
         if ground == known.ground:
             model, credential = known.model, known.credential

@@ -22304,6 +22304,20 @@ def test_clients_that_wait_for_a_word_do_not_wait_for_the_carrier(tmp_path: Any,
     assert given or not HAS_EPOLL
 
 
+def test_requests_of_regular_clients_that_the_meter_wants_come_to_it(tmp_path: Any, monkeypatch: Any) -> None:
+    """As many as of others: the thread that has to see to it does not cast the die once more."""
+    monkeypatch.setattr(pg.TokenMeter, "ALWAYS", 0)
+    monkeypatch.setattr(pg.random, "random", lambda: 0.99)
+    with regular_client(tmp_path) as (handle, _, client):
+        learnt: List[int] = []
+        monkeypatch.setattr(handle.gateway.meter, "observe", lambda *args: learnt.append(1))
+        for number in range(3):
+            casts = [0.0]
+            monkeypatch.setattr(pg.random, "random", lambda: casts.pop() if casts else 0.99)
+            assert [status for status, *_ in plain_turns(client, map(ask_for, range(WARM_UP)))] == [200] * WARM_UP
+            assert len(learnt) == number + 1 and not casts
+
+
 def test_head_that_is_no_longer_like_the_last_is_not_waited_for(tmp_path: Any, monkeypatch: Any) -> None:
     """One thread serves all: what it keeps for one client is not more than a head like the last one can have."""
     given, long = regular_answers(monkeypatch), b"\r\nX-Long: " + b"x" * 300
