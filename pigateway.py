@@ -17324,7 +17324,8 @@ class Regular(Carried):
             if self._is_answered:
                 begun.exchange.responder.send_now()
             else:
-                self._sent = begun.connection.sock.send(begun.message) == len(begun.message)
+                connection = begun.connection   # what came on it before the request is no answer to that
+                self._sent = not connection.is_stale() and connection.sock.send(begun.message) == len(begun.message)
         except (OSError, ValueError):           # the latter where it is closed
             self._sent = False
 

@@ -22318,6 +22318,23 @@ def test_requests_of_regular_clients_that_the_meter_wants_come_to_it(tmp_path: A
             assert len(learnt) == number + 1 and not casts
 
 
+@pytest.mark.skipif(not HAS_EPOLL, reason="needs epoll")
+def test_regular_client_is_not_told_what_came_before_it_asked(tmp_path: Any, monkeypatch: Any) -> None:
+    """Not even where the carrier hears of its request first: it would be another's answer, and so on for all behind it."""
+    given, step = regular_answers(monkeypatch), pg.Regular.step
+    monkeypatch.setattr(pg.Regular, "step", lambda regular, fd, now: (
+        fd != regular._client and not regular._begun or step(regular, fd, now)))
+    with regular_client(tmp_path, [[plain_answer(1), 0.01, plain_answer(2, "not asked for")]]) as (handle, provider, client):
+        before = len(given)
+        for _ in range(2):
+            client.send(ask_for(6))
+            answer = client.answer()
+            assert answer and answer.json["choices"][0]["message"]["content"] == "Hello"
+            time.sleep(0.05)
+        assert len(given) == before + 1 and provider.connections == 2
+        until(lambda: handle.gateway.open_requests == 0)
+
+
 def test_head_that_is_no_longer_like_the_last_is_not_waited_for(tmp_path: Any, monkeypatch: Any) -> None:
     """One thread serves all: what it keeps for one client is not more than a head like the last one can have."""
     given, long = regular_answers(monkeypatch), b"\r\nX-Long: " + b"x" * 300
