@@ -14521,6 +14521,7 @@ class Connection:
         self._is_tls = hasattr(self.sock, "pending")
         self._has_new_session = self._is_tls and not self.sock.session_reused   # type: ignore[union-attr]
         self.sock.setblocking(False)
+        self._broken = ""                       # by what, which the system tells once, and not always who has to say it
         self.idle_since = 0.0
 
     def send(self, data: bytes, timeout_s: float) -> None:
@@ -14550,15 +14551,17 @@ class Connection:
 
     def receive_now(self, scope: Scope) -> Optional[bytes]:
         """What has arrived, b"" at the end, None when nothing has."""
-        try:
-            return self.sock.recv(RECEIVE_BYTES)
-        except BlockingIOError:
-            return None
-        except OSError as error:
-            if type(error).__name__ == "SSLWantReadError":          # part of a record, or a session ticket
+        if not self._broken:
+            try:
+                return self.sock.recv(RECEIVE_BYTES)
+            except BlockingIOError:
                 return None
-            scope.check()
-            raise UpstreamProtocolError(f"the connection to the provider broke: {describe(error)}") from None
+            except OSError as error:
+                if type(error).__name__ == "SSLWantReadError":      # part of a record, or a session ticket
+                    return None
+                self._broken = describe(error)
+        scope.check()
+        raise UpstreamProtocolError(f"the connection to the provider broke: {self._broken}")
 
     def is_stale(self) -> bool:
         """Whether the other side has closed it, or sent what nobody asked for."""

@@ -22335,6 +22335,18 @@ def test_regular_client_is_not_told_what_came_before_it_asked(tmp_path: Any, mon
         until(lambda: handle.gateway.open_requests == 0)
 
 
+def test_regular_client_is_told_what_broke(tmp_path: Any, monkeypatch: Any) -> None:
+    """The system tells it once, to the carrier, and the connection's own thread has to say it."""
+    given = regular_answers(monkeypatch)
+    with regular_client(tmp_path, [[plain_answer(1)[:-20], 0.03, b""]]) as (_, provider, client):
+        for sock in provider._sockets:          # closed, they are reset
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.send(ask_for(6))
+        answer = client.answer()
+        assert answer and answer.status == 502 and "provider broke: " in answer.json["error"]["message"]
+    assert given or not HAS_EPOLL
+
+
 def test_head_that_is_no_longer_like_the_last_is_not_waited_for(tmp_path: Any, monkeypatch: Any) -> None:
     """One thread serves all: what it keeps for one client is not more than a head like the last one can have."""
     given, long = regular_answers(monkeypatch), b"\r\nX-Long: " + b"x" * 300
