@@ -14505,8 +14505,9 @@ class Response:
 
     @property
     def is_reusable(self) -> bool:
-        """Whether its connection can take another request."""
-        return self._complete and self.headers.get("connection", "").lower() != "close"
+        """Whether its connection can take another request; not after a 408, which may be no answer at all but the end of a
+        wait for a request, and then the answer comes next (RFC 9110 §15.5.9)."""
+        return self._complete and self.headers.get("connection", "").lower() != "close" and self.status != 408
 
 
 class Connection:

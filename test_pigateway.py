@@ -22419,6 +22419,14 @@ def test_regular_requests_that_cannot_be_sent_at_once(broken: str, tmp_path: Any
     assert given
 
 
+def test_connections_end_with_a_408(tmp_path: Any) -> None:
+    """It may not be the answer to the request, and the next to come would be taken for that of another."""
+    script: List[List[Piece]] = [[http_answer(b"{}", status="408 Request Timeout"), 0.01, plain_answer(1, "late")], [plain_answer(2)]]
+    with raw_server(scripted(script)) as provider, before_url(tmp_path, provider.url) as handle, RawClient(handle.url) as client:
+        refused, answered = plain_turns(client, map(ask_for, range(2)))
+        assert refused[0] == 504 and answered[0] == 200 and b"late" not in answered[2] and provider.connections == 2
+
+
 def test_many_regular_clients_at_once(tmp_path: Any, monkeypatch: Any) -> None:
     """Each has the answers to its own questions, and nothing is left of them."""
     given = regular_answers(monkeypatch)
