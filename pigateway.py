@@ -1922,13 +1922,15 @@ class TokenMeter:
     MODELS, PREFIXES = 64, 512
     PIECE = 64 * KIB                # of a text, so that no second copy of all of it is made
     ALWAYS, EVERY = 200, 16         # so many of a model's first answers are learnt from, then one in that many
-    PLAIN_EVERY = 64                # and one in so many plain chats comes here at all then: it costs them twice the time
+    # and one in so many plain chats comes here at all then, but not more than one in so many seconds: it costs them a multiple
+    PLAIN_EVERY, PLAIN_PAUSE_S = 64, 0.1
 
     def __init__(self, key: bytes) -> None:
         self._key = key
         self._lock = threading.Lock()
         self._models: Dict[str, _ModelMeter] = {}
         self._count = 0
+        self._plain_at = 0.0            # when a plain chat was due last
         self._owed: set[str] = set()    # models for which `is_due` was said to who could not see to it
 
     def is_due(self, model_id: str) -> bool:
@@ -1937,7 +1939,12 @@ class TokenMeter:
             self._owed.discard(model_id)
             return True
         known = self._models.get(model_id)
-        return known is not None and known.heard < self.ALWAYS or random.random() * self.PLAIN_EVERY < 1
+        if known is not None and known.heard < self.ALWAYS:
+            return True
+        if random.random() * self.PLAIN_EVERY >= 1 or time.monotonic() < self._plain_at + self.PLAIN_PAUSE_S:
+            return False
+        self._plain_at = time.monotonic()
+        return True
 
     def owe(self, model_id: str) -> None:
         """Has the next to ask hear that it is due."""
