@@ -9823,7 +9823,7 @@ class AnswerShape(NamedTuple):
     behind: re.Pattern[bytes]           # and all of it
     sums: Sequence[Sequence[int]]       # the values whose sum is a value of its own
     template: bytes
-    order: Sequence[int]                # the values in the template
+    pick: Callable[[Sequence[bytes]], Any]      # the values in the template
     usage: Sequence[Sequence[int]]      # the values whose sums are the usage
     stop_reason: str
 
@@ -9845,9 +9845,10 @@ class AnswerShape(NamedTuple):
         values = [*before.groups(), spelling, *behind.groups(), lane.stamp.id.encode("ascii"), b"%d" % lane.stamp.created]
         for places in self.sums:
             values.append(b"%d" % sum([int(values[place]) for place in places]))
-        lane.usage = Usage(*[sum([int(values[place]) for place in places]) for places in self.usage])
+        lane.usage = Usage(*[int(values[places[0]]) if len(places) == 1 else sum([int(values[place]) for place in places])
+                             for places in self.usage])
         lane.stop_reason, lane.started, lane.finished = self.stop_reason, True, True
-        return self.template % tuple([values[place] for place in self.order])
+        return self.template % self.pick(values)
 
 
 class AnswerMemo:
@@ -9917,6 +9918,8 @@ class AnswerMemo:
         except (GatewayError, *MALFORMED):
             return None
         pieces, sources, usage, stop_reason = first
+        if not sources:
+            return None
         while usage and not usage[-1]:
             usage.pop()
         sums = list(dict.fromkeys(source for source in sources if len(source) > 1))
@@ -9925,7 +9928,7 @@ class AnswerMemo:
         pattern = [re.escape(piece) + groups[kind] for piece, kind in zip(around, kinds)] + [re.escape(around[-1])]
         behind = kinds.index("t") + 1
         return AnswerShape(re.compile(b"".join(pattern[:behind])), around[behind], re.compile(b"".join(pattern[behind:])), sums,
-                           template_of(pieces), order, usage, stop_reason)
+                           template_of(pieces), operator.itemgetter(*order), usage, stop_reason)
 
     def _try(self, lane: Lane, around: Sequence[bytes], kinds: str, base: int, order: Sequence[int],
              ) -> Optional[Tuple[List[bytes], List[Tuple[int, ...]], List[Tuple[int, ...]], str]]:
