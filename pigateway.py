@@ -15714,8 +15714,9 @@ class Carrier:
         """Sends what there is to send, in a row: who wakes up for the first finds the others when it looks again, while a
         call that wakes somebody up costs twice as much."""
         senders, self.senders = self.senders, []
+        readable = {fd for fd, _ in self._epoll.poll(0)}
         for sender in senders:
-            sender.send()
+            sender.send(readable)
         for sender in senders:
             self._go_on(sender, sender.settle)
 
@@ -17331,15 +17332,16 @@ class Regular(Carried):
         self._carrier.senders.append(self)
         return True
 
-    def send(self) -> None:
-        """Sends what there is to send."""
+    def send(self, readable: set[int]) -> None:
+        """Sends what there is to send, but no request on a connection that is readable already: what has come before the
+        request is no answer to that."""
         begun: Any = self._begun
         try:
             if self._is_answered:
                 begun.exchange.responder.send_now()
             else:
-                connection = begun.connection   # what came on it before the request is no answer to that
-                self._sent = not connection.is_stale() and connection.sock.send(begun.message) == len(begun.message)
+                sock = begun.connection.sock
+                self._sent = sock.fileno() not in readable and sock.send(begun.message) == len(begun.message)
         except (OSError, ValueError):           # the latter where it is closed
             self._sent = False
 
