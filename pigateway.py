@@ -17387,6 +17387,8 @@ class Regular(Carried):
         begun: Any = self._begun
         begun.scope.is_carried = False
         begun.scope.note_heard(self.since)
+        if self._is_sending:                    # the carrier ended before
+            (self._gateway.note_end if self._is_answered else self._lose)(begun)
         if not self._is_answered:
             self._gateway.go_on(begun)
         elif error:

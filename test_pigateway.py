@@ -22400,7 +22400,7 @@ def test_regular_clients_under_another_configuration(tmp_path: Any, monkeypatch:
 
 
 @pytest.mark.skipif(not HAS_EPOLL, reason="needs epoll")
-@pytest.mark.parametrize("broken", ["register", "send"])
+@pytest.mark.parametrize("broken", ["register", "send", "poll"])
 def test_regular_requests_that_cannot_be_sent_at_once(broken: str, tmp_path: Any, monkeypatch: Any) -> None:
     """They are sent by the connection's own thread."""
     given = regular_answers(monkeypatch)
@@ -22412,6 +22412,11 @@ def test_regular_requests_that_cannot_be_sent_at_once(broken: str, tmp_path: Any
             monkeypatch.setattr(pg.Carrier, "watch", fail)
             monkeypatch.setattr(pg.Regular, "HELD_S", 0.0)
             until(lambda: handle.gateway.transport._handler.pool._idle)
+        elif broken == "poll":                  # and the carrier ends with it
+            epoll = handle.gateway.carrier._epoll
+            handle.gateway.carrier._epoll = types.SimpleNamespace(
+                register=epoll.register, unregister=epoll.unregister, close=epoll.close,
+                poll=lambda limit, *count: epoll.poll(limit, *count) if count else fail(None, None, 0))
         else:
             with handle.gateway.carrier._lock:
                 held = next(carried._held for carried in handle.gateway.carrier._carried.values() if carried._held)
